@@ -1,0 +1,53 @@
+# make quickstart   from an empty machine to a trained RETRO and a sample of it
+# make test         the tests
+# make lint         ruff
+# make clean        remove all that the above made: .venv, the quickstart's corpus, database and run
+
+PYTHON ?= python3
+PY = .venv/bin/python
+CORPUS = data/python_source
+RUN = out/quickstart
+
+.PHONY: quickstart test lint clean
+
+# Set-up: one stamp a requirements file, so that a second call does nothing and a changed file is installed.
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || { \
+	    $(PYTHON) --version; echo "error: nanoRETRO needs Python 3.10 to 3.12; name one: make PYTHON=python3.12 ..."; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# The quickstart, step by step; each is done once. An interrupted training goes on from its checkpoint.
+$(CORPUS)/train.parquet: .venv/installed
+	$(PY) $(CORPUS)/prepare.py
+
+out/static_embedding/modules.json: $(CORPUS)/train.parquet
+	$(PY) -m retrieval.static_embedding config/quickstart.py
+
+out/populated: out/static_embedding/modules.json
+	$(PY) -m retrieval.populate config/quickstart.py
+	@touch $@
+
+$(RUN)/done: config/quickstart.py out/populated
+	$(PY) train.py config/quickstart.py \
+	    $$(test -e $(RUN)/done -o ! -e $(RUN)/ckpt.pt || echo --init_from=resume)
+	@touch $@
+
+quickstart: $(RUN)/done
+	@$(PY) sample.py --out_dir=$(RUN) --start=FILE:config/quickstart_prompt.txt --max_new_tokens=96 --show_neighbors
+
+test: .venv/installed-dev
+	$(PY) -m pytest tests
+
+lint: .venv/installed-dev
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf .venv $(RUN) out/static_embedding out/milvus.db out/populated \
+	    $(CORPUS)/train.parquet $(CORPUS)/val.parquet $(CORPUS)/tokenizer.json .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,31 @@
+# A small RETRO on the Python source of this machine: two CPU cores, a few minutes. `make quickstart` runs it.
+from data.stream import DatasetConfig
+
+out_dir = 'out/quickstart'
+eval_interval = 200
+eval_iters = 80  # about half of val
+log_interval = 10
+
+train_datasets = [DatasetConfig('data/python_source/train.parquet')]
+val_datasets = [DatasetConfig('data/python_source/val.parquet')]
+tokenizer = 'data/python_source/tokenizer.json'
+gradient_accumulation_steps = 1
+batch_size = 8
+block_size = 256
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+
+retrieval_layers = [3]
+retrieval_encoder_layers = 1
+retrieval_embedding_model = 'out/static_embedding'
+retrieval_milvus_uri = 'out/milvus.db'
+retrieval_collection = 'python_source'
+
+learning_rate = 2e-3
+min_lr = 2e-4
+max_iters = 800
+lr_decay_iters = max_iters
+warmup_iters = 60
+compile = False  # needs a C++ compiler

@@ -1,0 +1,81 @@
+"""
+The tokenizer, as a tiktoken Encoding: OpenAI's `gpt2`, or a byte-level BPE that this machine trained and saved in
+Hugging Face's tokenizer.json format.
+
+    from data.tokenizer import load_tokenizer
+    tokenizer = load_tokenizer('data/python_source/tokenizer.json')
+"""
+import hashlib
+import json
+import os
+
+import tiktoken
+
+from configurator import UserError
+
+END_OF_TEXT = '<|endoftext|>'
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def load_tokenizer(name):
+    """
+    A tiktoken Encoding whose `eot_token` ends documents. `name` is 'gpt2' or the path of a tokenizer.json.
+    UserError where there is none.
+    """
+    if name == 'gpt2':
+        try:
+            return tiktoken.get_encoding('gpt2')
+        except Exception as error:  # tiktoken raises whatever its download raised
+            raise UserError(f"tokenizer 'gpt2' could not be downloaded ({type(error).__name__}): connect once, or set "
+                            f'TIKTOKEN_CACHE_DIR to a folder that holds its two files') from error
+    if not os.path.isfile(name):
+        raise UserError(f"no tokenizer {name!r}: use 'gpt2', or make the corpus (and its tokenizer) first, for one with "
+                        f'python data/python_source/prepare.py')
+    with open(name, encoding='utf-8') as file:
+        saved = json.load(file)
+    byte_of = unicode_to_byte()
+    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in saved['model']['vocab'].items()
+             if token != END_OF_TEXT}
+    special = {token['content']: token['id'] for token in saved['added_tokens']}
+    if END_OF_TEXT not in special:
+        raise UserError(f'tokenizer {name!r} has no {END_OF_TEXT} token: add it as a special token')
+    return tiktoken.Encoding(name, pat_str=split_pattern(saved['pre_tokenizer']), mergeable_ranks=ranks,
+                             special_tokens=special)
+
+
+def split_pattern(pre_tokenizer):
+    """The regular expression that a tokenizer.json splits text with before merging."""
+    for part in pre_tokenizer.get('pretokenizers', [pre_tokenizer]):
+        if part['type'] == 'Split':
+            return part['pattern']['Regex']
+    return GPT2_PATTERN
+
+
+def unicode_to_byte():
+    """Byte-level BPE files write each byte as a printable character: GPT-2's table, read backwards."""
+    printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def vocabulary_hash(tokenizer):
+    """16 hex digits that are the same exactly for tokenizers that cut text alike, whatever they are called."""
+    digest = hashlib.blake2b(tokenizer._pat_str.encode(), digest_size=8)
+    for token in range(tokenizer.n_vocab):
+        try:
+            digest.update(tokenizer.decode_single_token_bytes(token) + b'\0')
+        except KeyError:
+            digest.update(b'\0\0')  # an id that stands for nothing
+    return digest.hexdigest()
+
+
+def token_byte_counts(tokenizer):
+    """UTF-8 bytes that each token stands for, as a list by token id; the end of text stands for none."""
+    counts = [0] * tokenizer.n_vocab
+    for token in range(tokenizer.n_vocab):
+        if token != tokenizer.eot_token:
+            try:
+                counts[token] = len(tokenizer.decode_single_token_bytes(token))
+            except KeyError:
+                pass
+    return counts

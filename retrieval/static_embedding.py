@@ -1,0 +1,90 @@
+"""
+Fits the offline embedding on the train documents and saves it as an ordinary SentenceTransformer folder, at
+`retrieval_embedding_model`:
+
+    python -m retrieval.static_embedding config/quickstart.py
+
+Latent semantic analysis (Deerwester et al. 1990): chunks as tf-idf over BPE tokens, reduced by a truncated SVD. That
+projection is linear in the token counts, so the chunk's vector is a sum of one vector a token, which is just what
+sentence-transformers' StaticEmbedding computes, at over 10,000 chunks a second on a CPU.
+"""
+import os
+import shutil
+import sys
+import time
+
+import numpy as np
+
+from configurator import UserError, load_settings, user_errors_as_one_line
+from data.chunking import chunk_document
+from data.stream import as_dataset_configs, load_documents
+from data.tokenizer import load_tokenizer
+
+DIMENSION = 192
+FIT_CHUNKS = 60_000  # more changes the vectors little and takes longer
+
+
+def count_tokens(chunks, vocabulary, end_of_text):
+    """chunks (N, C) to a sparse matrix of token counts (N, V); end-of-text and padding don't count."""
+    from scipy.sparse import csr_matrix
+    rows = np.repeat(np.arange(len(chunks)), chunks.shape[1])
+    counts = csr_matrix((np.ones(chunks.size, dtype=np.float32), (rows, chunks.reshape(-1))),
+                        shape=(len(chunks), vocabulary))  # repeated entries are added up
+    keep = np.ones(vocabulary, dtype=np.float32)
+    keep[end_of_text] = 0
+    return counts.multiply(keep).tocsr()
+
+
+def fit(counts, seed=0):
+    """Token vectors (V, D) whose sum over a chunk's tokens, normalized, is the chunk's tf-idf reduced by SVD."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfTransformer
+    tfidf = TfidfTransformer()
+    weighted = tfidf.fit_transform(counts)
+    dimension = min(DIMENSION, min(counts.shape) - 1)
+    svd = TruncatedSVD(dimension, n_iter=3, random_state=seed).fit(weighted)
+    return (tfidf.idf_[:, None] * svd.components_.T).astype(np.float32)
+
+
+def save(vectors, tokenizer_path, folder):
+    """Write the token vectors (V, D) as a SentenceTransformer folder, beside and renamed."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+    from tokenizers import Tokenizer
+    model = SentenceTransformer(modules=[StaticEmbedding(Tokenizer.from_file(tokenizer_path),
+                                                         embedding_weights=vectors), Normalize()], device='cpu')
+    beside = folder.rstrip('/') + '.tmp'
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save(beside, create_model_card=False)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+
+
+def main():
+    settings = load_settings(sys.argv[1:])
+    folder = settings['retrieval_embedding_model']
+    if not settings['tokenizer'].endswith('.json'):
+        raise UserError(f'the static embedding needs a tokenizer.json of this machine, but tokenizer is '
+                        f'{settings["tokenizer"]!r}: use an embedding model of the hub with it')
+    if os.path.exists(folder) and not os.path.exists(os.path.join(folder, 'modules.json')):
+        raise UserError(f'retrieval_embedding_model {folder!r} is there and is no SentenceTransformer: name a new '
+                        f'folder')
+    start = time.time()
+    tokenizer = load_tokenizer(settings['tokenizer'])
+    chunks, total, rng = [], 0, np.random.default_rng(0)
+    for document in load_documents(as_dataset_configs(settings['train_datasets'], 'train_datasets'), rng):
+        chunks.append(chunk_document(document.tokens(tokenizer), settings['retrieval_chunk_size'],
+                                     tokenizer.eot_token)[0])
+        total += len(chunks[-1])
+        if total >= FIT_CHUNKS:
+            break
+    counts = count_tokens(np.concatenate(chunks), tokenizer.n_vocab, tokenizer.eot_token)
+    vectors = fit(counts)
+    save(vectors, settings['tokenizer'], folder)
+    print(f'fitted {vectors.shape[0]:,} token vectors of {vectors.shape[1]} dimensions on {len(chunks):,} documents, '
+          f'{total:,} chunks: {folder} | {time.time() - start:.0f} s')
+
+
+if __name__ == '__main__':
+    with user_errors_as_one_line():
+        main()

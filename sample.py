@@ -1,0 +1,130 @@
+"""
+Prompts a trained model, which retrieves live whenever a chunk of its text is complete, and shows what it retrieved.
+
+    python sample.py --out_dir=out/quickstart --start="import numpy" --show_neighbors
+    python sample.py --out_dir=out/quickstart --start=FILE:prompt.txt --num_samples=3 --max_new_tokens=200
+
+The checkpoint knows its settings. To reach its knowledge base elsewhere: --retrieval_milvus_uri=..., and MILVUS_TOKEN
+in the environment.
+"""
+import argparse
+import contextlib
+import os
+
+import numpy as np
+import torch
+
+from configurator import UserError, load_settings, user_errors_as_one_line
+from data.tokenizer import load_tokenizer, vocabulary_hash
+from model import RETRO, RETROConfig, load_checkpoint
+from retrieval.embedding import pick_device
+from retrieval.knowledge_base import FIELDS
+from retrieval.retriever import Retriever
+
+
+def read_start(start):
+    """The prompt: the text itself, or the text of FILE:path."""
+    if start.startswith('FILE:'):
+        path = start[len('FILE:'):]
+        try:
+            with open(path, encoding='utf-8') as file:
+                start = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f'prompt file {path!r} can not be read ({getattr(error, "strerror", None) or error}): give '
+                            f'--start=FILE: and the path of a text file') from error
+        if not start.strip():
+            raise UserError(f'prompt file {path!r} is empty: write a prompt into it')
+    if not start:
+        raise UserError('--start is empty: give some text to go on from, or FILE: and the path of a text file')
+    return start
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out_dir', default='out', help='folder of the checkpoint (default: %(default)s)')
+    parser.add_argument('--start', default='\n', help='the prompt, or FILE:path of one (default: a line end)')
+    parser.add_argument('--num_samples', type=int, default=1, help='how many (default: %(default)s)')
+    parser.add_argument('--max_new_tokens', type=int, default=256, help='tokens of each (default: %(default)s)')
+    parser.add_argument('--temperature', type=float, default=0.8, help='0 takes the likeliest (default: %(default)s)')
+    parser.add_argument('--top_k', type=int, default=200, help='choose among so many; 0: all (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=1337, help='of the random choices (default: %(default)s)')
+    parser.add_argument('--show_neighbors', action='store_true', help='print what each chunk retrieved')
+    parser.add_argument('--retrieval', choices=('on', 'off'), default='on', help='off: without neighbors')
+    arguments, overrides = parser.parse_known_args()
+    for name, least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0)):
+        if getattr(arguments, name) < least:
+            raise UserError(f'--{name} must be at least {least}, but is {getattr(arguments, name)}')
+    return arguments, overrides
+
+
+def main():
+    arguments, overrides = parse_arguments()
+    start = read_start(arguments.start)
+    try:
+        checkpoint = load_checkpoint(os.path.join(arguments.out_dir, 'ckpt.pt'))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    settings = load_settings(overrides, given=checkpoint['config'])
+    device = pick_device(settings['device'])
+    tokenizer = load_tokenizer(settings['tokenizer'])
+    if vocabulary_hash(tokenizer) != checkpoint['vocabulary_hash']:
+        raise UserError(f'the checkpoint in {arguments.out_dir!r} was trained with another tokenizer than '
+                        f'{settings["tokenizer"]!r} is now (vocabulary {checkpoint["vocabulary_hash"]}, found '
+                        f'{vocabulary_hash(tokenizer)}): bring that tokenizer back, or train anew')
+    model = RETRO(RETROConfig(**checkpoint['model_args']))
+    model.load_state_dict(checkpoint['model'])
+    model.eval().to(device)
+    retriever = Retriever(settings, tokenizer) if settings['use_retrieval'] and arguments.retrieval == 'on' else None
+    with contextlib.closing(retriever) if retriever else contextlib.nullcontext():
+        sample(arguments, start, model, tokenizer, retriever, device)
+
+
+def sample(arguments, start, model, tokenizer, retriever, device):
+    prompt = torch.tensor(tokenizer.encode_ordinary(start), device=device)
+    tokens = prompt.repeat(arguments.num_samples, 1)  # (B, T)
+    retrieved = []  # for each chunk, for each sample, its rows
+
+    def retrieve(chunks):  # (B, 1, C)
+        asking = chunks.cpu().numpy()
+        ended = (asking == tokenizer.eot_token).any(-1)  # a document's last chunk retrieves nothing
+        no_documents = np.zeros(ended.shape, dtype=np.int64)  # the text is of none in the collection
+        neighbors = retriever.retrieve(asking, no_documents, ended, fields=FIELDS)
+        retrieved.append([rows[0] for rows in neighbors.rows])
+        return neighbors.tokens.to(device), neighbors.mask.to(device)
+
+    generator = torch.Generator(device).manual_seed(arguments.seed)
+    tokens = model.generate(tokens, arguments.max_new_tokens, retrieve if retriever else None, arguments.temperature,
+                            arguments.top_k, tokenizer.eot_token, generator)
+    for number, sequence in enumerate(tokens.tolist()):
+        new = sequence[len(prompt):]
+        end = len(prompt) + (new.index(tokenizer.eot_token) if tokenizer.eot_token in new else len(new))
+        if arguments.num_samples > 1:
+            print(f'=== sample {number + 1}')
+        print(tokenizer.decode(sequence[:end]))
+        if arguments.show_neighbors:
+            show_neighbors(sequence[:end], [rows[number] for rows in retrieved], model.config, tokenizer)
+
+
+def show_neighbors(tokens, retrieved, config, tokenizer):
+    """Print each complete chunk, and indented below it the neighbors that the text after it was written with."""
+    C = config.retrieval_chunk_size
+    print('\n--- what was retrieved')
+    if not retrieved:
+        print(f'nothing: no chunk of {C} tokens was completed, or retrieval is off')
+    for place, rows in enumerate(retrieved[:len(tokens) // C]):
+        print(f'\nchunk {place + 1}: {one_line(tokenizer.decode(tokens[place * C:(place + 1) * C]))}')
+        for rank, row in enumerate(rows, start=1):
+            continuation = tokenizer.decode([t for t in row['tokens'][C:] if t != tokenizer.eot_token])
+            print(f'  {rank}. {row["document"]}, chunk {row["position"] + 1}, similarity {row["score"]:.2f}')
+            print(f'     {one_line(row["text"].replace("<|endoftext|>", ""))}')
+            print(f'     then: {one_line(continuation)}')
+
+
+def one_line(text, width=400):
+    text = text.replace('\n', '⏎')
+    return text if len(text) <= width else text[:width] + ' …'
+
+
+if __name__ == '__main__':
+    with user_errors_as_one_line():
+        main()

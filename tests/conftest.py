@@ -1,0 +1,107 @@
+"""
+What the tests share: a small corpus of real text (modules of the standard library), a tokenizer and a static embedding
+fitted on it, and a populated Milvus Lite collection, each made once by the project's own commands.
+"""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / 'shared'
+CHUNK = 16  # tokens of a chunk, so that small documents have many
+
+if (SHARED / 'tiktoken').is_dir():
+    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
+os.environ.update(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='2')
+os.environ.pop('MILVUS_TOKEN', None)
+
+TRAIN = ('json/decoder', 'json/encoder', 'json/scanner', 'textwrap', 'string', 'bisect', 'heapq', 'fnmatch', 'glob',
+         'shlex', 'queue', 'sched', 'copy', 'keyword', 'stat', 'pprint', 'reprlib', 'types', 'contextlib', 'getopt',
+         'calendar', 'csv', 'cmd', 'code', 'codeop', 'colorsys', 'quopri', 'base64', 'hmac', 'secrets')
+VAL = ('json/tool', 'tempfile', 'timeit', 'this')
+
+
+def run(*command, folder, check=True, timeout=300, env=None):
+    """Run a command of the project as its users do; the answer has stdout and stderr as text."""
+    answer = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True,
+                            timeout=timeout, env={**os.environ, 'PYTHONPATH': str(ROOT), **(env or {})})
+    if check and answer.returncode:
+        raise AssertionError(f'{command} ended with {answer.returncode}\n{answer.stdout}\n{answer.stderr}')
+    return answer
+
+
+CONFIG = f'''
+from data.stream import DatasetConfig
+
+out_dir = 'out'
+train_datasets = [DatasetConfig('train.parquet', source='stdlib')]
+val_datasets = [DatasetConfig('val.parquet', source='stdlib')]
+tokenizer = 'tokenizer.json'
+retrieval_embedding_model = 'embedding'
+retrieval_milvus_uri = 'milvus.db'
+retrieval_chunk_size = {CHUNK}
+retrieval_layers = [2]
+retrieval_encoder_layers = 1
+block_size = {4 * CHUNK}
+batch_size = 4
+gradient_accumulation_steps = 2
+n_layer, n_head, n_embd = 2, 2, 32
+eval_interval = 4
+eval_iters = 2
+log_interval = 1
+max_iters = 8
+lr_decay_iters = 8
+warmup_iters = 2
+learning_rate = 1e-2
+device = 'cpu'
+dtype = 'float32'
+compile = False
+'''
+
+
+@pytest.fixture(scope='session')
+def prepared(tmp_path_factory):
+    """A folder with the corpus, its tokenizer, the static embedding, and config.py."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from data.python_source.prepare import train_tokenizer
+    folder = tmp_path_factory.mktemp('prepared')
+    library = Path(os.__file__).parent
+    for split, names in (('train', TRAIN), ('val', VAL)):
+        texts = [(library / f'{name}.py').read_text() for name in names]
+        pq.write_table(pa.table({'id': [n.replace('/', '.') for n in names], 'text': texts}), folder / f'{split}.parquet')
+        if split == 'train':
+            train_tokenizer(texts, 1024).save(str(folder / 'tokenizer.json'))
+    (folder / 'config.py').write_text(CONFIG)
+    run('-m', 'retrieval.static_embedding', 'config.py', folder=folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def populated(prepared, tmp_path_factory):
+    """As `prepared`, with the collection filled."""
+    folder = tmp_path_factory.mktemp('populated') / 'run'
+    shutil.copytree(prepared, folder)
+    run('-m', 'retrieval.populate', 'config.py', folder=folder)
+    return folder
+
+
+@pytest.fixture
+def workspace(populated, tmp_path):
+    """A copy of `populated` that a test may change."""
+    folder = tmp_path / 'run'
+    shutil.copytree(populated, folder)
+    return folder
+
+
+@pytest.fixture
+def settings(workspace, monkeypatch):
+    """The settings of the workspace's config, with the workspace as the working folder."""
+    from configurator import load_settings
+    monkeypatch.chdir(workspace)
+    return load_settings(['config.py'])

@@ -1,0 +1,55 @@
+"""Whatever a user can get wrong in training: one line, exit code 2, and nothing written."""
+import os
+
+import pytest
+import torch
+
+from tests.conftest import CHUNK, ROOT, run
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if 'milvus.db' not in str(path))
+
+
+@pytest.mark.parametrize('arguments, said', [
+    (['--train_datasets=["missing.parquet"]'], "no corpus at 'missing.parquet': make it first"),
+    (['--train_datasets=[]'], 'train_datasets is empty'),
+    (['--val_datasets=[]'], 'val_datasets is empty'),
+    (['--retrieval_collection=other'], "no collection 'other' in milvus.db: fill it with python -m retrieval.populate"),
+    (['--retrieval_milvus_uri=other.db'], "no collection 'chunks' in other.db"),
+    (['--retrieval_milvus_uri=http://127.0.0.1:9'], 'no Milvus answers at http://127.0.0.1:9'),
+    (['--n_layr=3'], "unknown config key 'n_layr' in the command line: did you mean 'n_layer'?"),
+    (['--n_layer=x'], "n_layer in the command line must be of type int, such as 12, but is 'x' of type str"),
+    (['nowhere.py'], "no config file 'nowhere.py'"),
+    ([f'--block_size={4 * CHUNK + 1}'], f'block_size {4 * CHUNK + 1} must be a multiple of retrieval_chunk_size {CHUNK}'),
+    (['--retrieval_layers=[1, 3]'], 'retrieval_layers [1, 3] must be numbers from 1 to n_layer 2, but [3] are not'),
+    (['--retrieval_embedding_model=nowhere'], "no embedding model 'nowhere'"),
+    (['--retrieval_index=FLAT'], "index: it has 'IVF_FLAT', the run 'FLAT'"),
+    (['--out_dir=config.py/x'], "out_dir 'config.py/x' can not be written"),
+    (['--init_from=resume'], "no checkpoint 'out/ckpt.pt'"),
+    (['--init_from=gpt3'], "init_from 'gpt3' is neither 'scratch' nor 'resume'"),
+    (['--dtype=float8'], "dtype 'float8' is none of"),
+    (['--tokenizer=nowhere.json'], "no tokenizer 'nowhere.json'"),
+])
+def test_it_is_one_clear_line_and_exit_code_2_and_nothing_is_written(workspace, arguments, said):
+    before = files(workspace)
+    answer = run(ROOT / 'train.py', 'config.py', *arguments, '--retrieval_milvus_token=root:hush', folder=workspace,
+                 check=False)
+    assert answer.returncode == 2, answer.stderr
+    assert answer.stderr.startswith('error: ') and answer.stderr.count('\n') == 1
+    assert said in answer.stderr and 'hush' not in answer.stderr + answer.stdout
+    assert files(workspace) == before and not (workspace / 'other.db').exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_not_resumed_and_not_lost(workspace):
+    run(ROOT / 'train.py', 'config.py', '--max_iters=1', '--use_retrieval=False', folder=workspace)
+    kept = (workspace / 'out/ckpt.pt').read_bytes()
+    answer = run(ROOT / 'train.py', 'config.py', '--init_from=resume', '--n_embd=64', '--use_retrieval=False',
+                 folder=workspace, check=False)
+    assert answer.returncode == 2 and 'n_embd is 32 there and 64 in the run' in answer.stderr
+    torch.save({'model_args': {'rotary': True}, 'model': {}}, workspace / 'foreign.pt')
+    os.replace(workspace / 'foreign.pt', workspace / 'out/ckpt.pt')
+    answer = run(ROOT / 'train.py', 'config.py', '--init_from=resume', folder=workspace, check=False)
+    assert answer.returncode == 2 and 'is of another architecture' in answer.stderr
+    (workspace / 'out/ckpt.pt').write_bytes(kept)
+    run(ROOT / 'train.py', 'config.py', '--init_from=resume', '--max_iters=2', '--use_retrieval=False', folder=workspace)

@@ -1,0 +1,134 @@
+"""Against a real Milvus Lite."""
+import dataclasses
+
+import numpy as np
+import pytest
+
+from configurator import UserError
+from retrieval.knowledge_base import KnowledgeBase, Metadata
+
+METADATA = Metadata('tokenizer.json', 'abc', 4, 'model', 'def', 8, 'FLAT')
+
+
+def make_rows(count, documents=3, seed=0):
+    vectors = np.random.default_rng(seed).standard_normal((count, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return [dict(id=i - 5, doc_id=-(i % documents), position=i // documents, document=f'd{i % documents}', text=f't{i}',
+                 tokens=list(range(i % 8 + 1)), embedding=vector) for i, vector in enumerate(vectors)]
+
+
+@pytest.fixture
+def uri(tmp_path):
+    return str(tmp_path / 'folder/kb.db')
+
+
+@pytest.fixture
+def knowledge_base(uri):
+    made = KnowledgeBase(uri, '', 'chunks', METADATA, create=True)
+    yield made
+    made.close()
+
+
+def test_a_row_comes_back_whole_and_a_search_finds_the_nearest_first(knowledge_base):
+    rows = make_rows(50)
+    knowledge_base.upsert(rows)
+    knowledge_base.flush()
+    vectors = np.array([row['embedding'] for row in rows])
+    answer = knowledge_base.search(vectors[:20], 5)
+    for i, hits in enumerate(answer):
+        best = np.argsort(-(vectors @ vectors[i]))[:5]
+        assert [hit['id'] for hit in hits] == [rows[b]['id'] for b in best]
+        for hit, b in zip(hits, best, strict=True):
+            assert hit.pop('score') == pytest.approx(vectors[b] @ vectors[i], abs=1e-4)
+            assert hit == {key: value for key, value in rows[b].items() if key != 'embedding'}
+
+
+def test_upserting_the_same_rows_again_adds_none(knowledge_base):
+    for _ in range(3):
+        knowledge_base.upsert(make_rows(30))
+    assert knowledge_base.count() == 30
+    knowledge_base.flush()
+    assert knowledge_base.count() == 30
+
+
+def test_a_search_can_leave_documents_out(knowledge_base):
+    rows = make_rows(60)
+    knowledge_base.upsert(rows)
+    for out in ([-1], [-1, 0], [0, -1, -2]):
+        hits = knowledge_base.search([rows[1]['embedding']], 60, not_in_documents=out)[0]
+        assert {hit['doc_id'] for hit in hits} == {0, -1, -2} - set(out)
+
+
+def test_rows_are_found_by_id_and_removed_from_a_position_on(knowledge_base):
+    knowledge_base.upsert(make_rows(30))
+    assert knowledge_base.tokens_by_id(np.array([-5, 2, 1000])) == {-5: [0], 2: list(range(8))}
+    knowledge_base.delete_from(-1, 4)
+    assert knowledge_base.count() == 30 - 6
+    assert len(knowledge_base.search([make_rows(1)[0]['embedding']], 60, not_in_documents=[0, -2])[0]) == 4
+
+
+def test_what_was_added_is_there_when_it_is_opened_again(uri):
+    first = KnowledgeBase(uri, '', 'chunks', METADATA, create=True)
+    first.upsert(make_rows(20))
+    first.close()
+    again = KnowledgeBase(uri, '', 'chunks', dataclasses.replace(METADATA, tokenizer='renamed.json'))
+    assert again.count() == 20
+    again.close()
+
+
+@pytest.mark.parametrize('change, both', [
+    (dict(vocabulary_hash='xyz', tokenizer='gpt2'), ['tokenizer', "'tokenizer.json' (abc)", "'gpt2' (xyz)"]),
+    (dict(chunk_size=8), ['chunk_size: it has 4, the run 8']),
+    (dict(embedding_hash='xyz', embedding_model='other'), ['embedding_model', "'model' (def)", "'other' (xyz)"]),
+    (dict(dimension=16), ['dimension: it has 8, the run 16']),
+    (dict(index='HNSW'), ["index: it has 'FLAT', the run 'HNSW'"]),
+])
+def test_opening_with_anything_else_fails_and_names_both_sides(knowledge_base, uri, change, both):
+    for create in (False, True):
+        with pytest.raises(UserError) as error:
+            KnowledgeBase(uri, '', 'chunks', dataclasses.replace(METADATA, **change), create=create)
+        assert all(part in str(error.value) for part in [*both, 'retrieval.populate'])
+
+
+def test_a_collection_of_somebody_else_is_left_alone(knowledge_base, uri):
+    from pymilvus import MilvusClient
+    client = MilvusClient(uri)
+    client.create_collection('theirs', dimension=8)
+    with pytest.raises(UserError, match="'theirs'.*was not made by nanoRETRO"):
+        KnowledgeBase(uri, '', 'theirs', METADATA, create=True)
+    assert client.has_collection('theirs')
+
+
+def test_without_create_nothing_is_made(uri, tmp_path):
+    with pytest.raises(UserError, match='no collection.*retrieval.populate'):
+        KnowledgeBase(uri, '', 'chunks', METADATA)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('uri, said', [
+    ('http://127.0.0.1:9', 'no Milvus answers at http://127.0.0.1:9'),
+    ('http://[::1', 'correct retrieval_milvus_uri'),
+    ('somewhere', "'somewhere' is neither the path of a local file ending in .db nor an address"),
+    ('/dev/null/kb.db', 'can not be made there'),
+])
+def test_a_uri_that_nothing_answers_is_named_and_the_token_is_not(uri, said):
+    with pytest.raises(UserError) as error:
+        KnowledgeBase(uri, 'root:hush', 'chunks', METADATA, create=True)
+    assert said in str(error.value) and 'hush' not in str(error.value)
+
+
+def test_an_unknown_index_is_named_with_the_known_ones(uri):
+    with pytest.raises(UserError, match="'IVF' is not one of FLAT, IVF_FLAT, HNSW, AUTOINDEX"):
+        KnowledgeBase(uri, '', 'chunks', dataclasses.replace(METADATA, index='IVF'), create=True)
+
+
+def test_a_local_file_that_another_process_has_open_is_named(knowledge_base, uri):
+    import subprocess
+    import sys
+
+    from tests.conftest import ROOT
+    code = ('import sys; from retrieval.knowledge_base import *; from configurator import *\n'
+            'with user_errors_as_one_line(): KnowledgeBase(sys.argv[1], "", "chunks", Metadata("", "", 1, "", "", 1, "FLAT"))')
+    answer = subprocess.run([sys.executable, '-c', code, uri], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 2 and 'another process has it open' in answer.stderr
+    assert answer.stderr.count('\n') == 1

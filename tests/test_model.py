@@ -1,0 +1,310 @@
+"""The network: masks, causality, equality with references. Tiny models with large random weights, so that whatever
+should reach a logit does."""
+import math
+
+import pytest
+import torch
+
+from model import RETRO, ChunkedCrossAttention, RETROConfig, default_retrieval_layers, load_checkpoint
+
+C, L, K, V = 4, 3, 2, 50
+R, T = 2 * C, C * L
+
+
+def make_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    config = RETROConfig(**{**dict(block_size=T, vocab_size=V, n_layer=3, n_head=2, n_embd=16, retrieval_layers=[2, 3],
+                                   retrieval_chunk_size=C, retrieval_k_neighbors=K), **changes})
+    model = RETRO(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def make_batch(B=2, seed=1):
+    torch.manual_seed(seed)
+    return torch.randint(V, (B, T)), torch.randint(V, (B, L, K, R)), torch.ones(B, L, K, R, dtype=torch.bool)
+
+
+def logits_and_embeddings(model, tokens, neighbors, mask, documents=None):
+    """Logits, and the embeddings of tokens and neighbors that they were computed from."""
+    embeddings = []
+    handle = model.transformer.wte.register_forward_hook(lambda _, __, out: embeddings.append(out))
+    logits, _ = model(tokens, None, neighbors, mask, documents)
+    handle.remove()
+    return logits, *embeddings
+
+
+def test_no_logit_depends_on_later_tokens_and_every_one_on_all_earlier():
+    model = make_model()
+    logits, tokens, _ = logits_and_embeddings(model, *make_batch(B=1))
+    for t in range(T):
+        gradient, = torch.autograd.grad(logits[0, t].square().sum(), tokens, retain_graph=True)
+        reached = gradient[0].abs().sum(-1) > 0
+        assert reached.tolist() == [s <= t for s in range(T)]
+
+
+def test_neighbors_reach_no_position_before_their_chunks_last_token_and_that_one_first():
+    model = make_model()
+    logits, _, neighbors = logits_and_embeddings(model, *make_batch(B=1))
+    for t in range(T):
+        gradient, = torch.autograd.grad(logits[0, t].square().sum(), neighbors, retain_graph=True)
+        reached = gradient[0].abs().sum((-1, -2, -3)) > 0  # (L,)
+        assert reached.tolist() == [t >= (u + 1) * C - 1 for u in range(L)]
+
+
+def test_cross_attention_hands_a_chunks_neighbors_to_its_last_token_and_the_next_chunks_first_ones():
+    cca = make_model().transformer.h[1].cca
+    _, _, mask = make_batch(B=1)
+    x, encoded = torch.randn(1, T, 16), torch.randn(1, L, K * R, 16, requires_grad=True)
+    y = cca(x, encoded, mask.flatten(2))
+    for t in range(T):
+        gradient, = torch.autograd.grad(y[0, t].sum(), encoded, retain_graph=True)
+        reached = gradient[0].abs().sum((-1, -2)) > 0
+        assert reached.tolist() == [(u + 1) * C - 1 <= t <= (u + 2) * C - 2 for u in range(L)]
+
+
+def test_no_document_reads_tokens_or_neighbors_of_another():
+    model = make_model()
+    tokens, neighbors, mask = make_batch(B=1)
+    documents = torch.tensor([[7, 7, 8]])
+    mask[:, 1] = False  # a document's last chunk retrieves nothing
+    logits, tokens, neighbors = logits_and_embeddings(model, tokens, neighbors, mask, documents)
+    for t in range(T):
+        of_tokens, of_neighbors = torch.autograd.grad(logits[0, t].square().sum(), (tokens, neighbors),
+                                                      retain_graph=True)
+        reached = (of_tokens[0].abs().sum(-1) > 0).nonzero().flatten().tolist()
+        assert reached == list(range(2 * C, t + 1) if t >= 2 * C else range(t + 1))
+        found = (of_neighbors[0].abs().sum((-1, -2, -3)) > 0).tolist()
+        assert found == ([t >= C - 1, False, False] if t < 2 * C else [False, False, t == T - 1])
+
+
+def slow_chunked_cross_attention(cca, x, encoded, mask):
+    """Section 2.4 of the paper, token by token and head by head."""
+    D, heads = x.shape[-1], cca.attn.n_head
+    normed = cca.ln(x)
+    out = torch.zeros_like(x)
+    for b in range(x.shape[0]):
+        for u in range(encoded.shape[1]):
+            keys, values = cca.attn.c_kv(encoded[b, u]).split(D, dim=-1)
+            allowed = mask[b, u].nonzero().flatten().tolist()
+            for t in range((u + 1) * C - 1, min((u + 2) * C - 1, x.shape[1])):
+                if not allowed:
+                    continue
+                query = cca.attn.c_q(normed[b, t])
+                parts = []
+                for h in range(heads):
+                    s = slice(h * D // heads, (h + 1) * D // heads)
+                    scores = [query[s] @ keys[j, s] / math.sqrt(D // heads) for j in allowed]
+                    weights = torch.stack(scores).softmax(0)
+                    parts.append(sum(w * values[j, s] for w, j in zip(weights, allowed, strict=True)))
+                out[b, t] = cca.attn.c_proj(torch.cat(parts))
+    return out
+
+
+@pytest.mark.parametrize('length', [T, T - 1, T + 2, 2 * T])
+def test_chunked_cross_attention_equals_the_papers_equations(length):
+    torch.manual_seed(2)
+    cca = make_model().transformer.h[1].cca
+    x, encoded = torch.randn(2, length, 16), torch.randn(2, length // C, K * R, 16)
+    mask = torch.rand(2, length // C, K * R) < 0.6
+    mask[0, 1] = False
+    torch.testing.assert_close(cca(x, encoded, mask), slow_chunked_cross_attention(cca, x, encoded, mask),
+                               rtol=1e-4, atol=1e-5)
+
+
+def test_absent_neighbors_and_absent_tokens_change_nothing_and_carry_no_gradient():
+    model = make_model()
+    tokens, neighbors, mask = make_batch()
+    mask[0, 0, 1] = False  # fewer than k neighbors
+    mask[1, 1] = False  # none
+    mask[0, 1, 0, C:] = False  # no continuation
+    logits, _, embeddings = logits_and_embeddings(model, tokens, neighbors, mask)
+    gradient, = torch.autograd.grad(logits.square().sum(), embeddings)
+    assert gradient[~mask].abs().max() == 0
+    assert (gradient[mask].abs().sum(-1) > 0).all()
+    assert torch.isfinite(logits).all()
+    other = torch.where(mask, neighbors, torch.randint(V, neighbors.shape))
+    torch.testing.assert_close(model(tokens, None, other, mask)[0], logits, rtol=0, atol=0)
+
+
+def test_gradients_are_finite_where_nothing_was_found():
+    model = make_model().train()
+    tokens, neighbors, mask = make_batch()
+    model(tokens, tokens, neighbors, torch.zeros_like(mask))[1].backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_without_neighbors_the_model_equals_itself_with_cross_attention_off():
+    model = make_model()
+    tokens, neighbors, mask = make_batch()
+    off, _ = model(tokens)
+    torch.testing.assert_close(model(tokens, None, neighbors, torch.zeros_like(mask))[0], off)
+    assert not torch.allclose(model(tokens, None, neighbors, mask)[0], off)
+    for block in model.transformer.h:
+        block.cca = None
+    torch.testing.assert_close(model(tokens, None, neighbors, mask)[0], off, rtol=0, atol=0)
+
+
+def test_use_retrieval_false_is_nanogpts_gpt_parameter_for_parameter():
+    model = make_model(use_retrieval=False, bias=True)
+    D, n = 16, 3
+    names = [name for name, _ in model.named_parameters()]
+    assert not [name for name in names if 'cca' in name or 'encoder' in name]
+    block = 12 * D * D + 13 * D
+    assert sum(p.numel() for p in model.parameters()) == V * D + T * D + n * block + 2 * D
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_use_retrieval_false_equals_a_gpt2_of_transformers_with_the_same_weights(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_embd=16, n_layer=3, n_head=2,
+                                        initializer_range=0.3)).eval()
+    theirs.save_pretrained(tmp_path)
+    tokens, neighbors, mask = make_batch()
+    with torch.no_grad():
+        expected = theirs(tokens, labels=tokens)
+        ours = RETRO.from_pretrained(str(tmp_path)).eval()
+        logits, _ = ours(tokens)
+        torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)
+        targets = torch.cat([tokens[:, 1:], torch.full((2, 1), -1)], dim=1)
+        torch.testing.assert_close(ours(tokens, targets)[1], expected.loss, rtol=1e-4, atol=1e-4)
+        retro = RETRO.from_pretrained(str(tmp_path), use_retrieval=True, retrieval_layers=[3],
+                                      retrieval_chunk_size=C).eval()
+        torch.testing.assert_close(retro(tokens)[0], expected.logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(retro(tokens, None, neighbors, mask)[0], expected.logits)
+
+
+def test_targets_of_minus_one_do_not_count():
+    model = make_model()
+    tokens, _, _ = make_batch()
+    targets = tokens.roll(-1, 1)
+    targets[:, 3:] = -1
+    loss = model(tokens, targets)[1]
+    expected = torch.nn.functional.cross_entropy(model(tokens)[0][:, :3].flatten(0, 1), targets[:, :3].flatten())
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize('n_layer, expected', [(4, [4]), (12, [6, 9, 12]), (16, [9, 12, 15, 16]),
+                                               (24, [9, 12, 15, 18, 21, 24])])
+def test_default_retrieval_layers_are_the_papers(n_layer, expected):
+    assert default_retrieval_layers(n_layer) == expected
+
+
+def test_residual_projections_start_smaller_the_deeper_the_model():
+    torch.manual_seed(0)
+    model = RETRO(RETROConfig(block_size=64, vocab_size=64, n_layer=8, n_head=2, n_embd=64, retrieval_chunk_size=16))
+    std = {name: p.std().item() for name, p in model.named_parameters()}
+    assert std['transformer.h.0.mlp.c_proj.weight'] == pytest.approx(0.02 / 4, rel=0.1)
+    assert std['transformer.h.7.cca.attn.c_proj.weight'] == pytest.approx(0.02 / 4, rel=0.1)
+    assert std['encoder.h.0.attn.c_proj.weight'] == pytest.approx(0.02 / 2, rel=0.1)
+    assert std['transformer.h.0.mlp.c_fc.weight'] == pytest.approx(0.02, rel=0.1)
+
+
+def test_optimizer_decays_matrices_alone_and_holds_every_parameter_once():
+    model = make_model(bias=True)
+    decayed, plain = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups
+    assert decayed['weight_decay'] == 0.1 and plain['weight_decay'] == 0.0
+    assert all(p.dim() >= 2 for p in decayed['params']) and all(p.dim() < 2 for p in plain['params'])
+    assert len(decayed['params']) + len(plain['params']) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize('use_retrieval', [False, True])
+def test_flops_per_token_counts_what_the_profiler_counts(use_retrieval):
+    """Attention is counted by its shapes; the fused kernel that the profiler knows no count for is left out."""
+    from torch.utils.flop_counter import FlopCounterMode
+    model = RETRO(RETROConfig(block_size=128, vocab_size=512, n_layer=2, n_head=2, n_embd=64, bias=False,
+                              use_retrieval=use_retrieval, retrieval_layers=[2] if use_retrieval else [],
+                              retrieval_chunk_size=32)).train()
+    tokens, neighbors = torch.randint(512, (2, 128)), torch.randint(512, (2, 4, 2, 64))
+    given = (neighbors, torch.ones_like(neighbors, dtype=torch.bool)) if use_retrieval else ()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens, tokens, *given)[1].backward()
+    assert model.flops_per_token() == pytest.approx(counter.get_total_flops() / tokens.numel(), rel=0.02)
+
+
+def make_retrieve(seed=3):
+    """Neighbors that depend on the chunk, so that a wrong chunk gives wrong neighbors."""
+    def retrieve(chunks):
+        assert chunks.shape[1:] == (1, C)
+        shift = torch.arange(K * R).view(1, 1, K, R) * 7
+        return (chunks.sum(-1)[..., None, None] + shift + seed) % V, torch.ones(len(chunks), 1, K, R, dtype=torch.bool)
+    return retrieve
+
+
+def test_generate_takes_the_most_likely_token_of_the_full_forward_with_each_completed_chunks_neighbors():
+    model, retrieve = make_model(), make_retrieve()
+    tokens = model.generate(torch.randint(V, (2, 3)), T - 3, retrieve, temperature=0)
+    neighbors, mask = (torch.cat(parts, 1) for parts in
+                       zip(*[retrieve(tokens[:, None, u * C:(u + 1) * C]) for u in range(L)], strict=True))
+    logits, _ = model(tokens, None, neighbors, mask)
+    assert tokens.shape == (2, T)
+    assert (logits[:, 2:-1].argmax(-1) == tokens[:, 3:]).all()
+
+
+def test_generate_goes_on_beyond_the_block_and_keeps_to_the_grid():
+    model, calls = make_model(), []
+
+    def retrieve(chunks):
+        calls.append(chunks.clone())
+        return make_retrieve()(chunks)
+    tokens = model.generate(torch.randint(V, (1, 5)), 3 * T, retrieve, generator=torch.Generator().manual_seed(0))
+    assert tokens.shape == (1, 5 + 3 * T)
+    assert len(calls) == (5 + 3 * T - 1) // C
+    assert all((chunk[0, 0] == tokens[0, u * C:(u + 1) * C]).all() for u, chunk in enumerate(calls))
+
+
+def test_generate_is_the_same_for_the_same_seed_and_stops_at_the_end_of_text():
+    model = make_model()
+    start = torch.randint(V, (2, 2))
+    a, b, c = (model.generate(start, 8, top_k=10, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert (a == b).all() and not (a == c).all()
+    model.lm_head.weight.data.zero_()  # the tied embedding too: every logit is 0, and argmax is token 0
+    assert model.generate(start, 8, temperature=0, end_of_text=0).shape == (2, 3)
+
+
+@pytest.mark.parametrize('changes, said', [(dict(block_size=T + 1), 'multiple of retrieval_chunk_size'),
+                                           (dict(retrieval_layers=[4]), 'from 1 to n_layer 3'),
+                                           (dict(retrieval_layers=[0]), 'from 1 to n_layer 3'),
+                                           (dict(n_head=3), 'multiple of n_head')])
+def test_a_config_that_makes_no_model_is_refused_by_name(changes, said):
+    with pytest.raises(ValueError, match=said):
+        make_model(**changes)
+
+
+def test_a_foreign_checkpoint_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match='no checkpoint'):
+        load_checkpoint(str(tmp_path / 'ckpt.pt'))
+    torch.save({'model_args': dict(n_layer=2, rotary=True), 'model': {}}, tmp_path / 'ckpt.pt')
+    with pytest.raises(ValueError, match='another architecture'):
+        load_checkpoint(str(tmp_path / 'ckpt.pt'))
+
+
+def test_the_model_compiles_without_a_graph_break():
+    model = make_model()
+    tokens, neighbors, mask = make_batch()
+    documents = torch.zeros(2, L, dtype=torch.long)
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(tokens, tokens, neighbors, mask, documents)[1],
+                               model(tokens, tokens, neighbors, mask, documents)[1])
+
+
+def test_encoder_gives_the_same_for_a_neighbor_wherever_it_stands():
+    """Positions are local to the neighbor: swapping two neighbors swaps what they give."""
+    model = make_model()
+    _, neighbors, mask = make_batch()
+    chunks = torch.randn(2, L, C, 16)
+    encoded = model.encoder(model.transformer.wte(neighbors), mask, chunks).unflatten(2, (K, R))
+    swapped = model.encoder(model.transformer.wte(neighbors.flip(2)), mask, chunks).unflatten(2, (K, R))
+    torch.testing.assert_close(encoded.flip(2), swapped)
+
+
+def test_chunked_cross_attention_is_one_attention_call(monkeypatch):
+    calls, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention',
+                        lambda *a, **k: calls.append(a[0].shape) or attend(*a, **k))
+    cca = ChunkedCrossAttention(make_model().config)
+    cca(torch.randn(2, T, 16), torch.randn(2, L, K * R, 16), torch.ones(2, L, K * R, dtype=torch.bool))
+    assert calls == [torch.Size([2 * L, 2, C, 8])]

@@ -1,0 +1,486 @@
+"""
+Trains a RETRO (or, with use_retrieval = False, a GPT) that fetches its neighbors from Milvus on every batch.
+
+    python train.py config/quickstart.py                                      # one process, CPU or GPU
+    python train.py config/quickstart.py --batch_size=8 --init_from=resume    # override, go on from the checkpoint
+    torchrun --standalone --nproc_per_node=4 train.py config/my_run.py        # 4 GPUs of one node
+    python train.py --help                                                    # all settings
+"""
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, is_dataclass
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+from configurator import UserError, is_secret, load_settings, user_errors_as_one_line
+from data.stream import SequenceStream, as_dataset_configs
+from data.tokenizer import load_tokenizer, token_byte_counts, vocabulary_hash
+from model import RETRO, RETROConfig, load_checkpoint
+from retrieval.embedding import pick_device
+from retrieval.prefetch import Prefetcher
+from retrieval.retriever import Retriever
+
+# The settings, overridden by config files and --key=value (configurator.py).
+# output
+out_dir = 'out'  # checkpoint, metrics.jsonl and loss.png go here
+eval_interval = 2000  # steps between evaluations; each one saves a checkpoint
+eval_iters = 200  # batches of an evaluation, the same ones every time
+log_interval = 10  # steps between lines of metrics.jsonl
+eval_only = False  # evaluate the checkpoint and stop
+always_save_checkpoint = True  # False: save only where the val loss is the best so far
+init_from = 'scratch'  # 'scratch', or 'resume' from out_dir's checkpoint
+wandb_log = False  # log to Weights & Biases too
+wandb_project = 'nanoretro'  # its project
+wandb_run_name = 'retro'  # its run
+# data
+train_datasets = []  # list of DatasetConfig (data/stream.py) or paths: what is trained on, and what populate reads
+val_datasets = []  # the same for evaluation
+tokenizer = 'gpt2'  # 'gpt2', or the path of a byte-level tokenizer.json
+gradient_accumulation_steps = 40  # micro-batches of a step, over all processes
+batch_size = 12  # sequences of a micro-batch
+block_size = 1024  # tokens of a sequence, a multiple of retrieval_chunk_size
+# model
+n_layer = 12  # decoder blocks
+n_head = 12  # attention heads
+n_embd = 768  # width
+dropout = 0.0  # 0 for pretraining, 0.1 or more for finetuning
+bias = False  # biases in linear layers and layer norms; GPT-2 has them
+# retrieval
+use_retrieval = True  # False: the GPT of the same decoder
+retrieval_layers = []  # blocks with chunked cross-attention, from 1; empty: every third from the 6th, and the last
+retrieval_chunk_size = 64  # tokens of a chunk
+retrieval_k_neighbors = 2  # neighbors of a chunk
+retrieval_encoder_layers = 2  # blocks of the neighbor encoder
+retrieval_embedding_model = 'sentence-transformers/all-mpnet-base-v2'  # a SentenceTransformer of the hub, or a folder
+retrieval_milvus_uri = 'out/milvus.db'  # a local file ending in .db (Milvus Lite), or a server's http(s) address
+retrieval_milvus_token = os.environ.get('MILVUS_TOKEN', '')  # user:password or API key; never printed, logged or saved
+retrieval_collection = 'chunks'  # name of the collection
+retrieval_index = 'IVF_FLAT'  # FLAT (exact), IVF_FLAT, HNSW (large collections on a server) or AUTOINDEX
+retrieval_prefetch_batches = 8  # batches whose neighbors are fetched together, ahead of the step
+# optimizer
+learning_rate = 6e-4  # the highest
+max_iters = 600000  # steps
+weight_decay = 1e-1  # of matrices and embeddings
+beta1 = 0.9  # AdamW's
+beta2 = 0.95  # AdamW's
+grad_clip = 1.0  # largest norm of the gradient; 0.0: any
+decay_lr = True  # warm up, then decay by a cosine; False: constant
+warmup_iters = 2000  # steps to the highest rate
+lr_decay_iters = 600000  # steps to the lowest
+min_lr = 6e-5  # the lowest
+# system
+backend = 'auto'  # of torch.distributed: 'auto' is nccl on GPUs and gloo on CPUs
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto' is the first GPU, or else the CPU
+dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; 'auto' is bfloat16 where the processor has it
+compile = True  # torch.compile; it needs a C++ compiler on CPUs
+seed = 1337  # of the weights and of the order of documents
+# end of settings
+
+INTERLEAVE = 64  # steps between two sequences of the same document
+PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40': 181e12, 'L4': 121e12, '4090': 165e12,
+              '3090': 71e12, 'V100': 125e12, 'T4': 65e12}  # dense half precision, by the vendors' data sheets
+
+
+def get_lr(it):
+    """Linear warmup, then cosine decay to min_lr."""
+    if not decay_lr:
+        return learning_rate
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    ratio = min(1.0, (it - warmup_iters) / max(1, lr_decay_iters - warmup_iters))
+    return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (learning_rate - min_lr)
+
+
+def pick_dtype(device_type):
+    if dtype != 'auto':
+        if dtype not in ('float32', 'bfloat16', 'float16'):
+            raise UserError(f"dtype {dtype!r} is none of 'auto', 'float32', 'bfloat16', 'float16'")
+        return dtype
+    if device_type == 'cuda':
+        return 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+    fast = device_type == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return 'bfloat16' if fast else 'float32'
+
+
+def keep_freed_memory():
+    """
+    glibc gives large blocks back to the system and has each of its pages made anew at the next step, which takes a
+    fifth of a small model's time on a CPU. Tell it to keep them.
+    """
+    try:
+        import ctypes
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    except OSError:
+        pass  # another C library
+
+
+def peak_flops(device_type, precision):
+    """The machine's peak FLOP/s: by data sheet for known GPUs, else what a large matrix product reaches."""
+    if device_type == 'cuda':
+        name = torch.cuda.get_device_name()
+        for known, flops in PEAK_FLOPS.items():
+            if known in name:
+                return flops
+    a = torch.randn(2048, 2048, device=device_type, dtype=getattr(torch, precision))
+    fastest = float('inf')
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * 2048 ** 3 / fastest
+
+
+def plain(settings):
+    """The settings as plain values, without secrets: for checkpoints and logs."""
+    return {key: [asdict(v) if is_dataclass(v) else v for v in value] if isinstance(value, list) else value
+            for key, value in settings.items() if not is_secret(key)}
+
+
+def save_atomically(save, path):
+    """Write beside and rename: the file is the old one or the whole new one, never a part."""
+    save(path + '.tmp')
+    os.replace(path + '.tmp', path)
+
+
+def summary(metrics_path):
+    """What a run came to, as a table, from its metrics.jsonl."""
+    with open(metrics_path) as file:
+        lines = [json.loads(line) for line in file]
+    last = [line for line in lines if 'val_bpb_off' in line][-1]
+    steps = [line for line in lines if 'loss' in line]
+    rows = [('steps', f'{last["iter"]:,}'), ('tokens', f'{last["tokens"]:,}')]
+    if 'val_bpb_on' in last:
+        gain = 1 - last['val_bpb_on'] / last['val_bpb_off']
+        rows += [('val bpb, retrieval on', f'{last["val_bpb_on"]:.4f}'),
+                 ('val bpb, retrieval off', f'{last["val_bpb_off"]:.4f}'), ('on is below off by', f'{gain:.2%}')]
+    else:
+        rows += [('val bpb', f'{last["val_bpb_off"]:.4f}')]
+    if steps:
+        rows += [('training rate, tokens/s', f'{sorted(s["tokens_per_s"] for s in steps)[len(steps) // 2]:,.0f}'),
+                 ('waited for retrieval, s', f'{sum(s["retrieval_wait_s"] for s in steps):.1f}')]
+    return '\n'.join(f'{name:<26} {value:>12}' for name, value in rows)
+
+
+def open_out_dir():
+    """Make out_dir, and keep an earlier run's files: UserError where it can't be written."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        probe = os.path.join(out_dir, 'ckpt.pt.tmp')
+        open(probe, 'wb').close()
+        os.remove(probe)
+    except OSError as error:
+        raise UserError(f'out_dir {out_dir!r} can not be written ({error.strerror}): name another one') from error
+    earlier = [name for name in ('ckpt.pt', 'metrics.jsonl', 'loss.png') if os.path.exists(f'{out_dir}/{name}')]
+    if init_from == 'scratch' and not eval_only and earlier:
+        os.makedirs(f'{out_dir}/previous', exist_ok=True)
+        for name in earlier:
+            os.replace(f'{out_dir}/{name}', f'{out_dir}/previous/{name}')
+        print(f'the earlier run in {out_dir} is now in {out_dir}/previous')
+
+
+def drop_metrics_after(path, it):
+    """A resumed run writes the lines after its checkpoint anew."""
+    if os.path.exists(path):
+        with open(path) as file:
+            kept = [line for line in file if json.loads(line)['iter'] <= it]
+
+        def save(beside):
+            with open(beside, 'w') as file:
+                file.writelines(kept)
+        save_atomically(save, path)
+
+
+def plot_metrics(metrics_path, plot_path):
+    """The loss curves of a metrics.jsonl, as a PNG."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    with open(metrics_path) as file:
+        lines = [json.loads(line) for line in file]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
+    steps = [line for line in lines if 'loss' in line]
+    left.plot([line['iter'] for line in steps], [line['loss'] for line in steps], lw=1, color='0.5', label='train loss')
+    left.set(xlabel='step', ylabel='nats per token')
+    for key, label, color in (('on', 'retrieval on', 'tab:blue'), ('off', 'retrieval off', 'tab:orange')):
+        points = [line for line in lines if f'val_bpb_{key}' in line]
+        left.plot([p['iter'] for p in points], [p[f'val_loss_{key}'] for p in points], 'o-', ms=3, color=color,
+                  label=f'val loss, {label}')
+        right.plot([p['iter'] for p in points], [p[f'val_bpb_{key}'] for p in points], 'o-', ms=3, color=color,
+                   label=f'val, {label}')
+        if points:
+            right.annotate(f'{points[-1][f"val_bpb_{key}"]:.3f}', (points[-1]['iter'], points[-1][f'val_bpb_{key}']),
+                           textcoords='offset points', xytext=(-4, 8 if key == 'off' else -14), ha='right', color=color)
+    right.set(xlabel='step', ylabel='bits per byte')
+    for axes in (left, right):
+        axes.legend(frameon=False)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(alpha=0.25)
+    save_atomically(lambda beside: figure.savefig(beside, dpi=130, format='png'), plot_path)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def evaluate(model, batches, token_bytes, context, reduce_sum):
+    """Val loss (nats a token) and bits per byte over the batches, with retrieval on (where there is any) and off."""
+    model.eval()
+    arms = ['off'] if batches[0].neighbors is None else ['on', 'off']
+    sums = torch.zeros(4, dtype=torch.float64)  # nats on, nats off, targets, bytes
+    for batch in batches:
+        real = batch.targets[batch.targets >= 0]
+        sums[2:] += torch.tensor([len(real), token_bytes[real].sum().item()])
+        for arm in arms:
+            neighbors = (batch.neighbors, batch.neighbor_mask) if arm == 'on' else (None, None)
+            with context:
+                _, loss = model(batch.tokens, batch.targets, *neighbors, batch.documents)
+            sums[('on', 'off').index(arm)] += loss.item() * len(real)
+    model.train()
+    on, off, count, size = reduce_sum(sums).tolist()
+    nats = {'on': on, 'off': off}
+    return ({f'val_loss_{arm}': nats[arm] / count for arm in arms}
+            | {f'val_bpb_{arm}': nats[arm] / math.log(2) / size for arm in arms})
+
+
+def main():
+    settings = load_settings(sys.argv[1:])
+    globals().update(settings)
+
+    # one process or many
+    ddp = int(os.environ.get('RANK', -1)) != -1
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    run_device = pick_device(device)
+    if ddp:
+        if run_device.startswith('cuda'):
+            run_device = f'cuda:{os.environ["LOCAL_RANK"]}'
+            torch.cuda.set_device(run_device)
+        dist.init_process_group(backend if backend != 'auto' else 'nccl' if 'cuda' in run_device else 'gloo')
+        if use_retrieval and '://' not in retrieval_milvus_uri:
+            raise UserError(f'retrieval_milvus_uri {retrieval_milvus_uri!r} is a local file, which serves one process, '
+                            f'and there are {world_size}: use a Milvus server')
+    if gradient_accumulation_steps % world_size:
+        raise UserError(f'gradient_accumulation_steps {gradient_accumulation_steps} must be a multiple of the '
+                        f'{world_size} processes')
+    micro_steps = gradient_accumulation_steps // world_size
+    master = rank == 0
+    device_type = run_device.split(':')[0]
+    precision = pick_dtype(device_type)
+    context = (torch.amp.autocast(device_type, dtype=getattr(torch, precision)) if precision != 'float32'
+               else nullcontext())
+    keep_freed_memory()
+    torch.manual_seed(seed + rank)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    def reduce_sum(tensor):
+        if ddp:
+            tensor = tensor.to(run_device) if 'cuda' in run_device else tensor
+            dist.all_reduce(tensor)
+        return tensor.cpu()
+
+    # the model's shape, and the checkpoint's where there is one: wrong settings are told before anything is loaded
+    encoding = load_tokenizer(tokenizer)
+    model_args = dict(block_size=block_size, vocab_size=-(-encoding.n_vocab // 64) * 64, n_layer=n_layer, n_head=n_head,
+                      n_embd=n_embd, dropout=dropout, bias=bias, use_retrieval=use_retrieval,
+                      retrieval_layers=retrieval_layers, retrieval_chunk_size=retrieval_chunk_size,
+                      retrieval_k_neighbors=retrieval_k_neighbors, retrieval_encoder_layers=retrieval_encoder_layers)
+    try:
+        model_config = RETROConfig(**model_args)
+        if block_size % retrieval_chunk_size:  # the data is on the chunk grid without retrieval too
+            raise ValueError(f'block_size {block_size} must be a multiple of retrieval_chunk_size '
+                             f'{retrieval_chunk_size}')
+    except ValueError as error:
+        raise UserError(f'{error}: correct the config') from error
+    model_args = asdict(model_config)
+    if init_from not in ('scratch', 'resume'):
+        raise UserError(f"init_from {init_from!r} is neither 'scratch' nor 'resume'")
+    checkpoint = None
+    if init_from == 'resume' or eval_only:
+        try:
+            checkpoint = load_checkpoint(os.path.join(out_dir, 'ckpt.pt'), run_device)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        made_with = checkpoint['model_args'] | {'vocabulary': checkpoint['vocabulary_hash']}
+        wanted = model_args | {'vocabulary': vocabulary_hash(encoding)}
+        differ = [f'{key} is {made_with.get(key)!r} there and {wanted[key]!r} in the run'
+                  for key in wanted if made_with.get(key) != wanted[key]]
+        if differ:
+            raise UserError(f'the checkpoint in {out_dir!r} is of another architecture ({"; ".join(differ)}): resume '
+                            f'with the settings that made it, or start another out_dir')
+
+    # data and retrieval; the val batches are fetched once
+    retriever = Retriever(settings, encoding, run_device) if use_retrieval else None
+    stream = SequenceStream(as_dataset_configs(train_datasets, 'train_datasets'), encoding, retrieval_chunk_size,
+                            block_size, batch_size, lanes=batch_size * gradient_accumulation_steps,
+                            first=rank * micro_steps * batch_size, count=micro_steps * batch_size,
+                            interleave=INTERLEAVE, seed=seed,
+                            state=checkpoint['ranks'][rank]['stream'] if init_from == 'resume' else None)
+    val_stream = SequenceStream(as_dataset_configs(val_datasets, 'val_datasets'), encoding, retrieval_chunk_size,
+                                block_size, batch_size, lanes=batch_size * world_size, first=rank * batch_size,
+                                count=batch_size)
+    if master:
+        open_out_dir()
+    if retriever and master:
+        print(f'retrieving from {retriever.size:,} chunks of {retrieval_collection!r} in {retrieval_milvus_uri}')
+    val_prefetcher = Prefetcher(val_stream, retriever, run_device, retrieval_prefetch_batches)
+    val_batches = list(itertools.islice(val_prefetcher, max(1, -(-eval_iters // world_size))))
+    val_prefetcher.close()
+    token_bytes = torch.tensor(token_byte_counts(encoding), device=run_device)
+
+    # model and optimizer
+    torch.manual_seed(seed)  # the same weights in every process, whatever was drawn before
+    model = RETRO(model_config)
+    if checkpoint:
+        model.load_state_dict(checkpoint['model'])
+    model.to(run_device)
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+    scaler = torch.amp.GradScaler(device_type, enabled=precision == 'float16')
+    it, best_val_loss = 0, float('inf')
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        scaler.load_state_dict(checkpoint['scaler'])
+        it, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
+    raw_model = model
+    if compile:
+        model = torch.compile(model)
+    if ddp:
+        model = DDP(model, device_ids=[run_device] if 'cuda' in run_device else None)
+    torch.manual_seed(seed + rank)
+    if checkpoint:
+        set_rng_state(checkpoint['ranks'][rank]['rng'])
+    checkpoint = None  # frees its memory
+
+    tokens_per_iter = batch_size * gradient_accumulation_steps * block_size
+    peak = peak_flops(device_type, precision) * world_size if master else 0
+    metrics_path = os.path.join(out_dir, 'metrics.jsonl')
+    if master:
+        print(f'{"RETRO" if use_retrieval else "GPT"} of {raw_model.num_parameters() / 1e6:.2f} M parameters on '
+              f'{world_size} x {run_device}, {precision} | {tokens_per_iter:,} tokens a step, {max_iters:,} steps | '
+              f'{raw_model.flops_per_token() / 1e6:.1f} MFLOP a token')
+        if init_from == 'resume':
+            drop_metrics_after(metrics_path, it)
+    wandb_run = None
+    if wandb_log and master:
+        import wandb
+        wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=plain(settings))
+    show_bar = master and sys.stderr.isatty() and not eval_only
+    bar = tqdm(total=max_iters, initial=it, unit='step', disable=not show_bar, dynamic_ncols=True)
+
+    def log(**values):
+        with open(metrics_path, 'a') as file:
+            file.write(json.dumps(values) + '\n')
+        if wandb_run:
+            wandb_run.log(values, step=values['iter'])
+
+    def say(message):
+        if show_bar:
+            bar.write(message)
+        else:
+            print(message, flush=True)
+
+    def save_checkpoint(stream_state):
+        own = dict(stream=stream_state, rng=get_rng_state())
+        ranks = [own] * world_size
+        if ddp:
+            dist.all_gather_object(ranks, own)
+        if master:
+            state = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                         model_args=model_args, vocabulary_hash=vocabulary_hash(encoding), config=plain(settings),
+                         iter_num=it, best_val_loss=best_val_loss, ranks=ranks)
+            save_atomically(lambda beside: torch.save(state, beside), os.path.join(out_dir, 'ckpt.pt'))
+
+    prefetcher = Prefetcher(stream, retriever, run_device, retrieval_prefetch_batches) if not eval_only else None
+    stream_state = stream.state()
+    evaluated_at = it if init_from == 'resume' and not eval_only else None  # its checkpoint was made right after
+    seconds, waited, losses, since = 0.0, 0.0, [], it
+    try:
+        while True:
+            if (it % eval_interval == 0 or it == max_iters or eval_only) and it != evaluated_at:
+                values = evaluate(model, val_batches, token_bytes, context, reduce_sum)
+                if master:
+                    if not eval_only:
+                        log(iter=it, tokens=it * tokens_per_iter, **values)
+                    say(f'step {it}: ' + ', '.join(f'{key} {value:.4f}' for key, value in values.items()))
+                loss_now = values.get('val_loss_on', values['val_loss_off'])
+                if not eval_only and it > 0 and (always_save_checkpoint or loss_now < best_val_loss):
+                    best_val_loss = min(best_val_loss, loss_now)
+                    save_checkpoint(stream_state)
+            if it >= max_iters or eval_only:
+                break
+
+            start = time.perf_counter()
+            lr = get_lr(it)
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+            step_loss = 0.0
+            for micro_step in range(micro_steps):
+                batch = next(prefetcher)
+                if ddp:  # gradients meet in the last micro-step alone
+                    model.require_backward_grad_sync = micro_step == micro_steps - 1
+                with context:
+                    _, loss = model(batch.tokens, batch.targets, batch.neighbors, batch.neighbor_mask, batch.documents)
+                    loss = loss / micro_steps
+                scaler.scale(loss).backward()
+                step_loss += loss.detach()
+            if grad_clip:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            stream_state = batch.state
+            it += 1
+            losses.append(step_loss)
+            if it % log_interval == 0 or it == max_iters:
+                loss = reduce_sum(torch.stack(losses).mean().double()).item() / world_size
+                seconds += time.perf_counter() - start
+                rate = tokens_per_iter * (it - since) / seconds
+                if master:
+                    waiting = prefetcher.waited - waited
+                    log(iter=it, tokens=it * tokens_per_iter, loss=loss, lr=lr, tokens_per_s=rate,
+                        retrieval_wait_s=waiting, mfu=raw_model.estimate_mfu(rate, peak))
+                    if show_bar:
+                        bar.set_postfix_str(f'loss {loss:.3f}, {rate:,.0f} tokens/s, waited {waiting:.1f} s')
+                    else:
+                        say(f'step {it}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tokens/s, mfu '
+                            f'{raw_model.estimate_mfu(rate, peak):.1%}, waited for retrieval {waiting:.2f} s')
+                seconds, waited, losses, since = 0.0, prefetcher.waited, [], it
+            else:
+                seconds += time.perf_counter() - start
+            bar.update()
+    finally:
+        bar.close()
+        if prefetcher:
+            prefetcher.close()
+        if retriever:
+            retriever.close()
+    if master and not eval_only:
+        plot_metrics(metrics_path, os.path.join(out_dir, 'loss.png'))
+        print(f'ckpt.pt, metrics.jsonl and loss.png are in {out_dir}\n\n{summary(metrics_path)}')
+    if wandb_run:
+        wandb_run.finish()
+    if ddp:
+        dist.destroy_process_group()
+
+
+def get_rng_state():
+    """The state of torch's generators, as tensors."""
+    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+
+
+def set_rng_state(state):
+    torch.set_rng_state(state['cpu'].cpu())
+    if state['cuda'] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'].cpu())
+
+
+if __name__ == '__main__':
+    with user_errors_as_one_line():
+        main()
