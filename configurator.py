@@ -126,8 +126,8 @@ def check_type(key, value, default, where):
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if type(value) is not type(default):
-        shown = '(hidden)' if is_secret(key) else repr(value)
-        raise UserError(f'{key} in {where} must be of type {type(default).__name__}, such as {default!r}, '
+        example, shown = ('(hidden)',) * 2 if is_secret(key) else (repr(default), repr(value))
+        raise UserError(f'{key} in {where} must be of type {type(default).__name__}, such as {example}, '
                         f'but is {shown} of type {type(value).__name__}')
     return value
 

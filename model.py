@@ -317,11 +317,12 @@ class RETRO(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, retrieve=None, temperature=1.0, top_k=None, end_of_text=None,
-                 generator=None):
+                 vocabulary=None, generator=None):
         """
         Continue tokens (B, T), which start on the chunk grid, by up to max_new_tokens each: (B, T + n). `retrieve`
         takes each newly completed chunk, (B, 1, C), once, and gives its neighbors (B, 1, K, R) and their mask.
-        Temperature 0 takes the most likely token. Stops early when all have come to `end_of_text`.
+        Temperature 0 takes the most likely token. Stops early when all have come to `end_of_text`. Ids from
+        `vocabulary` on, which pad the embedding, are never chosen.
         """
         C, block_size = self.config.retrieval_chunk_size, self.config.block_size
         neighbors, masks = [], []
@@ -336,7 +337,7 @@ class RETRO(nn.Module):
             window = tokens[:, first * C:]
             seen = neighbors[first:]
             x = self.hidden(window, torch.cat(seen, 1) if seen else None, torch.cat(masks[first:], 1) if seen else None)
-            logits = self.lm_head(x[:, -1]).float()
+            logits = self.lm_head(x[:, -1])[:, :vocabulary].float()
             if temperature == 0:
                 next_token = logits.argmax(-1, keepdim=True)
             else:

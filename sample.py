@@ -40,7 +40,8 @@ def read_start(start):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument('--out_dir', default='out', help='folder of the checkpoint (default: %(default)s)')
     parser.add_argument('--start', default='\n', help='the prompt, or FILE:path of one (default: a line end)')
     parser.add_argument('--num_samples', type=int, default=1, help='how many (default: %(default)s)')
@@ -94,7 +95,7 @@ def sample(arguments, start, model, tokenizer, retriever, device):
 
     generator = torch.Generator(device).manual_seed(arguments.seed)
     tokens = model.generate(tokens, arguments.max_new_tokens, retrieve if retriever else None, arguments.temperature,
-                            arguments.top_k, tokenizer.eot_token, generator)
+                            arguments.top_k, tokenizer.eot_token, tokenizer.n_vocab, generator)
     for number, sequence in enumerate(tokens.tolist()):
         new = sequence[len(prompt):]
         end = len(prompt) + (new.index(tokenizer.eot_token) if tokenizer.eot_token in new else len(new))

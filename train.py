@@ -237,6 +237,8 @@ def evaluate(model, batches, token_bytes, context, reduce_sum):
     sums = torch.zeros(4, dtype=torch.float64)  # nats on, nats off, targets, bytes
     for batch in batches:
         real = batch.targets[batch.targets >= 0]
+        if not len(real):
+            continue
         sums[2:] += torch.tensor([len(real), token_bytes[real].sum().item()])
         for arm in arms:
             neighbors = (batch.neighbors, batch.neighbor_mask) if arm == 'on' else (None, None)

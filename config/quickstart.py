@@ -3,7 +3,7 @@ from data.stream import DatasetConfig
 
 out_dir = 'out/quickstart'
 eval_interval = 200
-eval_iters = 80  # about half of val
+eval_iters = 40
 log_interval = 10
 
 train_datasets = [DatasetConfig('data/python_source/train.parquet')]
@@ -22,10 +22,11 @@ retrieval_encoder_layers = 1
 retrieval_embedding_model = 'out/static_embedding'
 retrieval_milvus_uri = 'out/milvus.db'
 retrieval_collection = 'python_source'
+retrieval_prefetch_batches = 16
 
-learning_rate = 2e-3
-min_lr = 2e-4
-max_iters = 800
+learning_rate = 3e-3
+min_lr = 3e-4
+max_iters = 600
 lr_decay_iters = max_iters
 warmup_iters = 60
 compile = False  # needs a C++ compiler

@@ -29,7 +29,7 @@ def load_tokenizer(name):
             raise UserError(f"tokenizer 'gpt2' could not be downloaded ({type(error).__name__}): connect once, or set "
                             f'TIKTOKEN_CACHE_DIR to a folder that holds its two files') from error
     if not os.path.isfile(name):
-        raise UserError(f"no tokenizer {name!r}: use 'gpt2', or make the corpus (and its tokenizer) first, for one with "
+        raise UserError(f"no tokenizer {name!r}: use 'gpt2', or make the corpus and its tokenizer first, for one with "
                         f'python data/python_source/prepare.py')
     with open(name, encoding='utf-8') as file:
         saved = json.load(file)

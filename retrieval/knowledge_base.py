@@ -109,7 +109,8 @@ class KnowledgeBase:
     def count(self):
         """Number of rows."""
         with milvus_errors(self.uri):
-            return int(self.client.query(self.collection, filter='', output_fields=['count(*)'])[0]['count(*)'])
+            return int(self.client.query(self.collection, filter='', output_fields=['count(*)'],
+                                         consistency_level='Strong')[0]['count(*)'])
 
     def tokens_by_id(self, ids):
         """{id: tokens} of those of the ids (n,) that the collection has."""
@@ -117,7 +118,7 @@ class KnowledgeBase:
             return {}
         with milvus_errors(self.uri):
             rows = self.client.query(self.collection, filter=f'id in {[int(i) for i in ids]}',
-                                     output_fields=['id', 'tokens'])
+                                     output_fields=['id', 'tokens'], consistency_level='Strong')
         return {row['id']: row['tokens'] for row in rows}
 
     def upsert(self, rows):

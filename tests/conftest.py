@@ -74,7 +74,8 @@ def prepared(tmp_path_factory):
     library = Path(os.__file__).parent
     for split, names in (('train', TRAIN), ('val', VAL)):
         texts = [(library / f'{name}.py').read_text() for name in names]
-        pq.write_table(pa.table({'id': [n.replace('/', '.') for n in names], 'text': texts}), folder / f'{split}.parquet')
+        ids = [name.replace('/', '.') for name in names]
+        pq.write_table(pa.table({'id': ids, 'text': texts}), folder / f'{split}.parquet')
         if split == 'train':
             train_tokenizer(texts, 1024).save(str(folder / 'tokenizer.json'))
     (folder / 'config.py').write_text(CONFIG)

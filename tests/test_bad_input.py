@@ -21,7 +21,8 @@ def files(folder):
     (['--n_layr=3'], "unknown config key 'n_layr' in the command line: did you mean 'n_layer'?"),
     (['--n_layer=x'], "n_layer in the command line must be of type int, such as 12, but is 'x' of type str"),
     (['nowhere.py'], "no config file 'nowhere.py'"),
-    ([f'--block_size={4 * CHUNK + 1}'], f'block_size {4 * CHUNK + 1} must be a multiple of retrieval_chunk_size {CHUNK}'),
+    ([f'--block_size={4 * CHUNK + 1}'],
+     f'block_size {4 * CHUNK + 1} must be a multiple of retrieval_chunk_size {CHUNK}'),
     (['--retrieval_layers=[1, 3]'], 'retrieval_layers [1, 3] must be numbers from 1 to n_layer 2, but [3] are not'),
     (['--retrieval_embedding_model=nowhere'], "no embedding model 'nowhere'"),
     (['--retrieval_index=FLAT'], "index: it has 'IVF_FLAT', the run 'FLAT'"),
@@ -41,6 +42,13 @@ def test_it_is_one_clear_line_and_exit_code_2_and_nothing_is_written(workspace, 
     assert files(workspace) == before and not (workspace / 'other.db').exists()
 
 
+def test_a_local_database_is_not_shared_by_several_processes(workspace):
+    answer = run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py', 'config.py',
+                 folder=workspace, check=False)
+    assert answer.returncode
+    assert "'milvus.db' is a local file, which serves one process, and there are 2" in answer.stderr
+
+
 def test_a_checkpoint_of_another_architecture_is_not_resumed_and_not_lost(workspace):
     run(ROOT / 'train.py', 'config.py', '--max_iters=1', '--use_retrieval=False', folder=workspace)
     kept = (workspace / 'out/ckpt.pt').read_bytes()
@@ -52,4 +60,5 @@ def test_a_checkpoint_of_another_architecture_is_not_resumed_and_not_lost(worksp
     answer = run(ROOT / 'train.py', 'config.py', '--init_from=resume', folder=workspace, check=False)
     assert answer.returncode == 2 and 'is of another architecture' in answer.stderr
     (workspace / 'out/ckpt.pt').write_bytes(kept)
-    run(ROOT / 'train.py', 'config.py', '--init_from=resume', '--max_iters=2', '--use_retrieval=False', folder=workspace)
+    run(ROOT / 'train.py', 'config.py', '--init_from=resume', '--max_iters=2', '--use_retrieval=False',
+        folder=workspace)

@@ -44,6 +44,7 @@ def test_ids_are_the_same_in_another_process_and_differ_by_source_document_and_p
                             env={'PYTHONHASHSEED': '5'})
     assert answer.stdout.strip() == str(ours)
     assert ours[0] == 4551564639837839792  # what collections out there hold
-    others = {hash64('a', 'b', 0), hash64('a', 'b', 1), hash64('a', 'c', 0), hash64('ab', '', 0), document_hash('a', 'b')}
+    others = {hash64('a', 'b', 0), hash64('a', 'b', 1), hash64('a', 'c', 0), hash64('ab', '', 0),
+              document_hash('a', 'b')}
     assert len(others) == 5 and all(-2 ** 63 <= h < 2 ** 63 for h in others)
     assert (chunk_hashes('a', 'b', 1, 3) == chunk_hashes('a', 'b', 0, 3)[1:]).all()

@@ -128,7 +128,8 @@ def test_a_local_file_that_another_process_has_open_is_named(knowledge_base, uri
 
     from tests.conftest import ROOT
     code = ('import sys; from retrieval.knowledge_base import *; from configurator import *\n'
-            'with user_errors_as_one_line(): KnowledgeBase(sys.argv[1], "", "chunks", Metadata("", "", 1, "", "", 1, "FLAT"))')
+            'with user_errors_as_one_line():\n'
+            '    KnowledgeBase(sys.argv[1], "", "chunks", Metadata("", "", 1, "", "", 1, "FLAT"))')
     answer = subprocess.run([sys.executable, '-c', code, uri], cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode == 2 and 'another process has it open' in answer.stderr
     assert answer.stderr.count('\n') == 1

@@ -261,6 +261,7 @@ def test_generate_is_the_same_for_the_same_seed_and_stops_at_the_end_of_text():
     start = torch.randint(V, (2, 2))
     a, b, c = (model.generate(start, 8, top_k=10, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1))
     assert (a == b).all() and not (a == c).all()
+    assert model.generate(start, 40, vocabulary=3)[:, 2:].max() < 3
     model.lm_head.weight.data.zero_()  # the tied embedding too: every logit is 0, and argmax is token 0
     assert model.generate(start, 8, temperature=0, end_of_text=0).shape == (2, 3)
 

@@ -80,7 +80,7 @@ def test_a_document_that_fills_the_first_hundred_hits_leaks_nothing_and_hides_no
     settings = settings | dict(retrieval_collection='crowded')
     first = Retriever(settings | dict(retrieval_collection='chunks'), tokenizer)
     knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), first.embedder, create=True)
-    text = (tokenizer.encode_ordinary('def read_the_file(path): return open(path).read()  # again and again') * 2)[:CHUNK]
+    text = tokenizer.encode_ordinary('def read_the_file(path): return open(path).read()  # again and again' * 2)[:CHUNK]
     near = first.embedder.embed([tokenizer.decode(text)])[0]
     far = first.embedder.embed(['import sys\nsys.exit(1)', 'class Calendar: months'])
     rows = [dict(id=i, doc_id=1, position=i, document='own', text='', tokens=text, embedding=near) for i in range(200)]

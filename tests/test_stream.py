@@ -86,7 +86,8 @@ def test_a_resumed_stream_gives_the_batches_of_one_that_never_stopped(prepared, 
 def test_ranks_and_micro_batches_share_the_sequences_of_one_process(prepared, tokenizer):
     whole = make_stream(prepared, tokenizer, batch_size=4, interleave=2)
     micro = make_stream(prepared, tokenizer, batch_size=2, lanes=4, interleave=2)
-    ranks = [make_stream(prepared, tokenizer, batch_size=2, lanes=4, first=r * 2, count=2, interleave=2) for r in (0, 1)]
+    ranks = [make_stream(prepared, tokenizer, batch_size=2, lanes=4, first=first, count=2, interleave=2)
+             for first in (0, 2)]
     for _ in range(10):
         expected = next(whole).chunk_ids
         assert (np.concatenate([next(micro).chunk_ids, next(micro).chunk_ids]) == expected).all()

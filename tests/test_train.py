@@ -115,8 +115,8 @@ def test_bits_per_byte_counts_the_utf8_bytes_of_the_text_and_not_its_tokens(prep
     block_size = CHUNK * longest
     stream = SequenceStream([DatasetConfig(str(tmp_path / 'val.parquet'))], tokenizer, CHUNK, block_size, 2)
     prefetcher = Prefetcher(stream, None, 'cpu')
-    model = RETRO(RETROConfig(block_size=block_size, vocab_size=1024, n_layer=1, n_head=1, n_embd=8, use_retrieval=False,
-                              retrieval_chunk_size=CHUNK))
+    model = RETRO(RETROConfig(block_size=block_size, vocab_size=1024, n_layer=1, n_head=1, n_embd=8,
+                              use_retrieval=False, retrieval_chunk_size=CHUNK))
     torch.nn.init.zeros_(model.lm_head.weight)  # every token equally likely
     batch = next(prefetcher)
     prefetcher.close()
@@ -151,8 +151,8 @@ def test_bfloat16_trains_on_this_processor_where_it_is_fast(workspace):
 
 def test_torchrun_trains_a_gpt_on_two_processes_with_the_losses_of_one(workspace):
     common = ['config.py', '--use_retrieval=False', '--max_iters=4', '--grad_clip=0.0', '--eval_iters=2']
-    run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py', *common, '--out_dir=two',
-        folder=workspace)
+    run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py', *common,
+        '--out_dir=two', folder=workspace)
     run(ROOT / 'train.py', *common, '--out_dir=one', folder=workspace)
     one, two = losses(workspace, 'one')[0], losses(workspace, 'two')[0]
     assert two == pytest.approx(one, rel=1e-4)

@@ -1,0 +1,66 @@
+"""The quickstart's corpus, made from this machine's Python source in a copy of the project's folder."""
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+
+from data.python_source import prepare
+from tests.conftest import ROOT, run
+
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('copy')
+    shutil.copy(ROOT / 'configurator.py', folder)
+    shutil.copytree(ROOT / 'data', folder / 'data', ignore=shutil.ignore_patterns('*.parquet', 'tokenizer.json'))
+    return folder
+
+
+def prepare_in(copy, *arguments, **options):
+    return run('data/python_source/prepare.py', *arguments, folder=copy, env={'PYTHONPATH': ''}, **options)
+
+
+def test_documents_are_split_by_their_id_and_hold_no_tests_or_copies(copy):
+    answer = prepare_in(copy, '--max_mb=3')
+    folder = copy / 'data/python_source'
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == ['prepare.py', 'tokenizer.json',
+                                                                                'train.parquet', 'val.parquet']
+    train, val = (pq.read_table(folder / f'{name}.parquet').to_pylist() for name in ('train', 'val'))
+    ids, texts = zip(*[(row['id'], row['text']) for row in train + val], strict=True)
+    assert len(set(ids)) == len(ids) > 50 and len(set(texts)) == len(texts)
+    assert not [i for i in ids if {'test', 'tests', '_vendor'} & set(i.split('.'))]
+    assert all(prepare.is_val(row['id']) for row in val) and not any(prepare.is_val(row['id']) for row in train)
+    size = sum(len(text.encode()) for text in texts)
+    assert 3e6 <= size < 3.6e6
+    for said in ('documents', 'bytes', 'tokens', 'chunks', 'padding', f'{len(train):,}', 'undecodable', 'duplicate'):
+        assert said in answer.stdout
+
+
+def test_too_little_to_split_is_one_clear_line_and_leaves_what_was_there(copy):
+    before = {path.name: path.read_bytes() for path in (copy / 'data/python_source').glob('*.*')}
+    answer = prepare_in(copy, '--max_mb=0', check=False)
+    assert answer.returncode == 2 and '0 train and 0 val documents: ask for more' in answer.stderr
+    assert {path.name: path.read_bytes() for path in (copy / 'data/python_source').glob('*.*')} == before
+
+
+def test_what_is_left_out_is_counted_by_reason(tmp_path, monkeypatch):
+    contents = dict(good=b'x = 1\n', copy=b'\nx = 1\n', latin=b'# caf\xe9\n', empty=b'\n', table=b'1, ' * 999,
+                    made=b'# This file was automatically generated from y\nz = 2\n', other='é = 2\r\n'.encode())
+    files = []
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        files.append((name, str(tmp_path / name)))
+    monkeypatch.setattr(prepare, 'source_files', lambda: files)
+    documents, left_out = prepare.read_documents(1e9)
+    assert left_out == dict(undecodable=1, generated=2, duplicate=1, empty=1)
+    texts = dict(documents)
+    assert texts.pop('other') == 'é = 2\n' and list(texts.values()) in (['x = 1\n'], ['\nx = 1\n'])
+
+
+@pytest.mark.parametrize('path, left_out', [
+    ('numpy/tests/test_x.py', True), ('test/support.py', True), ('a/test_b.py', True), ('a/b_test.py', True),
+    ('a/conftest.py', True), ('pip/_vendor/rich/a.py', True), ('setuptools/_vendor/b.py', True), ('a_pb2.py', True),
+    ('a/contest.py', False), ('unittest/case.py', False), ('a/latest/b.py', False), ('vendors.py', False)])
+def test_tests_vendored_and_generated_files_are_known_by_their_path(path, left_out):
+    patterns = (prepare.TESTS, prepare.VENDORED, prepare.GENERATED_NAME)
+    assert any(pattern.search(path) for pattern in patterns) == left_out
