@@ -8,6 +8,7 @@ PY = .venv/bin/python
 CORPUS = data/python_source
 RUN = out/quickstart
 
+.DELETE_ON_ERROR:
 .PHONY: quickstart test lint clean
 
 # Set-up: one stamp a requirements file, so that a second call does nothing and a changed file is installed.
@@ -15,15 +16,16 @@ RUN = out/quickstart
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || { \
 	    $(PYTHON) --version; echo "error: nanoRETRO needs Python 3.10 to 3.12; name one: make PYTHON=python3.12 ..."; exit 2; }
 	@test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo 'installing the packages of requirements.txt into .venv (a minute or two, 2 GB)'
+	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 .venv/installed-dev: requirements-dev.txt .venv/installed
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 # The quickstart, step by step; each is done once. An interrupted training goes on from its checkpoint.
-$(CORPUS)/train.parquet: .venv/installed
+$(CORPUS)/train.parquet: | .venv/installed
 	$(PY) $(CORPUS)/prepare.py
 
 out/static_embedding/modules.json: $(CORPUS)/train.parquet

@@ -67,8 +67,8 @@ def defaults_and_comments():
 def run_config(path, settings):
     """Run a config file and return what it sets."""
     if not os.path.isfile(path):
-        raise UserError(f'no config file {path!r}: give the path of a Python file, such as config/quickstart.py, '
-                        f'or --key=value')
+        raise UserError(f'no config file {path.partition("=")[0]!r}: give the path of a Python file, such as '
+                        f'config/quickstart.py, or --key=value')
     names = {'__file__': os.path.abspath(path), '__name__': 'config'}
     with open(path, encoding='utf-8') as file:
         try:
@@ -95,8 +95,8 @@ def parse_flag(argument, settings):
     """`--key=value` to {key: value}. The value is a Python literal; a setting that is a string takes it as it is."""
     match = re.fullmatch(r'--([A-Za-z_]\w*)=(.*)', argument, re.DOTALL)
     if not match:
-        raise UserError(f'argument {argument!r} is neither a config file nor --key=value: write --key=value '
-                        f'without spaces around the =')
+        raise UserError(f'argument {argument.partition("=")[0]!r} is neither a config file nor --key=value: write '
+                        f'--key=value without spaces around the =')
     key, text = match.groups()
     check_key(key, settings, 'the command line')
     value = text

@@ -66,6 +66,10 @@ def main():
     except ValueError as error:
         raise UserError(str(error)) from error
     settings = load_settings(overrides, given=checkpoint['config'])
+    changed = [key for key in checkpoint['model_args'] if key != 'retrieval_k_neighbors'
+               and key in settings and settings[key] != checkpoint['config'].get(key)]
+    if changed:
+        raise UserError(f'{", ".join(changed)} can not be changed after training: leave it out')
     device = pick_device(settings['device'])
     tokenizer = load_tokenizer(settings['tokenizer'])
     if vocabulary_hash(tokenizer) != checkpoint['vocabulary_hash']:
@@ -75,7 +79,7 @@ def main():
     model = RETRO(RETROConfig(**checkpoint['model_args']))
     model.load_state_dict(checkpoint['model'])
     model.eval().to(device)
-    retriever = Retriever(settings, tokenizer) if settings['use_retrieval'] and arguments.retrieval == 'on' else None
+    retriever = Retriever(settings, tokenizer) if model.config.use_retrieval and arguments.retrieval == 'on' else None
     with contextlib.closing(retriever) if retriever else contextlib.nullcontext():
         sample(arguments, start, model, tokenizer, retriever, device)
 

@@ -78,7 +78,7 @@ lr_decay_iters = 600000  # steps to the lowest
 min_lr = 6e-5  # the lowest
 # system
 backend = 'auto'  # of torch.distributed: 'auto' is nccl on GPUs and gloo on CPUs
-device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto' is the first GPU, or else the CPU
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1'; 'auto' is the first GPU, or else the CPU
 dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; 'auto' is bfloat16 where the processor has it
 compile = True  # torch.compile; it needs a C++ compiler on CPUs
 seed = 1337  # of the weights and of the order of documents
@@ -172,7 +172,7 @@ def summary(metrics_path):
 
 
 def open_out_dir():
-    """Make out_dir, and keep an earlier run's files: UserError where it can't be written."""
+    """Make out_dir. UserError where it can't be written."""
     try:
         os.makedirs(out_dir, exist_ok=True)
         probe = os.path.join(out_dir, 'ckpt.pt.tmp')
@@ -180,19 +180,24 @@ def open_out_dir():
         os.remove(probe)
     except OSError as error:
         raise UserError(f'out_dir {out_dir!r} can not be written ({error.strerror}): name another one') from error
+
+
+def set_earlier_run_aside():
+    """Move what an earlier run left in out_dir into a folder of its own."""
     earlier = [name for name in ('ckpt.pt', 'metrics.jsonl', 'loss.png') if os.path.exists(f'{out_dir}/{name}')]
-    if init_from == 'scratch' and not eval_only and earlier:
-        os.makedirs(f'{out_dir}/previous', exist_ok=True)
+    if earlier:
+        number = next(n for n in itertools.count(1) if not os.path.exists(f'{out_dir}/previous-{n}'))
+        os.makedirs(f'{out_dir}/previous-{number}')
         for name in earlier:
-            os.replace(f'{out_dir}/{name}', f'{out_dir}/previous/{name}')
-        print(f'the earlier run in {out_dir} is now in {out_dir}/previous')
+            os.replace(f'{out_dir}/{name}', f'{out_dir}/previous-{number}/{name}')
+        print(f'the earlier run in {out_dir} is now in {out_dir}/previous-{number}')
 
 
 def drop_metrics_after(path, it):
     """A resumed run writes the lines after its checkpoint anew."""
     if os.path.exists(path):
         with open(path) as file:
-            kept = [line for line in file if json.loads(line)['iter'] <= it]
+            kept = [line for line in file if line.endswith('}\n') and json.loads(line)['iter'] <= it]
 
         def save(beside):
             with open(beside, 'w') as file:
@@ -255,6 +260,11 @@ def evaluate(model, batches, token_bytes, context, reduce_sum):
 def main():
     settings = load_settings(sys.argv[1:])
     globals().update(settings)
+    sys.argv = [a for a in sys.argv if not is_secret(a.partition('=')[0])]  # wandb would log it
+    for key in ('eval_interval', 'eval_iters', 'log_interval', 'gradient_accumulation_steps', 'batch_size',
+                'block_size', 'n_layer', 'n_head', 'n_embd', 'retrieval_chunk_size', 'retrieval_prefetch_batches'):
+        if settings[key] < 1:
+            raise UserError(f'{key} must be at least 1, but is {settings[key]}')
 
     # one process or many
     ddp = int(os.environ.get('RANK', -1)) != -1
@@ -265,7 +275,7 @@ def main():
             run_device = f'cuda:{os.environ["LOCAL_RANK"]}'
             torch.cuda.set_device(run_device)
         dist.init_process_group(backend if backend != 'auto' else 'nccl' if 'cuda' in run_device else 'gloo')
-        if use_retrieval and '://' not in retrieval_milvus_uri:
+        if use_retrieval and world_size > 1 and '://' not in retrieval_milvus_uri:
             raise UserError(f'retrieval_milvus_uri {retrieval_milvus_uri!r} is a local file, which serves one process, '
                             f'and there are {world_size}: use a Milvus server')
     if gradient_accumulation_steps % world_size:
@@ -312,18 +322,23 @@ def main():
         made_with = checkpoint['model_args'] | {'vocabulary': checkpoint['vocabulary_hash']}
         wanted = model_args | {'vocabulary': vocabulary_hash(encoding)}
         differ = [f'{key} is {made_with.get(key)!r} there and {wanted[key]!r} in the run'
-                  for key in wanted if made_with.get(key) != wanted[key]]
+                  for key in wanted if made_with.get(key) != wanted[key]
+                  and key not in ('dropout', 'retrieval_k_neighbors')]  # no weight depends on these
         if differ:
             raise UserError(f'the checkpoint in {out_dir!r} is of another architecture ({"; ".join(differ)}): resume '
                             f'with the settings that made it, or start another out_dir')
+        if not eval_only and len(checkpoint['ranks']) != world_size:
+            raise UserError(f'the checkpoint in {out_dir!r} was made by {len(checkpoint["ranks"])} processes, and '
+                            f'there are {world_size}: resume with as many')
 
     # data and retrieval; the val batches are fetched once
     retriever = Retriever(settings, encoding, run_device) if use_retrieval else None
+    resumed = init_from == 'resume' and not eval_only
     stream = SequenceStream(as_dataset_configs(train_datasets, 'train_datasets'), encoding, retrieval_chunk_size,
                             block_size, batch_size, lanes=batch_size * gradient_accumulation_steps,
                             first=rank * micro_steps * batch_size, count=micro_steps * batch_size,
                             interleave=INTERLEAVE, seed=seed,
-                            state=checkpoint['ranks'][rank]['stream'] if init_from == 'resume' else None)
+                            state=checkpoint['ranks'][rank]['stream'] if resumed else None)
     val_stream = SequenceStream(as_dataset_configs(val_datasets, 'val_datasets'), encoding, retrieval_chunk_size,
                                 block_size, batch_size, lanes=batch_size * world_size, first=rank * batch_size,
                                 count=batch_size)
@@ -354,20 +369,22 @@ def main():
         model = torch.compile(model)
     if ddp:
         model = DDP(model, device_ids=[run_device] if 'cuda' in run_device else None)
+    peak = peak_flops(device_type, precision) * world_size if master else 0
     torch.manual_seed(seed + rank)
-    if checkpoint:
+    if resumed:
         set_rng_state(checkpoint['ranks'][rank]['rng'])
     checkpoint = None  # frees its memory
 
     tokens_per_iter = batch_size * gradient_accumulation_steps * block_size
-    peak = peak_flops(device_type, precision) * world_size if master else 0
     metrics_path = os.path.join(out_dir, 'metrics.jsonl')
     if master:
         print(f'{"RETRO" if use_retrieval else "GPT"} of {raw_model.num_parameters() / 1e6:.2f} M parameters on '
               f'{world_size} x {run_device}, {precision} | {tokens_per_iter:,} tokens a step, {max_iters:,} steps | '
               f'{raw_model.flops_per_token() / 1e6:.1f} MFLOP a token')
-        if init_from == 'resume':
+        if resumed:
             drop_metrics_after(metrics_path, it)
+        elif not eval_only:
+            set_earlier_run_aside()
     wandb_run = None
     if wandb_log and master:
         import wandb
@@ -400,7 +417,7 @@ def main():
 
     prefetcher = Prefetcher(stream, retriever, run_device, retrieval_prefetch_batches) if not eval_only else None
     stream_state = stream.state()
-    evaluated_at = it if init_from == 'resume' and not eval_only else None  # its checkpoint was made right after
+    evaluated_at = it if resumed else None  # its checkpoint was made right after
     seconds, waited, losses, since = 0.0, 0.0, [], it
     try:
         while True:
@@ -441,7 +458,7 @@ def main():
             it += 1
             losses.append(step_loss)
             if it % log_interval == 0 or it == max_iters:
-                loss = reduce_sum(torch.stack(losses).mean().double()).item() / world_size
+                loss = reduce_sum(torch.stack(losses).mean().cpu().double()).item() / world_size
                 seconds += time.perf_counter() - start
                 rate = tokens_per_iter * (it - since) / seconds
                 if master:
@@ -457,6 +474,11 @@ def main():
             else:
                 seconds += time.perf_counter() - start
             bar.update()
+    except UserError:  # the knowledge base has gone: nothing of the finished steps is lost
+        if world_size == 1 and it > 0 and not eval_only:
+            save_checkpoint(stream_state)
+            say(f'saved a checkpoint at step {it}: go on from it with --init_from=resume')
+        raise
     finally:
         bar.close()
         if prefetcher:

@@ -29,7 +29,7 @@ class DatasetConfig:
     split: str = 'train'  # split of a hub's dataset or of a saved folder that has several
     weight: float = 1.0  # share of the documents drawn, relative to the other datasets of the list
     text_field: str = 'text'  # column that holds the document
-    id_field: str = 'id'  # column that names the document; without it, its row number does
+    id_field: str = 'id'  # column that names the document; without it, its file and row number do
     source: str = ''  # what the ids are unique in; default: the file's folder, or the dataset's name
 
     def __post_init__(self):
@@ -106,13 +106,15 @@ def open_dataset(config):
 
 def read_document(rows, index, config):
     row = rows[int(index)]
-    return Document(config.source, str(row.get(config.id_field, index)), row[config.text_field] or '')
+    name = row.get(config.id_field)
+    if name is None:  # the same row of two files must not be the same document
+        name = ':'.join([os.path.basename(config.path), *filter(None, [config.name]), config.split, str(index)])
+    return Document(config.source, str(name), row[config.text_field] or '')
 
 
 def load_documents(configs, rng=None):
     """Every document of every dataset once, in order, or shuffled where `rng` (a NumPy Generator) is given."""
-    for config in configs:
-        rows = open_dataset(config)
+    for config, rows in zip(configs, [open_dataset(config) for config in configs], strict=True):
         for index in rng.permutation(len(rows)) if rng else range(len(rows)):
             yield read_document(rows, index, config)
 
@@ -135,6 +137,7 @@ class SequenceStream:
         self.weights = weights / weights.sum()
         self.tokenizer, self.chunk_size, self.chunks = tokenizer, chunk_size, block_size // chunk_size
         lanes = lanes or batch_size
+        interleave = min(interleave, max(1, sum(map(len, self.datasets)) // lanes))  # no more lanes than documents
         self.batch_size, self.seed, self.all_lanes, self.scatter = batch_size, seed, lanes * interleave, interleave > 1
         self.permutation = lru_cache(maxsize=2 * len(configs))(self._permutation)
         self.own = [Lane(self, turn * lanes + first + i) for turn in range(interleave) for i in range(count or lanes)]
@@ -145,9 +148,17 @@ class SequenceStream:
 
     def state(self):
         """Plain numbers that load_state() takes."""
-        return dict(all_lanes=self.all_lanes, seed=self.seed, turn=self.turn, places=list(self.places))
+        return dict(all_lanes=self.all_lanes, seed=self.seed, turn=self.turn, places=list(self.places),
+                    datasets=self._describe_datasets())
+
+    def _describe_datasets(self):
+        return [[config.source, len(rows), config.weight]
+                for config, rows in zip(self.configs, self.datasets, strict=True)]
 
     def load_state(self, state):
+        if state['datasets'] != self._describe_datasets():
+            raise UserError(f'the checkpoint was made with other train_datasets: source, documents and weight were '
+                            f'{state["datasets"]}, and are now {self._describe_datasets()}; resume with the same ones')
         if (state['all_lanes'], state['seed'], len(state['places'])) != (self.all_lanes, self.seed, len(self.own)):
             raise UserError(f'the checkpoint was made with other settings of the data ({state["all_lanes"]} lanes in '
                             f'all, {len(state["places"])} on this rank, seed {state["seed"]}; the run has '

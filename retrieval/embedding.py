@@ -32,6 +32,7 @@ class Embedder:
     """A sentence embedding model. `fingerprint` is the hash of its weights: the same for copies of it elsewhere."""
 
     def __init__(self, name, device='cpu'):
+        import torch
         from sentence_transformers import SentenceTransformer  # takes seconds to import
         offline = os.path.isdir(name)
         try:
@@ -47,7 +48,7 @@ class Embedder:
         digest = hashlib.blake2b(digest_size=8)
         for key, tensor in sorted(self.model.state_dict().items()):
             digest.update(key.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().data)
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         self.fingerprint = digest.hexdigest()
 
     def embed(self, texts):

@@ -23,6 +23,7 @@ INDEXES = {  # setting: parameters of the build, of a search, and of a search wi
     'HNSW': ({'M': 16, 'efConstruction': 200}, {'ef': 128}, {'ef': 1024}),
     'AUTOINDEX': ({}, {}, {}),
 }
+REQUEST = 2048  # rows or ids of one request: servers take no message over 64 MB
 ANSWER_TIMEOUT = 10  # seconds that a server may take to answer the first call
 
 
@@ -56,12 +57,12 @@ class KnowledgeBase:
     def __init__(self, uri, token, collection, metadata, create=False):
         if metadata.index not in INDEXES:
             raise UserError(f'retrieval_index {metadata.index!r} is not one of {", ".join(INDEXES)}')
-        self.uri, self.collection, self.metadata = uri, collection, metadata
+        self.uri, self.collection, self.metadata, self.has_token = uri, collection, metadata, bool(token)
         self.client = connect(uri, token, collection, create)
         # Milvus Lite keeps a search's parameters in the index, where another thread's search would change them
         self.searching = nullcontext() if '://' in uri else threading.Lock()
         try:
-            with milvus_errors(uri, token):
+            with milvus_errors(uri, self.has_token):
                 if self.client.has_collection(collection):
                     self._check_metadata()
                 elif create:
@@ -108,32 +109,35 @@ class KnowledgeBase:
 
     def count(self):
         """Number of rows."""
-        with milvus_errors(self.uri):
+        with milvus_errors(self.uri, self.has_token):
             return int(self.client.query(self.collection, filter='', output_fields=['count(*)'],
                                          consistency_level='Strong')[0]['count(*)'])
 
     def tokens_by_id(self, ids):
         """{id: tokens} of those of the ids (n,) that the collection has."""
-        if not len(ids):
-            return {}
-        with milvus_errors(self.uri):
-            rows = self.client.query(self.collection, filter=f'id in {[int(i) for i in ids]}',
-                                     output_fields=['id', 'tokens'], consistency_level='Strong')
-        return {row['id']: row['tokens'] for row in rows}
+        found = {}
+        for start in range(0, len(ids), REQUEST):
+            some = [int(i) for i in ids[start:start + REQUEST]]
+            with milvus_errors(self.uri, self.has_token):
+                rows = self.client.query(self.collection, filter=f'id in {some}', output_fields=['id', 'tokens'],
+                                         consistency_level='Strong')
+            found |= {row['id']: row['tokens'] for row in rows}
+        return found
 
     def upsert(self, rows):
         """Add rows, dicts of the collection's fields, in place of those that have the same id."""
-        with milvus_errors(self.uri):
-            self.client.upsert(self.collection, rows)
+        for start in range(0, len(rows), REQUEST):
+            with milvus_errors(self.uri, self.has_token):
+                self.client.upsert(self.collection, rows[start:start + REQUEST])
 
     def delete_from(self, doc_id, position):
         """Remove a document's rows from a position on."""
-        with milvus_errors(self.uri):
+        with milvus_errors(self.uri, self.has_token):
             self.client.delete(self.collection, filter=f'doc_id == {int(doc_id)} and position >= {int(position)}')
 
     def flush(self):
         """Write to disk what was added, and index it."""
-        with milvus_errors(self.uri):
+        with milvus_errors(self.uri, self.has_token):
             self.client.flush(self.collection)
 
     def search(self, vectors, limit, not_in_documents=(), fields=FIELDS):
@@ -145,7 +149,7 @@ class KnowledgeBase:
             return []
         filtered = len(not_in_documents) > 0
         expression = f'doc_id not in {sorted(int(d) for d in not_in_documents)}' if filtered else ''
-        with milvus_errors(self.uri), self.searching:
+        with milvus_errors(self.uri, self.has_token), self.searching:
             answer = self.client.search(self.collection, data=list(np.asarray(vectors, dtype=np.float32)),
                                         anns_field='embedding', limit=limit, filter=expression,
                                         output_fields=[name for name in fields if name != 'id'],
@@ -160,12 +164,15 @@ class KnowledgeBase:
 def connect(uri, token, collection, create):
     """A client. UserError where nothing answers, where it refuses the token, or where there is no local file yet."""
     local = '://' not in uri
+    if '@' in uri.partition('://')[2]:
+        raise UserError('retrieval_milvus_uri holds a user or a password: give them as user:password in '
+                        'retrieval_milvus_token, or in MILVUS_TOKEN in the environment, where they are kept secret')
     if local:
         check_local_path(uri, collection, create)
     from pymilvus import MilvusClient  # takes a second to import
     for name in ('milvus_lite', 'pymilvus'):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # their tracebacks: our error gives the reason
-    with milvus_errors(uri, token):
+    with milvus_errors(uri, bool(token)):
         if local:
             return MilvusClient(uri)
         client = MilvusClient(uri, token=token, timeout=ANSWER_TIMEOUT)
@@ -187,7 +194,7 @@ def check_local_path(uri, collection, create):
 
 
 @contextmanager
-def milvus_errors(uri, token=''):
+def milvus_errors(uri, has_token):
     """Turn the errors that a user can put right into UserErrors; let the others through."""
     try:
         yield
@@ -197,7 +204,7 @@ def milvus_errors(uri, token=''):
         status = getattr(error.__cause__ or error, 'code', None)
         status = getattr(status() if callable(status) else status, 'name', '')
         if status in ('UNAUTHENTICATED', 'PERMISSION_DENIED'):
-            given = 'the token was refused' if token else 'no token was given'
+            given = 'the token was refused' if has_token else 'no token was given'
             raise UserError(f'Milvus at {uri} asks for authentication and {given}: set retrieval_milvus_token, or '
                             f'MILVUS_TOKEN in the environment, to user:password or an API key') from error
         if status in ('UNAVAILABLE', 'DEADLINE_EXCEEDED') or (isinstance(error, ValueError) and 'URL' in str(error)):

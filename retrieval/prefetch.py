@@ -68,9 +68,9 @@ class Prefetcher:
             yield ReadyBatch(*[self._to_device(tensor) for tensor in (*tensors, *found)], batch.state)
 
     def _to_device(self, tensor):
-        if tensor is None or self.device.type != 'cuda':
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        if tensor is not None and self.device.type == 'cuda':
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor if tensor is None else tensor.to(self.device)
 
     def __iter__(self):
         return self

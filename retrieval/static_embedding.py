@@ -8,6 +8,7 @@ Latent semantic analysis (Deerwester et al. 1990): chunks as tf-idf over BPE tok
 projection is linear in the token counts, so the chunk's vector is a sum of one vector a token, which is just what
 sentence-transformers' StaticEmbedding computes, at over 10,000 chunks a second on a CPU.
 """
+import json
 import os
 import shutil
 import sys
@@ -60,14 +61,25 @@ def save(vectors, tokenizer_path, folder):
     os.replace(beside, folder)
 
 
+def is_static_embedding(folder):
+    try:
+        with open(os.path.join(folder, 'modules.json')) as file:
+            return json.load(file)[0]['type'].endswith('StaticEmbedding')
+    except OSError:
+        return False
+
+
 def main():
     settings = load_settings(sys.argv[1:])
     folder = settings['retrieval_embedding_model']
     if not settings['tokenizer'].endswith('.json'):
         raise UserError(f'the static embedding needs a tokenizer.json of this machine, but tokenizer is '
                         f'{settings["tokenizer"]!r}: use an embedding model of the hub with it')
-    if os.path.exists(folder) and not os.path.exists(os.path.join(folder, 'modules.json')):
-        raise UserError(f'retrieval_embedding_model {folder!r} is there and is no SentenceTransformer: name a new '
+    if folder == load_settings([])['retrieval_embedding_model']:
+        raise UserError(f'retrieval_embedding_model is {folder!r}, a model of the hub: name a folder to save the '
+                        f'static embedding in, such as out/static_embedding')
+    if os.path.exists(folder) and not is_static_embedding(folder):
+        raise UserError(f'retrieval_embedding_model {folder!r} is there and was not made by this command: name a new '
                         f'folder')
     start = time.time()
     tokenizer = load_tokenizer(settings['tokenizer'])

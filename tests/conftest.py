@@ -34,6 +34,12 @@ def run(*command, folder, check=True, timeout=300, env=None):
     return answer
 
 
+def release(folder):
+    """Stop the Milvus Lite that this process runs on a folder's milvus.db, so that a command can open it."""
+    from milvus_lite.server_manager import server_manager_instance
+    server_manager_instance.release_server(str(folder / 'milvus.db'))
+
+
 CONFIG = f'''
 from data.stream import DatasetConfig
 

@@ -19,7 +19,7 @@ def files(folder):
     (['--retrieval_milvus_uri=other.db'], "no collection 'chunks' in other.db"),
     (['--retrieval_milvus_uri=http://127.0.0.1:9'], 'no Milvus answers at http://127.0.0.1:9'),
     (['--n_layr=3'], "unknown config key 'n_layr' in the command line: did you mean 'n_layer'?"),
-    (['--n_layer=x'], "n_layer in the command line must be of type int, such as 12, but is 'x' of type str"),
+    (['--n_layer=x'], "n_layer in the command line must be of type int, such as 2, but is 'x' of type str"),
     (['nowhere.py'], "no config file 'nowhere.py'"),
     ([f'--block_size={4 * CHUNK + 1}'],
      f'block_size {4 * CHUNK + 1} must be a multiple of retrieval_chunk_size {CHUNK}'),
@@ -31,6 +31,9 @@ def files(folder):
     (['--init_from=gpt3'], "init_from 'gpt3' is neither 'scratch' nor 'resume'"),
     (['--dtype=float8'], "dtype 'float8' is none of"),
     (['--tokenizer=nowhere.json'], "no tokenizer 'nowhere.json'"),
+    (['--retrieval_prefetch_batches=0'], 'retrieval_prefetch_batches must be at least 1, but is 0'),
+    (['--retrieval_milvus_uri=http://root:hush@127.0.0.1:9'], 'retrieval_milvus_uri holds a user or a password'),
+    (['-retrieval_milvus_token=root:hush'], "'-retrieval_milvus_token' is neither a config file nor --key=value"),
 ])
 def test_it_is_one_clear_line_and_exit_code_2_and_nothing_is_written(workspace, arguments, said):
     before = files(workspace)
@@ -55,6 +58,7 @@ def test_a_checkpoint_of_another_architecture_is_not_resumed_and_not_lost(worksp
     answer = run(ROOT / 'train.py', 'config.py', '--init_from=resume', '--n_embd=64', '--use_retrieval=False',
                  folder=workspace, check=False)
     assert answer.returncode == 2 and 'n_embd is 32 there and 64 in the run' in answer.stderr
+    assert (workspace / 'out/ckpt.pt').read_bytes() == kept
     torch.save({'model_args': {'rotary': True}, 'model': {}}, workspace / 'foreign.pt')
     os.replace(workspace / 'foreign.pt', workspace / 'out/ckpt.pt')
     answer = run(ROOT / 'train.py', 'config.py', '--init_from=resume', folder=workspace, check=False)

@@ -69,6 +69,22 @@ def find_minilm(package):
     return str(next(Path(package.submodule_search_locations[0]).rglob('modules.json')).parent)
 
 
+def test_fitting_never_overwrites_another_model(workspace):
+    import json
+
+    from tests.conftest import run
+    modules = workspace / 'embedding/modules.json'
+    listed = json.loads(modules.read_text())
+    listed[0]['type'] = 'sentence_transformers.models.Transformer'
+    modules.write_text(json.dumps(listed))
+    for name, said in (('embedding', 'was not made by this command'),
+                       ('sentence-transformers/all-mpnet-base-v2', 'a model of the hub')):
+        answer = run('-m', 'retrieval.static_embedding', 'config.py', f'--retrieval_embedding_model={name}',
+                     folder=workspace, check=False)
+        assert answer.returncode == 2 and said in answer.stderr
+    assert json.loads(modules.read_text()) == listed
+
+
 @pytest.mark.parametrize('name', ['nowhere', './nowhere', 'tests'])
 def test_an_embedding_model_that_is_not_there_is_named_with_what_to_do(name):
     with pytest.raises(UserError, match=f"no embedding model '{name}'.*retrieval.static_embedding"):

@@ -1,5 +1,6 @@
 """The command that fills a collection, run as one."""
 import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ from data.tokenizer import load_tokenizer
 from retrieval.embedding import Embedder
 from retrieval.knowledge_base import FIELDS, open_knowledge_base
 from retrieval.populate import read_batches
-from tests.conftest import CHUNK, run
+from tests.conftest import CHUNK, release, run
 
 
 def rows_of(settings, tokenizer):
@@ -23,6 +24,7 @@ def rows_of(settings, tokenizer):
                                        output_fields=[*FIELDS, 'embedding'])
     assert len(rows) == knowledge_base.count() < 16384
     knowledge_base.close()
+    release(Path.cwd())
     return {row['id']: row for row in rows}
 
 
@@ -61,6 +63,7 @@ def test_an_interrupted_filling_is_completed_and_changed_documents_are_replaced(
     client = MilvusClient('milvus.db')
     client.delete('chunks', filter=f'doc_id == {client_rows[0]["doc_id"]}')
     client.close()
+    release(workspace)
     table = pq.read_table('train.parquet').to_pylist()
     shutil.copy('train.parquet', 'original.parquet')
     for row in table:

@@ -127,7 +127,7 @@ def test_documents_load_from_local_files_of_every_kind(tmp_path, name):
         {'d.csv': saved.to_csv, 'd.parquet': saved.to_parquet, 'saved': saved.save_to_disk}[name](str(path))
     documents = list(load_documents([DatasetConfig(str(path))]))
     assert [d.text for d in documents] == texts
-    assert [d.id for d in documents] == (['0'] if name.endswith('txt') else ['a', 'b'])
+    assert [d.id for d in documents] == (['d.txt:train:0'] if name.endswith('txt') else ['a', 'b'])
     assert documents[0].source == (str(path) if name == 'saved' else tmp_path.name)
 
 
@@ -142,13 +142,33 @@ def test_the_peps_load_as_they_are():
     ('missing.parquet', "no corpus at 'missing.parquet'"),
     (dict(path='{prepared}/train.parquet', text_field='body'), "no column 'body'.*id, text"),
     (dict(pth='x'), 'no path and no DatasetConfig'),
-    (dict(path='{prepared}/tokenizer.json', weight=0.0), 'tokenizer.json'),
 ])
 def test_a_dataset_that_can_not_be_read_is_named_with_what_to_do(prepared, entry, said):
     if isinstance(entry, dict) and 'path' in entry:
         entry['path'] = entry['path'].format(prepared=prepared)
     with pytest.raises(UserError, match=said):
         list(load_documents(as_dataset_configs([entry], 'train_datasets')))
+
+
+def test_a_weight_that_is_not_positive_is_refused(prepared, tokenizer):
+    with pytest.raises(UserError, match='weights must be positive'):
+        SequenceStream([DatasetConfig(str(prepared / 'train.parquet'), weight=0.0)], tokenizer, CHUNK, BLOCK, 1)
+
+
+def test_documents_without_ids_are_different_documents_in_every_file_and_row(tmp_path):
+    for name in ('a', 'b'):
+        (tmp_path / f'{name}.txt').write_text(name)
+        (tmp_path / f'{name}.jsonl').write_text('{"text": "x"}\n{"text": "y"}\n')
+    paths = sorted(str(path) for path in tmp_path.iterdir())
+    documents = list(load_documents(as_dataset_configs(paths, 'train_datasets')))
+    assert len({document_hash(d.source, d.id) for d in documents}) == len(documents) == 6
+
+
+def test_a_state_of_other_datasets_is_refused_by_name(prepared, tokenizer):
+    state = make_stream(prepared, tokenizer).state()
+    with pytest.raises(UserError, match='other train_datasets'):
+        SequenceStream([DatasetConfig(str(prepared / 'val.parquet'), source='stdlib')], tokenizer, CHUNK, BLOCK, 4,
+                       state=state)
 
 
 def test_no_datasets_at_all_is_an_error_that_shows_how_to_name_one():

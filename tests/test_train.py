@@ -52,8 +52,9 @@ def test_training_logs_saves_and_plots_what_it_says(workspace):
 
 def test_an_interrupted_run_resumes_to_the_losses_of_an_unbroken_one(workspace):
     """Killed without warning in the middle, and gone on with from its last checkpoint."""
-    run(ROOT / 'train.py', 'config.py', '--out_dir=whole', '--dropout=0.1', folder=workspace)
-    command = [sys.executable, str(ROOT / 'train.py'), 'config.py', '--out_dir=broken', '--dropout=0.1']
+    long = ['config.py', '--dropout=0.1', '--max_iters=40', '--lr_decay_iters=40']
+    run(ROOT / 'train.py', *long, '--out_dir=whole', folder=workspace)
+    command = [sys.executable, str(ROOT / 'train.py'), *long, '--out_dir=broken']
     process = subprocess.Popen(command, cwd=workspace, stdout=subprocess.DEVNULL,
                                env={**os.environ, 'PYTHONPATH': str(ROOT)})
     deadline = time.time() + 120
@@ -62,15 +63,9 @@ def test_an_interrupted_run_resumes_to_the_losses_of_an_unbroken_one(workspace):
     process.send_signal(signal.SIGKILL)
     process.wait()
     saved = load_checkpoint(str(workspace / 'broken/ckpt.pt'))['iter_num']
-    assert saved in (4, 8)
+    assert 0 < saved < 40
     run(*command[1:], '--init_from=resume', folder=workspace)
     assert losses(workspace, 'broken') == losses(workspace, 'whole')
-
-
-def test_two_runs_of_one_seed_are_the_same_and_of_another_are_not(workspace):
-    for name, seed in (('a', 1), ('b', 1), ('c', 2)):
-        run(ROOT / 'train.py', 'config.py', f'--out_dir={name}', f'--seed={seed}', '--max_iters=2', folder=workspace)
-    assert losses(workspace, 'a') == losses(workspace, 'b') != losses(workspace, 'c')
 
 
 def test_a_gpt_trains_without_a_knowledge_base_and_has_bpb_off_alone(workspace):
@@ -85,7 +80,7 @@ def test_micro_batches_give_the_losses_of_one_large_batch(workspace):
     run(ROOT / 'train.py', 'config.py', '--out_dir=large', '--max_iters=3', '--grad_clip=0.0', '--batch_size=8',
         '--gradient_accumulation_steps=1', folder=workspace)
     micro, large = (losses(workspace, name)[0] for name in ('micro', 'large'))
-    assert micro == pytest.approx(large, rel=2e-2)  # means of means: micro-batches differ a little in real targets
+    assert micro == pytest.approx(large, rel=5e-3)  # means of means: micro-batches differ a little in real targets
 
 
 def test_eval_only_evaluates_the_checkpoint_and_writes_nothing(workspace):
@@ -100,8 +95,8 @@ def test_eval_only_evaluates_the_checkpoint_and_writes_nothing(workspace):
 def test_a_new_run_keeps_the_earlier_runs_files(workspace):
     for _ in range(2):
         run(ROOT / 'train.py', 'config.py', '--max_iters=1', '--use_retrieval=False', folder=workspace)
-    assert sorted(p.name for p in (workspace / 'out/previous').iterdir()) == ['ckpt.pt', 'loss.png', 'metrics.jsonl']
-    assert len(metrics(workspace)) == len(metrics(workspace, 'out/previous'))
+    assert sorted(p.name for p in (workspace / 'out/previous-1').iterdir()) == ['ckpt.pt', 'loss.png', 'metrics.jsonl']
+    assert len(metrics(workspace)) == len(metrics(workspace, 'out/previous-1'))
 
 
 def test_bits_per_byte_counts_the_utf8_bytes_of_the_text_and_not_its_tokens(prepared, tmp_path):

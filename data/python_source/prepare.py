@@ -126,7 +126,7 @@ def main():
     tokenizer = load_tokenizer(str(FOLDER / 'tokenizer.json'))
 
     print(f'{"":6} {"documents":>10} {"bytes":>12} {"tokens":>12} {"chunks":>9} {"padding":>8}')
-    for name, rows in split.items():
+    for name, rows in sorted(split.items(), reverse=True):  # train last: that it is there says that all is
         ids, texts = zip(*rows, strict=True)
         write(FOLDER / f'{name}.parquet', lambda path, i=ids, t=texts: pq.write_table(
             pa.table({'id': list(i), 'text': list(t)}), path, row_group_size=256))
