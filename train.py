@@ -216,11 +216,13 @@ def plot_metrics(metrics_path, plot_path):
     steps = [line for line in lines if 'loss' in line]
     left.plot([line['iter'] for line in steps], [line['loss'] for line in steps], lw=1, color='0.5', label='train loss')
     left.set(xlabel='step', ylabel='nats per token')
-    for key, label, color in (('on', 'retrieval on', 'tab:blue'), ('off', 'retrieval off', 'tab:orange')):
+    right.margins(y=0.12)
+    style = {'off': 'o-', 'on': 'o--'}  # on is drawn over off, and may lie on it
+    for key, label, color in (('off', 'retrieval off', 'tab:orange'), ('on', 'retrieval on', 'tab:blue')):
         points = [line for line in lines if f'val_bpb_{key}' in line]
-        left.plot([p['iter'] for p in points], [p[f'val_loss_{key}'] for p in points], 'o-', ms=3, color=color,
+        left.plot([p['iter'] for p in points], [p[f'val_loss_{key}'] for p in points], style[key], ms=3, color=color,
                   label=f'val loss, {label}')
-        right.plot([p['iter'] for p in points], [p[f'val_bpb_{key}'] for p in points], 'o-', ms=3, color=color,
+        right.plot([p['iter'] for p in points], [p[f'val_bpb_{key}'] for p in points], style[key], ms=3, color=color,
                    label=f'val, {label}')
         if points:
             right.annotate(f'{points[-1][f"val_bpb_{key}"]:.3f}', (points[-1]['iter'], points[-1][f'val_bpb_{key}']),
