@@ -150,6 +150,7 @@ def populate(settings, show_progress):
         knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), info, create=True)
         done['before'] = knowledge_base.count()
         start, waiting = time.perf_counter(), deque()
+        progress.reset()  # its rate is of the filling, not of what came before
         rows_and_seconds = first
         while rows_and_seconds or waiting:
             while rows_and_seconds and len(waiting) < AHEAD:
