@@ -203,7 +203,7 @@ def next_rows(batches, reader):
 
 def main():
     settings = load_settings(sys.argv[1:])
-    print(f'filling collection {settings["retrieval_collection"]!r} in {settings["retrieval_milvus_uri"]}', flush=True)
+    print(f'filling collection {settings["retrieval_collection"]!r}', flush=True)
     done, seconds = populate(settings, sys.stderr.isatty())
     print(f'collection {settings["retrieval_collection"]!r} in {settings["retrieval_milvus_uri"]}: '
           f'{done["after"]:,} chunks, {done["added"]:,} of them written now, {done["changed"]:,} changed documents')

@@ -97,6 +97,7 @@ def test_batches_hold_whole_documents_in_order(prepared):
     ('--train_datasets=["missing.parquet"]', "no corpus at 'missing.parquet'"),
     ('--retrieval_embedding_model=nowhere', "no embedding model 'nowhere'"),
     ('--retrieval_milvus_uri=http://127.0.0.1:9', 'no Milvus answers at http://127.0.0.1:9'),
+    ('--retrieval_milvus_uri=http://root:hush@127.0.0.1:9', 'retrieval_milvus_uri holds a user or a password'),
     ('--retrieval_chunk_size=32', 'chunk_size: it has 16, the run 32'),
 ])
 def test_what_can_not_be_filled_is_one_clear_line_and_exit_code_2(workspace, argument, said):
