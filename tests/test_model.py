@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model import RETRO, ChunkedCrossAttention, RETROConfig, default_retrieval_layers, load_checkpoint
+from model import RETRO, ChunkedCrossAttention, RETROConfig, attend, default_retrieval_layers, load_checkpoint
 
 C, L, K, V = 4, 3, 2, 50
 R, T = 2 * C, C * L
@@ -112,6 +112,22 @@ def test_chunked_cross_attention_equals_the_papers_equations(length):
     mask[0, 1] = False
     torch.testing.assert_close(cca(x, encoded, mask), slow_chunked_cross_attention(cca, x, encoded, mask),
                                rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('S, masked', [(8, 'keys'), (8, 'pairs'), (8, 'causal'), (5, 'no')])
+def test_attention_in_bfloat16_on_a_cpu_equals_float32s(S, masked):
+    torch.manual_seed(3)
+    q, k, v = torch.randn(2, 2, S, 16), torch.randn(2, 2, 8, 16), torch.randn(2, 2, 8, 16)
+    mask = {'keys': torch.rand(2, 1, 1, 8) < 0.5, 'pairs': torch.rand(2, 1, S, 8) < 0.5}.get(masked)
+    if mask is not None:
+        mask[..., 0] = True
+    given, results = (q.bfloat16(), k.bfloat16(), v.bfloat16()), []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [x.to(dtype).requires_grad_() for x in given]
+        y = attend(*inputs, mask, causal=masked == 'causal')
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for low, full in zip(*results, strict=True):
+        torch.testing.assert_close(low.float(), full, rtol=0.03, atol=0.03)
 
 
 def test_absent_neighbors_and_absent_tokens_change_nothing_and_carry_no_gradient():
@@ -283,13 +299,33 @@ def test_a_foreign_checkpoint_is_refused_by_name(tmp_path):
         load_checkpoint(str(tmp_path / 'ckpt.pt'))
 
 
-def test_the_model_compiles_without_a_graph_break():
-    model = make_model()
-    tokens, neighbors, mask = make_batch()
-    documents = torch.zeros(2, L, dtype=torch.long)
-    compiled = torch.compile(model, backend='eager', fullgraph=True)
-    torch.testing.assert_close(compiled(tokens, tokens, neighbors, mask, documents)[1],
-                               model(tokens, tokens, neighbors, mask, documents)[1])
+def test_the_compiled_model_has_no_graph_break_and_is_compiled_once_for_training_and_each_evaluation():
+    """
+    As train.py uses it: training with retrieval, evaluation with it on and off, in autocast, and then again. Breaks and
+    recompilations are a matter of tracing, so no code is made of the graphs, which would take a minute.
+    """
+    model = make_model(n_layer=2, retrieval_layers=[2], retrieval_encoder_layers=1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+
+    def losses(model, seed):
+        tokens, neighbors, mask = make_batch(seed=seed)
+        documents = torch.tensor([[seed] * L, [seed, seed + 1, seed + 1]])
+        with torch.autocast('cpu', torch.bfloat16):
+            training = model.train()(tokens, tokens, neighbors, mask, documents)[1]
+        training.backward()
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+            on, off = (model.eval()(tokens, tokens, *given, documents)[1]
+                       for given in ((neighbors, mask), (None, None)))
+        return torch.stack([training.detach(), on, off])
+
+    torch.testing.assert_close(losses(compiled, 1), losses(model, 1), rtol=0.02, atol=0)
+    compilations = torch._dynamo.utils.counters['stats']['unique_graphs']
+    assert compilations == 3
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (2, 3):
+            torch.testing.assert_close(losses(compiled, seed), losses(model, seed), rtol=0.02, atol=0)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == compilations
 
 
 def test_encoder_gives_the_same_for_a_neighbor_wherever_it_stands():
