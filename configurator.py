@@ -21,16 +21,20 @@ END_OF_SETTINGS = '# end of settings'
 
 class UserError(Exception):
     """Something that the user can put right. The message says what was wrong, what was found and what to do."""
+    exit_code = 2
 
 
 @contextmanager
 def user_errors_as_one_line():
-    """Turn a UserError into one line on stderr and exit code 2. Any other exception keeps its traceback."""
+    """Turn a UserError into one line on stderr and its exit code. Any other exception keeps its traceback."""
     try:
         yield
     except UserError as error:
         print('error:', ' '.join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)
 
 
 def load_settings(arguments, given=None):

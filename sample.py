@@ -79,6 +79,7 @@ def main():
     model = RETRO(RETROConfig(**checkpoint['model_args']))
     model.load_state_dict(checkpoint['model'])
     model.eval().to(device)
+    settings['retrieval_cache_gb'] = 0.0  # prompts don't come again
     retriever = Retriever(settings, tokenizer) if model.config.use_retrieval and arguments.retrieval == 'on' else None
     with contextlib.closing(retriever) if retriever else contextlib.nullcontext():
         sample(arguments, start, model, tokenizer, retriever, device)
@@ -87,15 +88,15 @@ def main():
 def sample(arguments, start, model, tokenizer, retriever, device):
     prompt = torch.tensor(tokenizer.encode_ordinary(start), device=device)
     tokens = prompt.repeat(arguments.num_samples, 1)  # (B, T)
-    retrieved = []  # for each chunk, for each sample, its rows
+    retrieved = []  # for each chunk the hits of each sample, (B, K)
 
     def retrieve(chunks):  # (B, 1, C)
         asking = chunks.cpu().numpy()
         ended = (asking == tokenizer.eot_token).any(-1)  # a document's last chunk retrieves nothing
         no_documents = np.zeros(ended.shape, dtype=np.int64)  # the text is of none in the collection
-        neighbors = retriever.retrieve(asking, no_documents, ended, fields=FIELDS)
-        retrieved.append([rows[0] for rows in neighbors.rows])
-        return neighbors.tokens.to(device), neighbors.mask.to(device)
+        neighbors = retriever.retrieve(asking, no_documents, ended)
+        retrieved.append(neighbors.hits[:, 0])  # (B, K)
+        return torch.from_numpy(neighbors.tokens).long().to(device), torch.from_numpy(neighbors.mask).to(device)
 
     generator = torch.Generator(device).manual_seed(arguments.seed)
     tokens = model.generate(tokens, arguments.max_new_tokens, retrieve if retriever else None, arguments.temperature,
@@ -107,20 +108,23 @@ def sample(arguments, start, model, tokenizer, retriever, device):
             print(f'=== sample {number + 1}')
         print(tokenizer.decode(sequence[:end]))
         if arguments.show_neighbors:
-            show_neighbors(sequence[:end], [rows[number] for rows in retrieved], model.config, tokenizer)
+            show_neighbors(sequence[:end], [hits[number] for hits in retrieved], retriever, model.config, tokenizer)
 
 
-def show_neighbors(tokens, retrieved, config, tokenizer):
+def show_neighbors(tokens, retrieved, retriever, config, tokenizer):
     """Print each complete chunk, and indented below it the neighbors that the text after it was written with."""
     C = config.retrieval_chunk_size
     print('\n--- what was retrieved')
     if not retrieved:
         print(f'nothing: no chunk of {C} tokens was completed, or retrieval is off')
-    for place, rows in enumerate(retrieved[:len(tokens) // C]):
+    for place, hits in enumerate(retrieved[:len(tokens) // C]):
         print(f'\nchunk {place + 1}: {one_line(tokenizer.decode(tokens[place * C:(place + 1) * C]))}')
-        for rank, row in enumerate(rows, start=1):
+        hits = hits[hits['score'] > -np.inf]
+        rows = retriever.knowledge_base.rows(hits['id'], FIELDS)
+        for rank, hit in enumerate(hits, start=1):
+            row = rows[hit['id']]
             continuation = tokenizer.decode([t for t in row['tokens'][C:] if t != tokenizer.eot_token])
-            print(f'  {rank}. {row["document"]}, chunk {row["position"] + 1}, similarity {row["score"]:.2f}')
+            print(f'  {rank}. {row["document"]}, chunk {row["position"] + 1}, similarity {hit["score"]:.2f}')
             print(f'     {one_line(row["text"].replace("<|endoftext|>", ""))}')
             print(f'     then: {one_line(continuation)}')
 

@@ -10,10 +10,13 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections import Counter
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, is_dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,12 +24,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import UserError, is_secret, load_settings, user_errors_as_one_line
-from data.stream import SequenceStream, as_dataset_configs
+from data.stream import as_dataset_configs
 from data.tokenizer import load_tokenizer, token_byte_counts, vocabulary_hash
 from model import RETRO, RETROConfig, load_checkpoint
 from retrieval.embedding import pick_device
+from retrieval.local_server import local_server
 from retrieval.prefetch import Prefetcher
-from retrieval.retriever import Retriever
 
 # The settings, overridden by config files and --key=value (configurator.py).
 # output
@@ -35,7 +38,7 @@ eval_interval = 2000  # steps between evaluations; each one saves a checkpoint
 eval_iters = 200  # batches of an evaluation, the same ones every time
 log_interval = 10  # steps between lines of metrics.jsonl
 eval_only = False  # evaluate the checkpoint and stop
-always_save_checkpoint = True  # False: save only where the val loss is the best so far
+always_save_checkpoint = True  # False: save only where the val loss is the best so far, and when stopped
 init_from = 'scratch'  # 'scratch', or 'resume' from out_dir's checkpoint
 wandb_log = False  # log to Weights & Biases too
 wandb_project = 'nanoretro'  # its project
@@ -64,7 +67,10 @@ retrieval_milvus_uri = 'out/milvus.db'  # a local file ending in .db (Milvus Lit
 retrieval_milvus_token = os.environ.get('MILVUS_TOKEN', '')  # user:password or API key; never printed, logged or saved
 retrieval_collection = 'chunks'  # name of the collection
 retrieval_index = 'IVF_FLAT'  # FLAT (exact), IVF_FLAT, HNSW (large collections on a server) or AUTOINDEX
-retrieval_prefetch_batches = 8  # batches whose neighbors are fetched together, ahead of the step
+retrieval_prefetch_batches = 8  # batches that are kept ready, and at most fetched by one search
+retrieval_cache_dir = 'out/neighbors'  # what was fetched is remembered here; on a local disk, shared by all runs
+retrieval_cache_gb = 10.0  # its size at most; 0: remember nothing
+retrieval_timeout = 600.0  # seconds to wait for a Milvus that is away, before a checkpoint is saved and the run ends
 # optimizer
 learning_rate = 6e-4  # the highest
 max_iters = 600000  # steps
@@ -171,15 +177,14 @@ def summary(metrics_path):
     return '\n'.join(f'{name:<26} {value:>12}' for name, value in rows)
 
 
-def open_out_dir():
-    """Make out_dir. UserError where it can't be written."""
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        probe = os.path.join(out_dir, 'ckpt.pt.tmp')
-        open(probe, 'wb').close()
-        os.remove(probe)
-    except OSError as error:
-        raise UserError(f'out_dir {out_dir!r} can not be written ({error.strerror}): name another one') from error
+def check_out_dir():
+    """UserError where out_dir can't be written. It is not made yet."""
+    there = os.path.abspath(out_dir)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK):
+        raise UserError(f'out_dir {out_dir!r} can not be written ({there} is no folder that you may write to): name '
+                        f'another one')
 
 
 def set_earlier_run_aside():
@@ -259,7 +264,8 @@ def evaluate(model, batches, token_bytes, context, reduce_sum):
             | {f'val_bpb_{arm}': nats[arm] / math.log(2) / size for arm in arms})
 
 
-def main():
+def main(cleanup):
+    """`cleanup` is an ExitStack, for what has to be ended with the run."""
     settings = load_settings(sys.argv[1:])
     globals().update(settings)
     sys.argv = [a for a in sys.argv if not is_secret(a.partition('=')[0])]  # wandb would log it
@@ -271,15 +277,19 @@ def main():
     # one process or many
     ddp = int(os.environ.get('RANK', -1)) != -1
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    run_device = pick_device(device)
+    local = use_retrieval and '://' not in retrieval_milvus_uri
+    if local and world_size > int(os.environ.get('LOCAL_WORLD_SIZE', 1)):
+        raise UserError(f'retrieval_milvus_uri {retrieval_milvus_uri!r} is a local file, which serves one node: use a '
+                        f'Milvus server')
+    run_device, control = pick_device(device), None
     if ddp:
         if run_device.startswith('cuda'):
             run_device = f'cuda:{os.environ["LOCAL_RANK"]}'
             torch.cuda.set_device(run_device)
         dist.init_process_group(backend if backend != 'auto' else 'nccl' if 'cuda' in run_device else 'gloo')
-        if use_retrieval and world_size > 1 and '://' not in retrieval_milvus_uri:
-            raise UserError(f'retrieval_milvus_uri {retrieval_milvus_uri!r} is a local file, which serves one process, '
-                            f'and there are {world_size}: use a Milvus server')
+        cleanup.callback(dist.destroy_process_group)
+        # over it the ranks agree to stop; one may wait for Milvus while the others wait for it
+        control = dist.new_group(backend='gloo', timeout=timedelta(seconds=retrieval_timeout + 1800))
     if gradient_accumulation_steps % world_size:
         raise UserError(f'gradient_accumulation_steps {gradient_accumulation_steps} must be a multiple of the '
                         f'{world_size} processes')
@@ -292,6 +302,14 @@ def main():
     keep_freed_memory()
     torch.manual_seed(seed + rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    bar = None
+
+    def say(message):
+        if bar and not bar.disable:
+            bar.write(message)
+        else:
+            print(message, flush=True)
 
     def reduce_sum(tensor):
         if ddp:
@@ -333,24 +351,35 @@ def main():
             raise UserError(f'the checkpoint in {out_dir!r} was made by {len(checkpoint["ranks"])} processes, and '
                             f'there are {world_size}: resume with as many')
 
-    # data and retrieval; the val batches are fetched once
-    retriever = Retriever(settings, encoding, run_device) if use_retrieval else None
-    resumed = init_from == 'resume' and not eval_only
-    stream = SequenceStream(as_dataset_configs(train_datasets, 'train_datasets'), encoding, retrieval_chunk_size,
-                            block_size, batch_size, lanes=batch_size * gradient_accumulation_steps,
-                            first=rank * micro_steps * batch_size, count=micro_steps * batch_size,
-                            interleave=INTERLEAVE, seed=seed,
-                            state=checkpoint['ranks'][rank]['stream'] if resumed else None)
-    val_stream = SequenceStream(as_dataset_configs(val_datasets, 'val_datasets'), encoding, retrieval_chunk_size,
-                                block_size, batch_size, lanes=batch_size * world_size, first=rank * batch_size,
-                                count=batch_size)
+    # data and retrieval, from a process of its own; the val batches are fetched once
     if master:
-        open_out_dir()
-    if retriever and master:
-        print(f'retrieving from {retriever.size:,} chunks of {retrieval_collection!r} in {retrieval_milvus_uri}')
-    val_prefetcher = Prefetcher(val_stream, retriever, run_device, retrieval_prefetch_batches)
-    val_batches = list(itertools.islice(val_prefetcher, max(1, -(-eval_iters // world_size))))
-    val_prefetcher.close()
+        check_out_dir()
+    resumed = init_from == 'resume' and not eval_only
+    grid = dict(chunk_size=retrieval_chunk_size, block_size=block_size, batch_size=batch_size)
+    train_stream = dict(configs=as_dataset_configs(train_datasets, 'train_datasets'), interleave=INTERLEAVE, seed=seed,
+                        lanes=batch_size * gradient_accumulation_steps, first=rank * micro_steps * batch_size,
+                        count=micro_steps * batch_size, **grid,
+                        state=checkpoint['ranks'][rank]['stream'] if resumed else None)
+    val_stream = dict(configs=as_dataset_configs(val_datasets, 'val_datasets'), lanes=batch_size * world_size,
+                      first=rank * batch_size, count=batch_size, **grid)
+    address = server = None
+    if local and master:
+        address, server = cleanup.enter_context(local_server(retrieval_milvus_uri, retrieval_collection))
+    if local and ddp:
+        told = [address]
+        dist.broadcast_object_list(told, group=control)
+        address, = told
+    it = checkpoint['iter_num'] if checkpoint else 0
+    val_count = max(1, -(-eval_iters // world_size))
+    streams = [(val_stream, val_count), (train_stream, (max_iters - it) * micro_steps)][:1 if eval_only else 2]
+    prefetcher = Prefetcher(settings, streams, run_device, address,
+                            say=lambda news: say(news if master else f'rank {rank}: {news}'), retrieve=use_retrieval)
+    cleanup.callback(prefetcher.close)
+    val_batches = list(itertools.islice(prefetcher, val_count))
+    if master:
+        os.makedirs(out_dir, exist_ok=True)
+    if use_retrieval and master:
+        print(f'retrieving from {prefetcher.size:,} chunks of {retrieval_collection!r} in {retrieval_milvus_uri}')
     token_bytes = torch.tensor(token_byte_counts(encoding), device=run_device)
 
     # model and optimizer
@@ -361,11 +390,11 @@ def main():
     model.to(run_device)
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
     scaler = torch.amp.GradScaler(device_type, enabled=precision == 'float16')
-    it, best_val_loss = 0, float('inf')
+    best_val_loss = float('inf')
     if checkpoint:
         optimizer.load_state_dict(checkpoint['optimizer'])
         scaler.load_state_dict(checkpoint['scaler'])
-        it, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
+        best_val_loss = checkpoint['best_val_loss']
     raw_model = model
     if compile:
         model = torch.compile(model)
@@ -375,7 +404,6 @@ def main():
     torch.manual_seed(seed + rank)
     if resumed:
         set_rng_state(checkpoint['ranks'][rank]['rng'])
-    checkpoint = None  # frees its memory
 
     tokens_per_iter = batch_size * gradient_accumulation_steps * block_size
     metrics_path = os.path.join(out_dir, 'metrics.jsonl')
@@ -391,8 +419,10 @@ def main():
     if wandb_log and master:
         import wandb
         wandb_run = wandb.init(project=wandb_project, name=wandb_run_name, config=plain(settings))
-    show_bar = master and sys.stderr.isatty() and not eval_only
-    bar = tqdm(total=max_iters, initial=it, unit='step', disable=not show_bar, dynamic_ncols=True)
+        cleanup.callback(wandb_run.finish)
+    bar = tqdm(total=max_iters, initial=it, unit='step', dynamic_ncols=True,
+               disable=not master or not sys.stderr.isatty() or eval_only)
+    cleanup.callback(bar.close)
 
     def log(**values):
         with open(metrics_path, 'a') as file:
@@ -400,100 +430,128 @@ def main():
         if wandb_run:
             wandb_run.log(values, step=values['iter'])
 
-    def say(message):
-        if show_bar:
-            bar.write(message)
-        else:
-            print(message, flush=True)
-
-    def save_checkpoint(stream_state):
-        own = dict(stream=stream_state, rng=get_rng_state())
-        ranks = [own] * world_size
+    def save_checkpoint():
+        ranks = [resume_point] * world_size
         if ddp:
-            dist.all_gather_object(ranks, own)
+            dist.all_gather_object(ranks, resume_point, group=control)
         if master:
             state = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                          model_args=model_args, vocabulary_hash=vocabulary_hash(encoding), config=plain(settings),
                          iter_num=it, best_val_loss=best_val_loss, ranks=ranks)
             save_atomically(lambda beside: torch.save(state, beside), os.path.join(out_dir, 'ckpt.pt'))
+        if ddp:
+            dist.barrier(group=control)  # who ends before the file is there has the launcher end all
 
-    prefetcher = Prefetcher(stream, retriever, run_device, retrieval_prefetch_batches) if not eval_only else None
-    stream_state = stream.state()
+    signals = []
+
+    def on_signal(number, frame):
+        if signals:
+            raise KeyboardInterrupt  # the second time at once
+        signals.append(number)
+        os.write(2, b'\nstopping with a checkpoint; once more to stop at once\n')
+
+    def next_batch():
+        """The next batch. Where this rank or another one has to stop before it, all end here, with a checkpoint."""
+        batch = failure = None
+        try:
+            if not signals:
+                batch = prefetcher.next(give_up=lambda: signals or (server and server.poll() is not None))
+            if batch is None and not signals:
+                raise UserError(f'Milvus Lite, which served {retrieval_milvus_uri}, ended with code {server.poll()}: '
+                                f'see that it has memory enough, or use a Milvus server')
+        except Exception as error:
+            failure = error
+        code = torch.tensor(getattr(failure, 'exit_code', 1) if failure else 0 if batch else 128 + signals[0])
+        if ddp:
+            dist.all_reduce(code, dist.ReduceOp.MAX, group=control)
+        if code == 0:
+            return batch
+        for number in (signal.SIGINT, signal.SIGTERM):  # a launcher may send another one to be sure
+            signal.signal(number, signal.SIG_IGN)
+        if it > first_step:
+            save_checkpoint()
+            if master:
+                say(f'saved a checkpoint at step {it}; go on from it with --init_from=resume')
+        elif master:
+            say('no step was finished, so there is nothing to save')
+        if failure:
+            raise failure
+        sys.exit(code.item())
+
+    first_step = it
+    losses = checkpoint['ranks'][rank].get('losses', []) if resumed else []  # since the last line of metrics.jsonl
+    resume_point = dict(stream=train_stream['state'], rng=get_rng_state(), losses=losses)
     evaluated_at = it if resumed else None  # its checkpoint was made right after
-    seconds, waited, losses, since = 0.0, 0.0, [], it
-    try:
-        while True:
-            if (it % eval_interval == 0 or it == max_iters or eval_only) and it != evaluated_at:
-                values = evaluate(model, val_batches, token_bytes, context, reduce_sum)
-                if master:
-                    if not eval_only:
-                        log(iter=it, tokens=it * tokens_per_iter, **values)
-                    say(f'step {it}: ' + ', '.join(f'{key} {value:.4f}' for key, value in values.items()))
-                loss_now = values.get('val_loss_on', values['val_loss_off'])
-                if not eval_only and it > 0 and (always_save_checkpoint or loss_now < best_val_loss):
-                    best_val_loss = min(best_val_loss, loss_now)
-                    save_checkpoint(stream_state)
-            if it >= max_iters or eval_only:
-                break
+    checkpoint = None  # frees its memory
+    seconds, waited, since = 0.0, prefetcher.waited, it
+    counts = Counter()
+    for batch in val_batches:
+        counts.update(batch.counts)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        cleanup.callback(signal.signal, number, signal.signal(number, on_signal))
+    while True:
+        if (it % eval_interval == 0 or it == max_iters or eval_only) and it != evaluated_at:
+            values = evaluate(model, val_batches, token_bytes, context, reduce_sum)
+            if master:
+                if not eval_only:
+                    log(iter=it, tokens=it * tokens_per_iter, **values)
+                say(f'step {it}: ' + ', '.join(f'{key} {value:.4f}' for key, value in values.items()))
+            loss_now = values.get('val_loss_on', values['val_loss_off'])
+            if not eval_only and it > 0 and (always_save_checkpoint or loss_now < best_val_loss):
+                best_val_loss = min(best_val_loss, loss_now)
+                save_checkpoint()
+        if it >= max_iters or eval_only:
+            break
 
-            start = time.perf_counter()
-            lr = get_lr(it)
-            for group in optimizer.param_groups:
-                group['lr'] = lr
-            step_loss = 0.0
-            for micro_step in range(micro_steps):
-                batch = next(prefetcher)
-                if ddp:  # gradients meet in the last micro-step alone
-                    model.require_backward_grad_sync = micro_step == micro_steps - 1
-                with context:
-                    _, loss = model(batch.tokens, batch.targets, batch.neighbors, batch.neighbor_mask, batch.documents)
-                    loss = loss / micro_steps
-                scaler.scale(loss).backward()
-                step_loss += loss.detach()
-            if grad_clip:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            stream_state = batch.state
-            it += 1
-            losses.append(step_loss)
-            if it % log_interval == 0 or it == max_iters:
-                loss = reduce_sum(torch.stack(losses).mean().cpu().double()).item() / world_size
-                seconds += time.perf_counter() - start
-                rate = tokens_per_iter * (it - since) / seconds
-                if master:
-                    waiting = prefetcher.waited - waited
-                    log(iter=it, tokens=it * tokens_per_iter, loss=loss, lr=lr, tokens_per_s=rate,
-                        retrieval_wait_s=waiting, mfu=raw_model.estimate_mfu(rate, peak))
-                    if show_bar:
-                        bar.set_postfix_str(f'loss {loss:.3f}, {rate:,.0f} tokens/s, waited {waiting:.1f} s')
-                    else:
-                        say(f'step {it}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tokens/s, mfu '
-                            f'{raw_model.estimate_mfu(rate, peak):.1%}, waited for retrieval {waiting:.2f} s')
-                seconds, waited, losses, since = 0.0, prefetcher.waited, [], it
-            else:
-                seconds += time.perf_counter() - start
-            bar.update()
-    except UserError:  # the knowledge base has gone: nothing of the finished steps is lost
-        if world_size == 1 and it > 0 and not eval_only:
-            save_checkpoint(stream_state)
-            say(f'saved a checkpoint at step {it}: go on from it with --init_from=resume')
-        raise
-    finally:
-        bar.close()
-        if prefetcher:
-            prefetcher.close()
-        if retriever:
-            retriever.close()
+        start = time.perf_counter()
+        lr = get_lr(it)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        step_loss = 0.0
+        for micro_step in range(micro_steps):
+            batch = next_batch()
+            if ddp:  # gradients meet in the last micro-step alone
+                model.require_backward_grad_sync = micro_step == micro_steps - 1
+            with context:
+                _, loss = model(batch.tokens, batch.targets, batch.neighbors, batch.neighbor_mask, batch.documents)
+                loss = loss / micro_steps
+            scaler.scale(loss).backward()
+            step_loss += loss.detach()
+            counts.update(batch.counts)
+        if grad_clip:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        it += 1
+        losses.append(step_loss)
+        if it % log_interval == 0 or it == max_iters:
+            loss = reduce_sum(torch.stack(losses).mean().cpu().double()).item() / world_size
+            seconds += time.perf_counter() - start
+            rate = tokens_per_iter * (it - since) / seconds
+            fetched = dict(zip(counts, reduce_sum(torch.tensor(list(counts.values()))).tolist(), strict=True))
+            if master:
+                waiting = prefetcher.waited - waited
+                mfu = raw_model.estimate_mfu(rate, peak)
+                log(iter=it, tokens=it * tokens_per_iter, loss=loss, lr=lr, tokens_per_s=rate,
+                    retrieval_wait_s=waiting, mfu=mfu, **{f'chunks_{name}': n for name, n in fetched.items()})
+                if bar.disable:
+                    say(f'step {it}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tokens/s, mfu {mfu:.1%}, waited for '
+                        f'retrieval {waiting:.2f} s')
+                else:
+                    bar.set_postfix_str(f'loss {loss:.3f}, {rate:,.0f} tokens/s, waited {waiting:.1f} s')
+            seconds, waited, losses, since = 0.0, prefetcher.waited, [], it
+            counts.clear()
+        else:
+            seconds += time.perf_counter() - start
+        # a stop in the middle of the next step goes back to here
+        resume_point = dict(stream=batch.state, rng=get_rng_state(), losses=list(losses))
+        bar.update()
+    bar.close()
     if master and not eval_only:
         plot_metrics(metrics_path, os.path.join(out_dir, 'loss.png'))
         print(f'ckpt.pt, metrics.jsonl and loss.png are in {out_dir}\n\n{summary(metrics_path)}')
-    if wandb_run:
-        wandb_run.finish()
-    if ddp:
-        dist.destroy_process_group()
 
 
 def get_rng_state():
@@ -508,5 +566,5 @@ def set_rng_state(state):
 
 
 if __name__ == '__main__':
-    with user_errors_as_one_line():
-        main()
+    with user_errors_as_one_line(), ExitStack() as cleanup:
+        main(cleanup)

@@ -1,12 +1,13 @@
 """
 The Milvus collection that a model retrieves from. A row is whole: a chunk's id, document, position, embedding, text,
-and its tokens with those of its continuation, so that one search answers everything. The collection's properties say
-what made it. The only file that talks to Milvus: a local file by Milvus Lite, or any server by its URI.
+and its tokens with those of its continuation. The collection's properties say what made it, and in which state it is.
+The only file that talks to Milvus: a local file by Milvus Lite, or any server by its URI.
 """
 import json
 import logging
 import os
 import threading
+import uuid
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
@@ -16,15 +17,19 @@ from configurator import UserError
 
 VERSION = 1  # of the layout of a row
 PROPERTY = 'nanoretro.metadata'
+STATE = 'nanoretro.state'  # property that changes with the rows, and is CHANGING while they do
+CHANGING = 'changing'
 FIELDS = ('id', 'doc_id', 'position', 'document', 'text', 'tokens')
+HIT = np.dtype([('id', np.int64), ('doc_id', np.int64), ('score', np.float32)])  # the score is the cosine
 INDEXES = {  # setting: parameters of the build, of a search, and of a search with a filter, which has to look further
     'FLAT': ({}, {}, {}),
-    'IVF_FLAT': ({'nlist': 1024}, {'nprobe': 32}, {'nprobe': 1024}),
+    'IVF_FLAT': ({'nlist': 1024}, {'nprobe': 16}, {'nprobe': 1024}),
     'HNSW': ({'M': 16, 'efConstruction': 200}, {'ef': 128}, {'ef': 1024}),
     'AUTOINDEX': ({}, {}, {}),
 }
-REQUEST = 2048  # rows or ids of one request: servers take no message over 64 MB
+REQUEST = 2048  # rows, ids or queries of one request: servers take no message over 64 MB
 ANSWER_TIMEOUT = 10  # seconds that a server may take to answer the first call
+RETRIES = 1  # of pymilvus, which says nothing while it retries: who trains must hear of it and wait (retriever.py)
 
 
 @dataclass
@@ -40,39 +45,54 @@ class Metadata:
     version: int = VERSION
 
 
-def open_knowledge_base(settings, vocabulary_hash, embedder, create=False):
+class Unreachable(UserError):
+    """No Milvus answers, or it can't serve yet. It may come back."""
+
+
+def open_knowledge_base(settings, vocabulary_hash, embedder, create=False, address=None):
     """The collection that the settings name, filled or read with their tokenizer, chunk size and embedding model."""
     metadata = Metadata(settings['tokenizer'], vocabulary_hash, settings['retrieval_chunk_size'], embedder.name,
                         embedder.fingerprint, embedder.dimension, settings['retrieval_index'])
     return KnowledgeBase(settings['retrieval_milvus_uri'], settings['retrieval_milvus_token'],
-                         settings['retrieval_collection'], metadata, create)
+                         settings['retrieval_collection'], metadata, create, address)
 
 
 class KnowledgeBase:
     """
     One collection. `uri` is a path that ends in .db (Milvus Lite) or a server's http(s) address; the token is used
-    and never shown. With `create` a collection that is not there is made, else that is a UserError.
+    and never shown. With `create` a collection that is not there is made, else that is a UserError. A local database
+    that a process serves (local_server.py) is reached at its `address`.
     """
 
-    def __init__(self, uri, token, collection, metadata, create=False):
+    def __init__(self, uri, token, collection, metadata, create=False, address=None):
         if metadata.index not in INDEXES:
             raise UserError(f'retrieval_index {metadata.index!r} is not one of {", ".join(INDEXES)}')
-        self.uri, self.collection, self.metadata, self.has_token = uri, collection, metadata, bool(token)
-        self.client = connect(uri, token, collection, create)
+        self.uri, self.token, self.collection, self.metadata, self.address = uri, token, collection, metadata, address
         # Milvus Lite keeps a search's parameters in the index, where another thread's search would change them
         self.searching = nullcontext() if '://' in uri else threading.Lock()
+        self.client = None
+        self.open(create)
+
+    def open(self, create=False, timeout=None):
+        """Connect, also anew after the server has been away; within `timeout` seconds, where that is given."""
+        self.close()
+        self.client = connect(self.uri, self.address, self.token, self.collection, create,
+                              min(timeout or ANSWER_TIMEOUT, ANSWER_TIMEOUT))
         try:
-            with milvus_errors(uri, self.has_token):
-                if self.client.has_collection(collection):
+            with self._errors():
+                if self.client.has_collection(self.collection, retry_times=RETRIES):
                     self._check_metadata()
                 elif create:
                     self._create()
                 else:
-                    raise no_collection(uri, collection)
-                self.client.load_collection(collection)
+                    raise no_collection(self.uri, self.collection)
+                self.client.load_collection(self.collection, timeout=timeout)
         except BaseException:
             self.close()
             raise
+
+    def _errors(self):
+        return milvus_errors(self.uri, bool(self.token))
 
     def _create(self):
         from pymilvus import DataType, MilvusClient
@@ -87,12 +107,33 @@ class KnowledgeBase:
         schema.add_field('embedding', DataType.FLOAT_VECTOR, dim=self.metadata.dimension)
         index = self.client.prepare_index_params()
         index.add_index('embedding', index_type=self.metadata.index, metric_type='IP',
-                        params=INDEXES[self.metadata.index][0])
+                        params={'params': INDEXES[self.metadata.index][0]})  # nested: Milvus Lite reads only those
         self.client.create_collection(self.collection, schema=schema, index_params=index,
-                                      properties={PROPERTY: json.dumps(asdict(self.metadata))})
+                                      properties={PROPERTY: json.dumps(asdict(self.metadata)), STATE: new_state()})
+
+    def _properties(self):
+        return self.client.describe_collection(self.collection, retry_times=RETRIES).get('properties', {})
+
+    def state(self):
+        """
+        A name of what the collection holds at present, for those who remember its answers; None while it is being
+        changed, or where the change was broken off. Only what this class writes changes it.
+        """
+        with self._errors():
+            state = self._properties().get(STATE, CHANGING)
+        return None if state.startswith(CHANGING) else state
+
+    def _set_state(self, state):
+        for _ in range(2):  # Milvus 2.3 writes down what was there before the last alteration
+            with self._errors():
+                self.client.alter_collection_properties(self.collection, properties={STATE: state})
+
+    def _announce_change(self):
+        if self.state() is not None:
+            self._set_state(CHANGING)
 
     def _check_metadata(self):
-        found = self.client.describe_collection(self.collection).get('properties', {}).get(PROPERTY)
+        found = self._properties().get(PROPERTY)
         if not found:
             raise UserError(f'collection {self.collection!r} in {self.uri} was not made by nanoRETRO: choose another '
                             f'name in retrieval_collection')
@@ -109,59 +150,82 @@ class KnowledgeBase:
 
     def count(self):
         """Number of rows."""
-        with milvus_errors(self.uri, self.has_token):
+        with self._errors():
             return int(self.client.query(self.collection, filter='', output_fields=['count(*)'],
-                                         consistency_level='Strong')[0]['count(*)'])
+                                         consistency_level='Strong', retry_times=RETRIES)[0]['count(*)'])
 
-    def tokens_by_id(self, ids):
-        """{id: tokens} of those of the ids (n,) that the collection has."""
+    def rows(self, ids, fields, latest=False):
+        """
+        {id: row} of those of the ids (n,) that the collection has, each a dict of the fields. With `latest` the
+        answer waits for all that was written up to now, else it may be some seconds old.
+        """
+        options = {'consistency_level': 'Strong'} if latest else {}
         found = {}
         for start in range(0, len(ids), REQUEST):
-            some = [int(i) for i in ids[start:start + REQUEST]]
-            with milvus_errors(self.uri, self.has_token):
-                rows = self.client.query(self.collection, filter=f'id in {some}', output_fields=['id', 'tokens'],
-                                         consistency_level='Strong')
-            found |= {row['id']: row['tokens'] for row in rows}
+            with self._errors():
+                rows = self.client.get(self.collection, ids=ids[start:start + REQUEST].tolist(),
+                                       output_fields=['id', *fields], retry_times=RETRIES, **options)
+            found |= {row['id']: row for row in rows}
         return found
 
     def upsert(self, rows):
-        """Add rows, dicts of the collection's fields, in place of those that have the same id."""
+        """Add rows, dicts of the collection's fields, in place of those that have the same id. Then flush()."""
         for start in range(0, len(rows), REQUEST):
-            with milvus_errors(self.uri, self.has_token):
+            self._announce_change()
+            with self._errors():
                 self.client.upsert(self.collection, rows[start:start + REQUEST])
 
     def delete_from(self, doc_id, position):
-        """Remove a document's rows from a position on."""
-        with milvus_errors(self.uri, self.has_token):
+        """Remove a document's rows from a position on. Then flush()."""
+        self._announce_change()
+        with self._errors():
             self.client.delete(self.collection, filter=f'doc_id == {int(doc_id)} and position >= {int(position)}')
 
     def flush(self):
-        """Write to disk what was added, and index it."""
-        with milvus_errors(self.uri, self.has_token):
+        """Write to disk what was changed, and index it. From here on it may be remembered."""
+        with self._errors():
             self.client.flush(self.collection)
+        self._set_state(new_state())
 
-    def search(self, vectors, limit, not_in_documents=(), fields=FIELDS):
+    def search(self, vectors, limit, not_in_documents=(), latest=False):
         """
-        For each of the vectors (n, D) at most `limit` rows, nearest first: dicts of the fields and `score`, the
-        cosine. None is from a document whose doc_id is in `not_in_documents`.
+        The up to `limit` rows nearest to each of the vectors (n, D): (n, limit) of HIT, nearest first, of equally
+        near ones (to 1e-5) the lower id first; a line that is shorter ends in score -inf. None is from a document
+        whose doc_id is in `not_in_documents`. `latest` as in rows().
         """
-        if not len(vectors):
-            return []
+        options = {'consistency_level': 'Strong'} if latest else {}
         filtered = len(not_in_documents) > 0
         expression = f'doc_id not in {sorted(int(d) for d in not_in_documents)}' if filtered else ''
-        with milvus_errors(self.uri, self.has_token), self.searching:
-            answer = self.client.search(self.collection, data=list(np.asarray(vectors, dtype=np.float32)),
-                                        anns_field='embedding', limit=limit, filter=expression,
-                                        output_fields=[name for name in fields if name != 'id'],
-                                        search_params={'metric_type': 'IP',
-                                                       'params': INDEXES[self.metadata.index][1 + filtered]})
-        return [[{'id': hit['id'], 'score': hit['distance'], **hit['entity']} for hit in hits] for hits in answer]
+        params = dict(INDEXES[self.metadata.index][1 + filtered])
+        if 'ef' in params:
+            params['ef'] = max(params['ef'], limit)  # Milvus refuses to return more rows than it looks at
+        found = np.zeros((len(vectors), limit), dtype=HIT)
+        found['score'] = -np.inf
+        for start in range(0, len(vectors), REQUEST):
+            data = list(np.asarray(vectors[start:start + REQUEST], dtype=np.float32))
+            with self._errors(), self.searching:
+                answer = self.client.search(self.collection, data=data, anns_field='embedding', limit=limit,
+                                            filter=expression, output_fields=['doc_id'],
+                                            search_params={'metric_type': 'IP', 'params': params}, retry_times=RETRIES,
+                                            **options)
+            for line, hits in zip(found[start:], answer, strict=False):
+                line['id'][:len(hits)], line['score'][:len(hits)] = hits.ids, hits.distances
+                line['doc_id'][:len(hits)] = [hit['entity']['doc_id'] for hit in hits]
+        # equal texts have equal scores but for rounding, and would come in another order from another server or index
+        order = np.lexsort((found['id'], -found['score'].round(5)))  # by line: the score, then the id
+        return np.take_along_axis(found, order, axis=1)
 
     def close(self):
-        self.client.close()
+        if self.client is not None:
+            self.client.close()
+            self.client = None
 
 
-def connect(uri, token, collection, create):
+def new_state():
+    return uuid.uuid4().hex
+
+
+def connect(uri, address, token, collection, create, timeout):
     """A client. UserError where nothing answers, where it refuses the token, or where there is no local file yet."""
     local = '://' not in uri
     if '@' in uri.partition('://')[2]:
@@ -173,10 +237,10 @@ def connect(uri, token, collection, create):
     for name in ('milvus_lite', 'pymilvus'):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # their tracebacks: our error gives the reason
     with milvus_errors(uri, bool(token)):
-        if local:
+        if local and not address:
             return MilvusClient(uri)
-        client = MilvusClient(uri, token=token, timeout=ANSWER_TIMEOUT)
-        client.list_collections(timeout=ANSWER_TIMEOUT)
+        client = MilvusClient(address or uri, token=token, timeout=timeout)
+        client.list_collections(timeout=timeout)
         return client
 
 
@@ -207,13 +271,17 @@ def milvus_errors(uri, has_token):
             given = 'the token was refused' if has_token else 'no token was given'
             raise UserError(f'Milvus at {uri} asks for authentication and {given}: set retrieval_milvus_token, or '
                             f'MILVUS_TOKEN in the environment, to user:password or an API key') from error
-        if status in ('UNAVAILABLE', 'DEADLINE_EXCEEDED') or (isinstance(error, ValueError) and 'URL' in str(error)):
-            raise UserError(f'no Milvus answers at {uri} ({status or error}): start it, for one with docker compose '
-                            f'up -d, or correct retrieval_milvus_uri') from error
+        if (status in ('UNAVAILABLE', 'DEADLINE_EXCEEDED') or 'Fail connecting to server' in str(error)
+                or (isinstance(error, ValueError) and 'URL' in str(error))):
+            raise Unreachable(f'no Milvus answers at {uri} ({status or type(error).__name__}): start it, for one with '
+                              f'docker compose up -d, or correct retrieval_milvus_uri') from error
         if 'Open local milvus failed' in str(error):
-            raise UserError(f'Milvus Lite can not open {uri}: another process has it open (a local file serves one at '
-                            f'a time), or it is no Milvus Lite database; wait for that process, or name another '
+            raise UserError(f'Milvus Lite can not open {uri}: another process has it open (a local file serves one run '
+                            f'at a time), or it is no Milvus Lite database; wait for that process, or name another '
                             f'retrieval_milvus_uri') from error
+        from pymilvus.exceptions import MilvusException, ParamError
+        if isinstance(error, MilvusException) and not isinstance(error, ParamError):
+            raise Unreachable(f'Milvus at {uri} refuses: {error.message}') from error
         raise
 
 

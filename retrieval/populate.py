@@ -117,11 +117,11 @@ def missing_rows(knowledge_base, rows):
     The rows that the collection lacks or holds with other tokens. Of documents that have changed, the chunks beyond
     their new end are removed.
     """
-    found = knowledge_base.tokens_by_id(rows.id)
+    found = knowledge_base.rows(rows.id, ['tokens'], latest=True)
     places, changed = [], set()
     for place, (row_id, length) in enumerate(zip(rows.id.tolist(), rows.length.tolist(), strict=True)):
         old = found.get(row_id)
-        if old is None or list(old) != rows.tokens[place, :length].tolist():
+        if old is None or list(old['tokens']) != rows.tokens[place, :length].tolist():
             places.append(place)
             if old is not None:
                 changed.add(int(rows.doc_id[place]))
@@ -173,7 +173,7 @@ def populate(settings, show_progress):
             progress.n = done['chunks'] - sum(len(r.id) for r, _ in waiting)
             progress.refresh()
         began = time.perf_counter()
-        if done['added']:
+        if done['added'] or knowledge_base.state() is None:  # the latter: an earlier run was broken off
             knowledge_base.flush()
         seconds['insert'] += time.perf_counter() - began
         seconds['all'] = time.perf_counter() - start
