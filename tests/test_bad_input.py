@@ -31,6 +31,7 @@ def files(folder):
     (['--init_from=gpt3'], "init_from 'gpt3' is neither 'scratch' nor 'resume'"),
     (['--dtype=float8'], "dtype 'float8' is none of"),
     (['--tokenizer=nowhere.json'], "no tokenizer 'nowhere.json'"),
+    (['--retrieval_cache_dir=config.py/x'], "retrieval_cache_dir 'config.py/x' can not be used"),
     (['--retrieval_prefetch_batches=0'], 'retrieval_prefetch_batches must be at least 1, but is 0'),
     (['--retrieval_milvus_uri=http://root:hush@127.0.0.1:9'], 'retrieval_milvus_uri holds a user or a password'),
     (['-retrieval_milvus_token=root:hush'], "'-retrieval_milvus_token' is neither a config file nor --key=value"),
@@ -45,11 +46,11 @@ def test_it_is_one_clear_line_and_exit_code_2_and_nothing_is_written(workspace, 
     assert files(workspace) == before and not (workspace / 'other.db').exists()
 
 
-def test_a_local_database_is_not_shared_by_several_processes(workspace):
-    answer = run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py', 'config.py',
-                 folder=workspace, check=False)
-    assert answer.returncode
-    assert "'milvus.db' is a local file, which serves one process, and there are 2" in answer.stderr
+def test_a_local_database_is_not_shared_by_several_nodes(workspace):
+    answer = run(ROOT / 'train.py', 'config.py', folder=workspace, check=False,
+                 env=dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='1', RANK='0', LOCAL_RANK='0'))
+    assert answer.returncode == 2
+    assert "retrieval_milvus_uri 'milvus.db' is a local file, which serves one node" in answer.stderr
 
 
 def test_a_checkpoint_of_another_architecture_is_not_resumed_and_not_lost(workspace):

@@ -1,11 +1,12 @@
 """Against a real Milvus Lite."""
 import dataclasses
+import time
 
 import numpy as np
 import pytest
 
 from configurator import UserError
-from retrieval.knowledge_base import KnowledgeBase, Metadata
+from retrieval.knowledge_base import FIELDS, KnowledgeBase, Metadata
 
 METADATA = Metadata('tokenizer.json', 'abc', 4, 'model', 'def', 8, 'FLAT')
 
@@ -35,12 +36,21 @@ def test_a_row_comes_back_whole_and_a_search_finds_the_nearest_first(knowledge_b
     knowledge_base.flush()
     vectors = np.array([row['embedding'] for row in rows])
     answer = knowledge_base.search(vectors[:20], 5)
+    assert answer.shape == (20, 5)
     for i, hits in enumerate(answer):
         best = np.argsort(-(vectors @ vectors[i]))[:5]
-        assert [hit['id'] for hit in hits] == [rows[b]['id'] for b in best]
-        for hit, b in zip(hits, best, strict=True):
-            assert hit.pop('score') == pytest.approx(vectors[b] @ vectors[i], abs=1e-4)
-            assert hit == {key: value for key, value in rows[b].items() if key != 'embedding'}
+        assert hits['id'].tolist() == [rows[b]['id'] for b in best]
+        assert hits['doc_id'].tolist() == [rows[b]['doc_id'] for b in best]
+        assert hits['score'] == pytest.approx(vectors[best] @ vectors[i], abs=1e-4)
+        found = knowledge_base.rows(hits['id'], FIELDS)
+        assert [found[row_id] for row_id in hits['id']] == [
+            {key: value for key, value in rows[b].items() if key != 'embedding'} for b in best]
+
+
+def test_a_search_for_more_rows_than_there_are_ends_in_scores_of_minus_infinity(knowledge_base):
+    knowledge_base.upsert(make_rows(7))
+    hits = knowledge_base.search([make_rows(7)[0]['embedding']], 20)
+    assert (hits['score'][0] > -np.inf).sum() == 7 and (hits['score'][0, 7:] == -np.inf).all()
 
 
 def test_upserting_the_same_rows_again_adds_none(knowledge_base):
@@ -56,15 +66,49 @@ def test_a_search_can_leave_documents_out(knowledge_base):
     knowledge_base.upsert(rows)
     for out in ([-1], [-1, 0], [0, -1, -2]):
         hits = knowledge_base.search([rows[1]['embedding']], 60, not_in_documents=out)[0]
-        assert {hit['doc_id'] for hit in hits} == {0, -1, -2} - set(out)
+        assert set(hits['doc_id'][hits['score'] > -np.inf].tolist()) == {0, -1, -2} - set(out)
 
 
 def test_rows_are_found_by_id_and_removed_from_a_position_on(knowledge_base):
     knowledge_base.upsert(make_rows(30))
-    assert knowledge_base.tokens_by_id(np.array([-5, 2, 1000])) == {-5: [0], 2: list(range(8))}
+    assert knowledge_base.rows(np.array([-5, 2, 1000]), ['tokens'], latest=True) == {
+        -5: dict(id=-5, tokens=[0]), 2: dict(id=2, tokens=list(range(8)))}
     knowledge_base.delete_from(-1, 4)
     assert knowledge_base.count() == 30 - 6
-    assert len(knowledge_base.search([make_rows(1)[0]['embedding']], 60, not_in_documents=[0, -2])[0]) == 4
+    hits = knowledge_base.search([make_rows(1)[0]['embedding']], 60, not_in_documents=[0, -2])
+    assert (hits['score'] > -np.inf).sum() == 4
+
+
+def test_the_state_changes_with_the_rows_and_is_none_while_they_change(knowledge_base, uri):
+    first = knowledge_base.state()
+    assert first and first == knowledge_base.state()
+    knowledge_base.upsert(make_rows(30))
+    assert knowledge_base.state() is None
+    again = KnowledgeBase(uri, '', 'chunks', METADATA)  # as after a filling that was broken off
+    assert again.state() is None
+    knowledge_base.flush()
+    second = again.state()
+    assert second and second != first
+    knowledge_base.delete_from(-1, 4)
+    assert again.state() is None
+    knowledge_base.flush()
+    assert again.state() not in (None, first, second)
+    again.close()
+
+
+def test_the_index_is_built_with_our_parameters_also_by_milvus_lite(uri, tmp_path):
+    import glob
+
+    import faiss
+    made = KnowledgeBase(uri, '', 'chunks', dataclasses.replace(METADATA, index='IVF_FLAT'), create=True)
+    made.upsert(make_rows(1100))
+    made.flush()
+    deadline = time.time() + 20  # it is built in the background
+    while not (indexes := glob.glob(f'{uri}/**/*.idx', recursive=True)) and time.time() < deadline:
+        time.sleep(0.1)
+    made.close()
+    index, = indexes
+    assert faiss.read_index(index).nlist == 1024
 
 
 def test_what_was_added_is_there_when_it_is_opened_again(uri):

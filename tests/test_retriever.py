@@ -1,15 +1,13 @@
 """Leaks, masks and tensors, against a real Milvus Lite collection of real text."""
 import numpy as np
 import pytest
-import torch
 
 from configurator import UserError
 from data.chunking import chunk_document, document_hash
 from data.stream import SequenceStream, as_dataset_configs, load_documents
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from retrieval.knowledge_base import FIELDS, open_knowledge_base
-from retrieval.prefetch import Prefetcher
-from retrieval.retriever import OVERFETCH, Retriever
+from retrieval.retriever import EMBEDDED, LIMITS, LOOKED_UP, NOWHERE, REMEMBERED, Retriever
 from tests.conftest import CHUNK, run
 
 
@@ -30,8 +28,14 @@ def make_stream(settings, tokenizer, **options):
                           settings['block_size'], settings['batch_size'], interleave=5, **options)
 
 
-def retrieve(retriever, batch, **options):
-    return retriever.retrieve(batch.tokens.reshape(*batch.ends.shape, CHUNK), batch.documents, batch.ends, **options)
+def retrieve(retriever, batch):
+    return retriever.retrieve(batch.tokens.reshape(*batch.ends.shape, CHUNK), batch.documents, batch.ends,
+                              batch.chunk_ids)
+
+
+def there(hits):
+    """Those of the hits of one chunk (K,) that are there."""
+    return hits[hits['score'] > -np.inf]
 
 
 def test_no_neighbor_is_of_a_document_of_its_own_sequence(settings, tokenizer, retriever):
@@ -42,10 +46,11 @@ def test_no_neighbor_is_of_a_document_of_its_own_sequence(settings, tokenizer, r
         for b in range(len(batch.tokens)):
             own = set(batch.documents[b].tolist())
             sequences += len(own) > 1
-            for place, rows in enumerate(neighbors.rows[b]):
-                assert not own & {row['doc_id'] for row in rows}
-                assert len(rows) == (0 if batch.ends[b, place] else settings['retrieval_k_neighbors'])
-                found += len(rows)
+            for place, hits in enumerate(neighbors.hits[b]):
+                hits = there(hits)
+                assert not own & set(hits['doc_id'].tolist())
+                assert len(hits) == (0 if batch.ends[b, place] else settings['retrieval_k_neighbors'])
+                found += len(hits)
     assert found > 200 and sequences > 0
 
 
@@ -68,14 +73,14 @@ def test_neighbors_are_those_of_an_exhaustive_search_over_other_documents(settin
         query = retriever.embedder.embed([tokenizer.decode(batch.tokens[b].reshape(-1, CHUNK)[place].tolist())])[0]
         scores = np.where(np.isin(owners, batch.documents[b]), -9, vectors @ query)
         best = np.sort(scores)[::-1][:settings['retrieval_k_neighbors']]
-        got = [row['score'] for row in neighbors.rows[b][place]]
-        np.testing.assert_allclose(got, best, atol=1e-3)
+        np.testing.assert_allclose(neighbors.hits['score'][b, place], best, atol=1e-3)
         checked += 1
     retriever.close()
     assert checked > 10
 
 
-def test_a_document_that_fills_the_first_hundred_hits_leaks_nothing_and_hides_nothing(settings, tokenizer):
+@pytest.mark.parametrize('crowd', [limit + 20 for limit in LIMITS])
+def test_a_document_that_fills_the_hits_of_a_search_leaks_nothing_and_hides_nothing(settings, tokenizer, crowd):
     """Its chunks are all alike, and the two that may be found are less alike than any of them."""
     settings = settings | dict(retrieval_collection='crowded')
     first = Retriever(settings | dict(retrieval_collection='chunks'), tokenizer)
@@ -83,19 +88,21 @@ def test_a_document_that_fills_the_first_hundred_hits_leaks_nothing_and_hides_no
     text = tokenizer.encode_ordinary('def read_the_file(path): return open(path).read()  # again and again' * 2)[:CHUNK]
     near = first.embedder.embed([tokenizer.decode(text)])[0]
     far = first.embedder.embed(['import sys\nsys.exit(1)', 'class Calendar: months'])
-    rows = [dict(id=i, doc_id=1, position=i, document='own', text='', tokens=text, embedding=near) for i in range(200)]
-    rows += [dict(id=1000 + i, doc_id=2 + i, position=0, document='other', text='', tokens=[i, i + 1], embedding=v)
+    rows = [dict(id=i, doc_id=1, position=i, document='own', text='', tokens=text, embedding=near)
+            for i in range(crowd)]
+    rows += [dict(id=10_000 + i, doc_id=2 + i, position=0, document='other', text='', tokens=[i, i + 1], embedding=v)
              for i, v in enumerate(far)]
     knowledge_base.upsert(rows)
     knowledge_base.flush()
     knowledge_base.close()
     first.close()
-    assert OVERFETCH < 100
     retriever = Retriever(settings, tokenizer)
     neighbors = retriever.retrieve(np.array([[text]]), np.array([[1]]), np.array([[False]]))
+    of_two = retriever.retrieve(np.array([[text, text]]), np.array([[1, 2]]), np.array([[False, True]]))
     retriever.close()
-    assert {row['doc_id'] for row in neighbors.rows[0][0]} == {2, 3}
+    assert set(there(neighbors.hits[0, 0])['doc_id']) == {2, 3} and neighbors.again[0, 0]
     assert neighbors.mask[0, 0].sum(-1).tolist() == [2, 2]
+    assert there(of_two.hits[0, 0])['doc_id'].tolist() == [3] and not of_two.mask[0, 0, 1].any()
 
 
 def test_fewer_than_k_neighbors_are_masked_and_hold_no_text(settings, tokenizer):
@@ -109,29 +116,123 @@ def test_fewer_than_k_neighbors_are_masked_and_hold_no_text(settings, tokenizer)
     chunk = batch.tokens[:1].reshape(1, -1, CHUNK)[:, :1].repeat(documents.shape[1], axis=1)
     neighbors = retriever.retrieve(chunk, documents, np.arange(documents.shape[1])[None] > 0)
     retriever.close()
-    rows = neighbors.rows[0][0]
-    assert 0 < len(rows) < 60 and only not in {row['doc_id'] for row in rows}
-    assert not neighbors.mask[0, 0, len(rows):].any() and not neighbors.mask[0, 1:].any()
+    hits = there(neighbors.hits[0, 0])
+    assert 0 < len(hits) < 60 and only not in hits['doc_id']
+    assert not neighbors.mask[0, 0, len(hits):].any() and not neighbors.mask[0, 1:].any()
     assert (neighbors.tokens[~neighbors.mask] == tokenizer.eot_token).all()
 
 
-def test_tensors_hold_each_neighbor_and_its_continuation(settings, tokenizer, retriever):
+def test_arrays_hold_each_neighbor_and_its_continuation(settings, tokenizer, retriever):
     batch = next(make_stream(settings, tokenizer))
-    neighbors = retrieve(retriever, batch, fields=FIELDS)
+    neighbors = retrieve(retriever, batch)
     L, K = settings['block_size'] // CHUNK, settings['retrieval_k_neighbors']
     assert neighbors.tokens.shape == neighbors.mask.shape == (settings['batch_size'], L, K, 2 * CHUNK)
-    assert neighbors.tokens.dtype == torch.int64 and neighbors.mask.dtype == torch.bool
     texts = {document_hash(d.source, d.id): d.text for d in
              load_documents(as_dataset_configs(settings['train_datasets'], 'train_datasets'))}
     for b, place in np.argwhere(~batch.ends):
-        for k, row in enumerate(neighbors.rows[b][place]):
+        hits = neighbors.hits[b, place]
+        rows = retriever.knowledge_base.rows(hits['id'], FIELDS)
+        for k, hit in enumerate(hits):
+            row = rows[hit['id']]
             tokens = neighbors.tokens[b, place, k][neighbors.mask[b, place, k]].tolist()
-            assert tokens == row['tokens']
+            assert tokens == row['tokens'] and row['doc_id'] == hit['doc_id']
             whole = tokenizer.decode([t for t in tokens if t != tokenizer.eot_token])
             assert whole in texts[row['doc_id']] or '�' in whole
             assert whole.startswith(row['text'].replace('<|endoftext|>', '')) or '�' in whole
-        scores = [row['score'] for row in neighbors.rows[b][place]]
-        assert scores == sorted(scores, reverse=True)
+        assert (np.diff(hits['score']) <= 1e-5).all()
+
+
+def test_remembered_neighbors_are_those_of_a_fresh_search_to_the_bit(settings, tokenizer):
+    """In sequences of other documents than those that they were remembered from, and of other batches."""
+    first, other = make_stream(settings, tokenizer), make_stream(settings, tokenizer, seed=7)
+    batches = [next(first) for _ in range(30)]
+    shuffled = [next(other) for _ in range(30)]
+    assert {tuple(sorted(set(row))) for b in batches for row in b.documents.tolist()} != {
+        tuple(sorted(set(row))) for b in shuffled for row in b.documents.tolist()}
+    without = Retriever(settings | dict(retrieval_cache_gb=0.0), tokenizer)
+    fresh = [retrieve(without, batch) for batch in (*batches, *shuffled)]
+    without.close()
+    assert sum(n.again.sum() for n in fresh) > 0
+    remembered = 0
+    for attempt in range(2):
+        retriever = Retriever(settings, tokenizer)
+        for batch, expected in zip((*batches, *shuffled), fresh, strict=True):
+            neighbors = retrieve(retriever, batch)
+            for name in ('tokens', 'mask'):
+                assert (getattr(neighbors, name) == getattr(expected, name)).all()
+            seen = expected.hits['score'] > -np.inf
+            assert neighbors.hits[seen].tobytes() == expected.hits[seen].tobytes()
+            remembered += (neighbors.origin == REMEMBERED).sum()
+            if attempt:
+                assert ((neighbors.origin == REMEMBERED) == ~batch.ends).all()
+        retriever.close()
+    assert remembered > 200
+
+
+def test_it_is_told_where_each_chunks_neighbors_are_from(settings, tokenizer, retriever):
+    batch = next(make_stream(settings, tokenizer))
+    first, second = retrieve(retriever, batch), retrieve(retriever, batch)
+    assert (first.origin == np.where(batch.ends, NOWHERE, LOOKED_UP)).all()
+    assert (second.origin == np.where(batch.ends, NOWHERE, REMEMBERED)).all()
+    assert not second.again.any()
+    batch.chunk_ids += 1  # chunks that the collection has not
+    assert (retrieve(retriever, batch).origin == np.where(batch.ends, NOWHERE, EMBEDDED)).all()
+
+
+def test_a_stored_embedding_is_not_used_for_a_chunk_that_has_changed(settings, tokenizer, retriever):
+    batch = next(make_stream(settings, tokenizer))
+    before = retrieve(retriever, batch)
+    row, place = np.argwhere(~batch.ends)[0]
+    chunks = batch.tokens.reshape(*batch.ends.shape, CHUNK)
+    chunks[row, place] = chunks[row, place][::-1]
+    after = retriever.retrieve(chunks, batch.documents, batch.ends, batch.chunk_ids)
+    changed = np.zeros_like(batch.ends)
+    changed[row, place] = True
+    assert (after.origin == np.where(batch.ends, NOWHERE, np.where(changed, EMBEDDED, REMEMBERED))).all()
+    anonymous = retriever.retrieve(chunks, batch.documents, batch.ends)
+    assert (after.hits['id'][row, place] == anonymous.hits['id'][row, place]).all()
+    assert (after.tokens[~changed] == before.tokens[~changed]).all()
+
+
+def test_duplicate_chunks_of_a_batch_are_asked_once(settings, tokenizer, retriever, monkeypatch):
+    batch = next(make_stream(settings, tokenizer))
+    once = retrieve(retriever, batch)
+    twice = type(batch)(*[np.concatenate([getattr(batch, name)] * 2) for name in
+                          ('tokens', 'targets', 'documents', 'chunk_ids', 'ends')], state={})
+    asked = []
+    search = retriever.knowledge_base.search
+    monkeypatch.setattr(retriever.knowledge_base, 'search', lambda vectors, *rest, **options: (
+        asked.append(len(vectors)), search(vectors, *rest, **options))[1])
+    retriever.memory.go_over_to('another state')
+    monkeypatch.setattr(retriever.knowledge_base, 'state', lambda: 'another state')
+    neighbors = retrieve(retriever, twice)
+    assert asked[0] == (~batch.ends).sum()
+    assert (neighbors.tokens == np.concatenate([once.tokens] * 2)).all()
+
+
+def test_a_changed_collection_is_never_answered_from_memory(settings, tokenizer, workspace):
+    """A copy of a chunk's text is put into the collection, under another document: it is its neighbor from then on."""
+    stream = make_stream(settings, tokenizer)
+    batch = next(stream)
+    row, place = np.argwhere(~batch.ends)[0]
+    chunk = batch.tokens[row].reshape(-1, CHUNK)[place]
+    retriever = Retriever(settings, tokenizer)
+    before = retrieve(retriever, batch)
+    assert retriever.memory.count('rows') > 0
+    added = dict(id=7, doc_id=7, position=0, document='new', text='', tokens=chunk.tolist(),
+                 embedding=retriever.embedder.embed([tokenizer.decode(chunk.tolist())])[0])
+    retriever.knowledge_base.upsert([added])  # as another process would, while this one is running
+    during = retrieve(retriever, batch)
+    assert (during.origin != REMEMBERED).all()
+    retriever.knowledge_base.flush()
+    after, again = retrieve(retriever, batch), retrieve(retriever, batch)
+    assert 7 not in before.hits['id'][row, place] and 7 in after.hits['id'][row, place]
+    assert (after.origin != REMEMBERED).all() and (again.origin[~batch.ends] == REMEMBERED).all()
+    assert (again.hits['id'] == after.hits['id']).all()
+    with retriever.memory.environment.begin() as reading:
+        names = [bytes(key) for key, _ in reading.cursor()]
+    assert len(names) == 2 and all(retriever.knowledge_base.state().encode() in name for name in names)
+    retriever.close()
 
 
 def test_an_empty_collection_is_an_error_with_what_to_do(settings, tokenizer):
@@ -141,26 +242,3 @@ def test_an_empty_collection_is_an_error_with_what_to_do(settings, tokenizer):
     with pytest.raises(UserError, match="'empty'.*is empty: fill it with python -m retrieval.populate"):
         Retriever(settings, tokenizer)
     full.close()
-
-
-def test_a_prefetched_batch_is_what_the_retriever_gives_and_its_state_resumes_after_it(settings, tokenizer, retriever):
-    prefetcher = Prefetcher(make_stream(settings, tokenizer), retriever, 'cpu', ahead=2)
-    plain = make_stream(settings, tokenizer)
-    for _ in range(4):
-        ready, batch = next(prefetcher), next(plain)
-        neighbors = retrieve(retriever, batch)
-        assert (ready.tokens.numpy() == batch.tokens).all() and (ready.targets.numpy() == batch.targets).all()
-        assert (ready.documents.numpy() == batch.documents).all() and ready.state == batch.state
-        assert (ready.neighbors == neighbors.tokens).all() and (ready.neighbor_mask == neighbors.mask).all()
-    prefetcher.close()
-    assert not prefetcher.thread.is_alive() and prefetcher.waited > 0
-
-
-def test_an_exception_of_the_prefetching_thread_reaches_the_caller_with_its_traceback(settings, tokenizer, retriever):
-    stream = make_stream(settings, tokenizer)
-    stream.tokenizer = None
-    prefetcher = Prefetcher(stream, retriever, 'cpu')
-    with pytest.raises(AttributeError) as error:
-        next(prefetcher)
-    assert any('open_next_document' in str(entry) for entry in error.traceback)
-    prefetcher.close()

@@ -15,7 +15,7 @@ import train
 from data.stream import DatasetConfig, SequenceStream
 from data.tokenizer import load_tokenizer, token_byte_counts
 from model import RETRO, RETROConfig, load_checkpoint
-from retrieval.prefetch import Prefetcher
+from retrieval.prefetch import ReadyBatch
 from tests.conftest import CHUNK, ROOT, SHARED, run
 
 
@@ -36,7 +36,8 @@ def test_training_logs_saves_and_plots_what_it_says(workspace):
     evaluations = [line for line in lines if 'val_bpb_on' in line]
     assert [line['iter'] for line in steps] == list(range(1, 9))
     assert [line['iter'] for line in evaluations] == [0, 4, 8]
-    assert all({'iter', 'tokens', 'loss', 'lr', 'tokens_per_s', 'retrieval_wait_s'} <= set(line) for line in steps)
+    assert all({'iter', 'tokens', 'loss', 'lr', 'tokens_per_s', 'retrieval_wait_s', 'chunks_remembered',
+                'chunks_looked_up', 'chunks_embedded', 'chunks_searched_again'} <= set(line) for line in steps)
     assert steps[-1]['tokens'] == 8 * 2 * 4 * 4 * CHUNK
     assert steps[-1]['loss'] < steps[0]['loss'] - 0.3
     assert all(line['val_bpb_on'] != line['val_bpb_off'] for line in evaluations)
@@ -109,12 +110,11 @@ def test_bits_per_byte_counts_the_utf8_bytes_of_the_text_and_not_its_tokens(prep
     longest = max(-(-(len(tokenizer.encode_ordinary(text)) + 1) // CHUNK) for text in texts)
     block_size = CHUNK * longest
     stream = SequenceStream([DatasetConfig(str(tmp_path / 'val.parquet'))], tokenizer, CHUNK, block_size, 2)
-    prefetcher = Prefetcher(stream, None, 'cpu')
     model = RETRO(RETROConfig(block_size=block_size, vocab_size=1024, n_layer=1, n_head=1, n_embd=8,
                               use_retrieval=False, retrieval_chunk_size=CHUNK))
     torch.nn.init.zeros_(model.lm_head.weight)  # every token equally likely
-    batch = next(prefetcher)
-    prefetcher.close()
+    read = next(stream)
+    batch = ReadyBatch(*map(torch.from_numpy, (read.tokens, read.targets, read.documents)), None, None, {}, {})
     # the shorter document is followed by the start of another; take what each document covers itself
     for row, document in enumerate(batch.documents):
         other = (document != document[0]).repeat_interleave(CHUNK)
@@ -144,13 +144,27 @@ def test_bfloat16_trains_on_this_processor_where_it_is_fast(workspace):
     assert steps[4] < steps[1]
 
 
-def test_torchrun_trains_a_gpt_on_two_processes_with_the_losses_of_one(workspace):
-    common = ['config.py', '--use_retrieval=False', '--max_iters=4', '--grad_clip=0.0', '--eval_iters=2']
-    run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py', *common,
-        '--out_dir=two', folder=workspace)
+@pytest.mark.parametrize('options', [[], ['--use_retrieval=False']])
+def test_torchrun_trains_on_two_processes_with_the_losses_of_one(workspace, options):
+    """With retrieval: both find the local database, which one of them serves."""
+    common = ['config.py', *options, '--max_iters=4', '--grad_clip=0.0', '--eval_iters=2', '--retrieval_cache_gb=0']
+    answer = run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py', *common,
+                 '--out_dir=two', folder=workspace)
     run(ROOT / 'train.py', *common, '--out_dir=one', folder=workspace)
     one, two = losses(workspace, 'one')[0], losses(workspace, 'two')[0]
-    assert two == pytest.approx(one, rel=1e-4)
+    assert two == pytest.approx(one, rel=1e-4) and len(two) == 4
+    assert answer.stdout.count('ckpt.pt, metrics.jsonl and loss.png are in two') == 1
+
+
+def test_another_run_over_the_same_data_neither_embeds_nor_searches(workspace):
+    """Of another model size, and with its evaluations."""
+    searched = ('chunks_looked_up', 'chunks_embedded', 'chunks_searched_again')
+    run(ROOT / 'train.py', 'config.py', folder=workspace)
+    assert sum(line.get(key, 0) for line in metrics(workspace) for key in searched) > 0
+    run(ROOT / 'train.py', 'config.py', '--n_embd=16', '--out_dir=small', folder=workspace)
+    lines = [line for line in metrics(workspace, 'small') if 'loss' in line]
+    assert sum(line['chunks_remembered'] for line in lines) > 0
+    assert sum(line[key] for line in lines for key in searched) == 0
 
 
 def test_own_documents_train_with_the_gpt2_tokenizer_and_a_real_sentence_transformer(tmp_path):

@@ -1,0 +1,148 @@
+"""The prefetching process, on a real collection."""
+import itertools
+import os
+import signal
+import time
+from multiprocessing.pool import RemoteTraceback
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from configurator import UserError
+from data.stream import SequenceStream, as_dataset_configs
+from data.tokenizer import load_tokenizer
+from retrieval.local_server import local_server
+from retrieval.prefetch import Prefetcher
+from retrieval.retriever import Retriever
+from tests.conftest import CHUNK, release, run
+
+
+@pytest.fixture
+def served(settings, workspace):
+    """The address of a server of the workspace's database."""
+    with local_server('milvus.db', 'chunks') as (address, _):
+        yield address
+
+
+def stream_of(settings, **options):
+    return dict(configs=as_dataset_configs(settings['train_datasets'], 'train_datasets'), chunk_size=CHUNK,
+                block_size=settings['block_size'], batch_size=settings['batch_size'], interleave=5, **options)
+
+
+def has_ended(process):
+    try:
+        with open(f'/proc/{process}/stat') as file:
+            return file.read().rpartition(')')[2].split()[0] == 'Z'
+    except FileNotFoundError:
+        return True
+
+
+def test_batches_are_those_of_the_streams_with_the_neighbors_that_the_retriever_gives(settings, served):
+    settings = settings | dict(retrieval_prefetch_batches=3)
+    tokenizer = load_tokenizer(settings['tokenizer'])
+    streams = [(stream_of(settings, seed=5), 2), (stream_of(settings), 6)]
+    prefetcher = Prefetcher(settings, streams, address=served)
+    ready = list(prefetcher)
+    prefetcher.close()
+    assert len(ready) == 8 and prefetcher.waited > 0
+    retriever = Retriever(settings | dict(retrieval_cache_gb=0.0), tokenizer, address=served)
+    plain = [batch for options, count in streams
+             for batch in itertools.islice(SequenceStream(tokenizer=tokenizer, **options), count)]
+    for found, batch in zip(ready, plain, strict=True):
+        chunks = batch.tokens.reshape(*batch.ends.shape, CHUNK)
+        neighbors = retriever.retrieve(chunks, batch.documents, batch.ends, batch.chunk_ids)
+        assert (found.tokens.numpy() == batch.tokens).all() and (found.targets.numpy() == batch.targets).all()
+        assert (found.documents.numpy() == batch.documents).all() and found.state == batch.state
+        assert (found.neighbors.numpy() == neighbors.tokens).all()
+        assert (found.neighbor_mask.numpy() == neighbors.mask).all()
+        assert sum(found.counts[name] for name in ('remembered', 'looked_up', 'embedded')) == (~batch.ends).sum()
+    assert sum(found.counts['looked_up'] for found in ready) > 0
+    retriever.close()
+
+
+def test_a_second_epoch_neither_embeds_nor_searches(settings, served):
+    """Nor does a run that comes later, nor one of another model size: nothing here knows a model."""
+    for epoch in range(2):
+        prefetcher = Prefetcher(settings, [(stream_of(settings), 20)], address=served)
+        counts = [batch.counts for batch in prefetcher]
+        prefetcher.close()
+        asked = {name: sum(c[name] for c in counts) for name in counts[0]}
+        assert asked['remembered'] > 0 if epoch else asked['looked_up'] > asked['remembered']
+    assert asked['looked_up'] == asked['embedded'] == asked['searched_again'] == 0
+
+
+def test_no_more_batches_are_kept_ready_than_asked_for(settings):
+    prefetcher = Prefetcher(settings | dict(retrieval_prefetch_batches=3), [(stream_of(settings), None)],
+                            retrieve=False)
+    next(prefetcher)
+    time.sleep(1)
+    os.kill(prefetcher.process.pid, signal.SIGKILL)
+    ready = 0
+    with pytest.raises(RuntimeError, match='the prefetching process ended with code -9'):
+        for _ in prefetcher:
+            ready += 1
+    assert ready <= 64 * 1024 // 5000  # what was in the pipe
+    prefetcher.close()
+
+
+def test_without_retrieval_batches_have_no_neighbors(settings):
+    prefetcher = Prefetcher(settings, [(stream_of(settings), 3)], retrieve=False)
+    assert [batch.neighbors for batch in prefetcher] == [None] * 3
+    prefetcher.close()
+
+
+def test_an_exception_of_the_process_reaches_the_caller_with_its_own_traceback(settings, workspace):
+    pq.write_table(pa.table({'id': ['a'], 'text': [3]}), workspace / 'numbers.parquet')
+    wrong = stream_of(settings | dict(train_datasets=['numbers.parquet']))
+    prefetcher = Prefetcher(settings, [(wrong, None)], retrieve=False)
+    with pytest.raises(TypeError) as error:
+        next(prefetcher)
+    assert isinstance(error.value.__cause__, RemoteTraceback)
+    assert 'open_next_document' in str(error.value.__cause__) and 'document.tokens' in str(error.value.__cause__)
+    prefetcher.close()
+    assert has_ended(prefetcher.process.pid)
+
+
+def test_a_user_error_of_the_process_stays_one(settings, served):
+    with pytest.raises(UserError, match="no collection 'other' in milvus.db"):
+        next(Prefetcher(settings | dict(retrieval_collection='other'), [(stream_of(settings), 1)], address=served))
+
+
+def test_a_process_that_was_killed_is_told_and_not_waited_for(settings):
+    prefetcher = Prefetcher(settings, [(stream_of(settings), None)], retrieve=False)
+    next(prefetcher)
+    os.kill(prefetcher.process.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match='the prefetching process ended with code -9'):
+        for _ in prefetcher:
+            pass
+    prefetcher.close()
+
+
+def test_a_caller_can_give_up_waiting(settings):
+    prefetcher = Prefetcher(settings, [(stream_of(settings), None)], retrieve=False)
+    assert prefetcher.next(give_up=lambda: True) is None
+    prefetcher.close()
+
+
+def test_the_local_server_gives_its_database_back(settings, workspace):
+    with (local_server('milvus.db', 'chunks') as (_, process),
+          pytest.raises(UserError, match='another process has it open'), local_server('milvus.db', 'chunks')):
+        pass
+    assert has_ended(process.pid)
+    Retriever(settings, load_tokenizer(settings['tokenizer'])).close()
+    release(workspace)
+
+
+def test_the_local_server_reads_the_rows_that_milvus_lite_reads(workspace):
+    code = ('from milvus_lite.db import MilvusLite\n'
+            'from retrieval.local_server import read_rows_from_arrays\n'
+            'slow = read_rows_from_arrays()\n'
+            'collection = MilvusLite("milvus.db").get_collection("chunks")\n'
+            'collection.load()\n'
+            'for segment in collection._segments_snapshot():\n'
+            '    rows = range(segment.num_rows)\n'
+            '    assert [segment.row_to_dict(i) for i in rows] == [slow(segment, i) for i in rows]\n'
+            '    print(len(rows))')
+    answer = run('-c', code, folder=workspace)
+    assert sum(map(int, answer.stdout.split())) > 1000
