@@ -1,0 +1,158 @@
+"""
+What live retrieval costs a training run: tokens/s of the same model on the same batches with neighbors that are (a)
+frozen, handed over as ready tensors, (b) live, nothing remembered, (c) live, second epoch, and (d) of the GPT of the
+same decoder. The arms take turns, window by window, each of as many steps as one search fetches; while one runs, the
+processes of the others are stopped. Prints a table and one JSON line.
+
+    python bench/train.py config/quickstart.py [--key=value ...] [--quick]
+
+The collection must have been filled: python -m retrieval.populate config/quickstart.py
+"""
+import itertools
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train
+from configurator import load_settings, user_errors_as_one_line
+from data.stream import as_dataset_configs
+from data.tokenizer import load_tokenizer
+from model import RETRO, RETROConfig
+from retrieval.embedding import pick_device
+from retrieval.local_server import local_server
+from retrieval.prefetch import Prefetcher
+
+
+def make_step(settings, vocabulary, device, use_retrieval):
+    """A training step of a new model, as a function of a batch; and the model."""
+    keys = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'retrieval_layers',
+            'retrieval_chunk_size', 'retrieval_k_neighbors', 'retrieval_encoder_layers')
+    torch.manual_seed(settings['seed'])
+    model = RETRO(RETROConfig(vocab_size=vocabulary, use_retrieval=use_retrieval,
+                              **{key: settings[key] for key in keys})).to(device)
+    device_type = device.split(':')[0]
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device_type)
+    compiled = torch.compile(model) if settings['compile'] else model
+    precision = train.pick_dtype(device_type)
+
+    def step(batch):
+        neighbors = (batch.neighbors, batch.neighbor_mask) if use_retrieval else (None, None)
+        with (nullcontext() if precision == 'float32'
+              else torch.amp.autocast(device_type, dtype=getattr(torch, precision))):
+            _, loss = compiled(batch.tokens, batch.targets, *neighbors, batch.documents)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step, model
+
+
+@dataclass
+class Arm:
+    """A training step, batches for it, and the processes that make them, which are stopped while other arms run."""
+    step: Callable
+    batches: Iterator
+    processes: list = field(default_factory=list)
+
+    def pause(self, paused):
+        for process in self.processes:
+            os.kill(process, signal.SIGSTOP if paused else signal.SIGCONT)
+
+    def run(self, steps):
+        """Tokens/s of so many steps."""
+        self.pause(False)
+        start, count = time.perf_counter(), 0
+        for batch in itertools.islice(self.batches, steps):
+            self.step(batch)
+            count += batch.tokens.numel()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        rate = count / (time.perf_counter() - start)
+        self.pause(True)
+        return rate
+
+
+def main():
+    quick = '--quick' in sys.argv
+    settings = load_settings([a for a in sys.argv[1:] if a != '--quick'])
+    train.dtype = settings['dtype']
+    if quick:
+        settings['retrieval_prefetch_batches'] = 8
+    window = settings['retrieval_prefetch_batches']  # steps that one search serves
+    rounds = 1 if quick else 3
+    device = pick_device(settings['device'])
+    vocabulary = -(-load_tokenizer(settings['tokenizer']).n_vocab // 64) * 64
+    stream = dict(configs=as_dataset_configs(settings['train_datasets'], 'train_datasets'), interleave=64,
+                  chunk_size=settings['retrieval_chunk_size'], block_size=settings['block_size'],
+                  batch_size=settings['batch_size'], seed=settings['seed'])
+    train.keep_freed_memory()
+    with ExitStack() as cleanup:
+        folder = cleanup.enter_context(tempfile.TemporaryDirectory())
+        address, processes = None, []
+        if '://' not in settings['retrieval_milvus_uri']:
+            address, process = cleanup.enter_context(local_server(settings['retrieval_milvus_uri'],
+                                                                      settings['retrieval_collection']))
+            processes = [process.pid]
+
+        def prefetch(memory):
+            own = settings | dict(retrieval_cache_dir=f'{folder}/{memory}')
+            made = Prefetcher(own, [(stream, None)], device, address, say=lambda news: print(news, file=sys.stderr))
+            cleanup.callback(made.close)
+            return made
+
+        # the search grows to its full size, then come a window that is not counted and those that are
+        growing = sum(2**i for i in range(window.bit_length()) if 2**i < window)
+        first_epoch = prefetch('second epoch')
+        frozen = list(itertools.islice(first_epoch, growing + (1 + rounds) * window))
+        first_epoch.close()
+        retro_step, retro = make_step(settings, vocabulary, device, use_retrieval=True)
+        gpt_step, gpt = make_step(settings, vocabulary, device, use_retrieval=False)
+        arms = {'frozen': Arm(retro_step, iter(frozen[growing:]))}
+        made = {'live': prefetch('first epoch'), 'remembered': prefetch('second epoch')}
+        for batches in made.values():
+            list(itertools.islice(batches, growing))
+        for name, batches in made.items():
+            arms[name] = Arm(retro_step, batches, [*processes, batches.process.pid])
+            arms[name].pause(True)
+        arms['gpt'] = Arm(gpt_step, iter(frozen[growing:]))
+        rates = {name: [] for name in arms}
+        for number in tqdm(range(rounds + 1), desc='rounds', disable=not sys.stderr.isatty()):
+            for name, arm in arms.items():
+                rate = arm.run(window)
+                if number:
+                    rates[name].append(rate)
+        for arm in arms.values():
+            arm.pause(False)
+    report = dict(window=window, rounds=rounds)
+    print(f'tokens/s in {rounds} windows of {window} steps of {settings["batch_size"]} x {settings["block_size"]} '
+          f'tokens on {device}, {os.cpu_count()} cores\n')
+    print(f'{"":<12}{"median":>10}{"lowest":>10}{"highest":>10}{"over frozen":>14}')
+    for name in ('frozen', 'live', 'remembered', 'gpt'):
+        ratios = [rate / beside for rate, beside in zip(rates[name], rates['frozen'], strict=True)]
+        report |= {name: round(statistics.median(rates[name])), f'{name}_spread': [round(min(rates[name])),
+                                                                                   round(max(rates[name]))],
+                   f'{name}_over_frozen': round(statistics.median(ratios), 3)}
+        print(f'{name:<12}{report[name]:>10,}{min(rates[name]):>10,.0f}{max(rates[name]):>10,.0f}'
+              f'{report[f"{name}_over_frozen"]:>14.3f}')
+    report |= dict(retro_over_gpt=round(1 / report['gpt_over_frozen'], 3),
+                   flops_ratio=round(gpt.flops_per_token() / retro.flops_per_token(), 3))
+    print(f'\nRETRO over GPT {report["retro_over_gpt"]:.3f}; by the FLOP count alone {report["flops_ratio"]:.3f}')
+    print(json.dumps(report))
+
+
+if __name__ == '__main__':
+    with user_errors_as_one_line():
+        main()
