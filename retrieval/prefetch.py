@@ -136,9 +136,11 @@ def run(settings, streams, device, address, retrieve, ready, news):
     retriever = None
     try:
         tokenizer = load_tokenizer(settings['tokenizer'])
+        # all are opened before the first is read, so that what is wrong with one is told at once
+        streams = [(SequenceStream(tokenizer=tokenizer, **options), count) for options, count in streams]
         if retrieve:
             retriever = Retriever(settings, tokenizer, device, address, news.send)
-        for batch in chain(ready_batches(settings, streams, tokenizer, retriever), [None]):
+        for batch in chain(ready_batches(streams, retriever, settings['retrieval_prefetch_batches']), [None]):
             if not put(waiting, batch, unwanted):
                 break
     except BaseException as error:  # whatever it is, it belongs to the one that waits for the batch
@@ -185,14 +187,13 @@ def as_picklable(error):
         return RuntimeError(f'{type(error).__name__}: {error}')
 
 
-def ready_batches(settings, streams, tokenizer, retriever):
-    """The streams' batches with their neighbors, as dicts of ReadyBatch's fields in NumPy."""
-    # all are opened before the first is read, so that what is wrong with one is told at once
-    for stream, count in [(SequenceStream(tokenizer=tokenizer, **options), count) for options, count in streams]:
+def ready_batches(streams, retriever, most):
+    """The streams' batches with their neighbors, fetched for up to `most` at once, as dicts of ReadyBatch's fields."""
+    for stream, count in streams:
         stream, fetched = islice(stream, count), 1
         while batches := list(islice(stream, fetched)):
             yield from with_neighbors(batches, retriever)
-            fetched = min(2 * fetched, settings['retrieval_prefetch_batches'])
+            fetched = min(2 * fetched, most)
 
 
 def with_neighbors(batches, retriever):
