@@ -431,9 +431,10 @@ def main(cleanup):
             wandb_run.log(values, step=values['iter'])
 
     def save_checkpoint():
-        ranks = [resume_point] * world_size
+        own = resume_point | dict(losses=[loss.item() for loss in resume_point['losses']])
+        ranks = [own] * world_size
         if ddp:
-            dist.all_gather_object(ranks, resume_point, group=control)
+            dist.all_gather_object(ranks, own, group=control)
         if master:
             state = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                          model_args=model_args, vocabulary_hash=vocabulary_hash(encoding), config=plain(settings),
@@ -479,11 +480,12 @@ def main(cleanup):
         sys.exit(code.item())
 
     first_step = it
-    losses = checkpoint['ranks'][rank].get('losses', []) if resumed else []  # since the last line of metrics.jsonl
-    resume_point = dict(stream=train_stream['state'], rng=get_rng_state(), losses=losses)
+    kept = checkpoint['ranks'][rank].get('losses', []) if resumed else []
+    losses = [torch.tensor(loss, device=run_device) for loss in kept]  # since the last line of metrics.jsonl
+    resume_point = dict(stream=train_stream['state'], rng=get_rng_state(), losses=list(losses))
     evaluated_at = it if resumed else None  # its checkpoint was made right after
     checkpoint = None  # frees its memory
-    seconds, waited, since = 0.0, prefetcher.waited, it
+    seconds, waited, since = 0.0, prefetcher.waited, it  # these are of this run alone
     counts = Counter()
     for batch in val_batches:
         counts.update(batch.counts)
