@@ -50,9 +50,10 @@ def time_stages(retriever):
     timed(retriever.memory, 'get', lambda *_: 'recall')
     timed(retriever.memory, 'put', lambda *_: 'remember')
     timed(retriever.embedder, 'embed', lambda *_: 'embed')
-    timed(retriever.knowledge_base, 'rows', lambda _, fields: 'rows' if fields == ['tokens'] else 'stored embeddings')
-    timed(retriever.knowledge_base, 'search', lambda _, limit, *rest, **options: 'search again' if rest or options
-          or limit > retriever.kept else 'search')
+    timed(retriever.knowledge_base, 'rows', lambda _, fields, *rest: 'rows' if fields == ['tokens'] else
+          'stored embeddings')
+    timed(retriever.knowledge_base, 'search', lambda _, limit, not_in_documents=(), latest=False:
+          'search again' if len(not_in_documents) or limit > retriever.kept else 'search')
     return seconds
 
 
@@ -84,7 +85,7 @@ def main():
     quick = '--quick' in sys.argv
     settings = load_settings([a for a in sys.argv[1:] if a != '--quick'])
     tokenizer = load_tokenizer(settings['tokenizer'])
-    ahead, rounds = (8, 2) if quick else (settings['retrieval_prefetch_batches'], 5)
+    ahead, rounds = (8, 2) if quick else (settings['retrieval_prefetch_batches'], 3)
     documents = settings['val_datasets' if quick else 'train_datasets']
     grid = dict(configs=as_dataset_configs(documents, 'train_datasets'), chunk_size=settings['retrieval_chunk_size'],
                 block_size=settings['block_size'], batch_size=settings['batch_size'], interleave=64)
