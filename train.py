@@ -290,10 +290,14 @@ def main(cleanup):
         cleanup.callback(dist.destroy_process_group)
         # over it the ranks agree to stop; one may wait for Milvus while the others wait for it
         control = dist.new_group(backend='gloo', timeout=timedelta(seconds=retrieval_timeout + 1800))
-    if gradient_accumulation_steps % world_size:
-        raise UserError(f'gradient_accumulation_steps {gradient_accumulation_steps} must be a multiple of the '
-                        f'{world_size} processes')
-    micro_steps = gradient_accumulation_steps // world_size
+    # a rank's share of the step: some of its micro-batches, or where there are more ranks than those, a part of one
+    ranks_a_batch = max(1, world_size // gradient_accumulation_steps)
+    if gradient_accumulation_steps * ranks_a_batch % world_size or batch_size % ranks_a_batch:
+        raise UserError(f'gradient_accumulation_steps {gradient_accumulation_steps} x batch_size {batch_size} can not '
+                        f'be shared by {world_size} processes: make gradient_accumulation_steps a multiple of '
+                        f'{world_size}')
+    micro_steps = gradient_accumulation_steps * ranks_a_batch // world_size
+    micro_batch = batch_size // ranks_a_batch
     master = rank == 0
     device_type = run_device.split(':')[0]
     precision = pick_dtype(device_type)
@@ -355,13 +359,13 @@ def main(cleanup):
     if master:
         check_out_dir()
     resumed = init_from == 'resume' and not eval_only
-    grid = dict(chunk_size=retrieval_chunk_size, block_size=block_size, batch_size=batch_size)
+    grid = dict(chunk_size=retrieval_chunk_size, block_size=block_size)
     train_stream = dict(configs=as_dataset_configs(train_datasets, 'train_datasets'), interleave=INTERLEAVE, seed=seed,
-                        lanes=batch_size * gradient_accumulation_steps, first=rank * micro_steps * batch_size,
-                        count=micro_steps * batch_size, **grid,
+                        lanes=batch_size * gradient_accumulation_steps, first=rank * micro_steps * micro_batch,
+                        count=micro_steps * micro_batch, batch_size=micro_batch, **grid,
                         state=checkpoint['ranks'][rank]['stream'] if resumed else None)
     val_stream = dict(configs=as_dataset_configs(val_datasets, 'val_datasets'), lanes=batch_size * world_size,
-                      first=rank * batch_size, count=batch_size, **grid)
+                      first=rank * batch_size, count=batch_size, batch_size=batch_size, **grid)
     address = server = None
     if local and master:
         address, server = cleanup.enter_context(local_server(retrieval_milvus_uri, retrieval_collection))

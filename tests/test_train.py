@@ -144,7 +144,7 @@ def test_bfloat16_trains_on_this_processor_where_it_is_fast(workspace):
     assert steps[4] < steps[1]
 
 
-@pytest.mark.parametrize('options', [[], ['--use_retrieval=False']])
+@pytest.mark.parametrize('options', [[], ['--use_retrieval=False', '--gradient_accumulation_steps=1']])
 def test_torchrun_trains_on_two_processes_with_the_losses_of_one(workspace, options):
     """With retrieval: both find the local database, which one of them serves."""
     common = ['config.py', *options, '--max_iters=4', '--grad_clip=0.0', '--eval_iters=2', '--retrieval_cache_gb=0']
