@@ -375,7 +375,7 @@ def main(cleanup):
         address, = told
     it = checkpoint['iter_num'] if checkpoint else 0
     val_count = max(1, -(-eval_iters // world_size))
-    streams = [(val_stream, val_count), (train_stream, (max_iters - it) * micro_steps)][:1 if eval_only else 2]
+    streams = [(val_stream, val_count), (train_stream, max(0, max_iters - it) * micro_steps)][:1 if eval_only else 2]
     prefetcher = Prefetcher(settings, streams, run_device, address,
                             say=lambda news: say(news if master else f'rank {rank}: {news}'), retrieve=use_retrieval)
     cleanup.callback(prefetcher.close)

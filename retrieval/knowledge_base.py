@@ -121,7 +121,7 @@ class KnowledgeBase:
         """
         with self._errors():
             state = self._properties().get(STATE, CHANGING)
-        return None if state.startswith(CHANGING) else state
+        return None if state == CHANGING else state
 
     def _set_state(self, state):
         for _ in range(2):  # Milvus 2.3 writes down what was there before the last alteration
@@ -276,13 +276,17 @@ def milvus_errors(uri, has_token):
             raise Unreachable(f'no Milvus answers at {uri} ({status or type(error).__name__}): start it, for one with '
                               f'docker compose up -d, or correct retrieval_milvus_uri') from error
         if 'Open local milvus failed' in str(error):
-            raise UserError(f'Milvus Lite can not open {uri}: another process has it open (a local file serves one run '
-                            f'at a time), or it is no Milvus Lite database; wait for that process, or name another '
-                            f'retrieval_milvus_uri') from error
+            raise can_not_open(uri) from error
         from pymilvus.exceptions import MilvusException, ParamError
         if isinstance(error, MilvusException) and not isinstance(error, ParamError):
             raise Unreachable(f'Milvus at {uri} refuses: {error.message}') from error
         raise
+
+
+def can_not_open(path):
+    return UserError(f'Milvus Lite can not open {path}: another process has it open (a local file serves one run at a '
+                     f'time), or it is no Milvus Lite database; wait for that process, or name another '
+                     f'retrieval_milvus_uri')
 
 
 def no_collection(uri, collection):

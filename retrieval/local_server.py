@@ -13,10 +13,8 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 
-from configurator import UserError
-from retrieval.knowledge_base import check_local_path
+from retrieval.knowledge_base import can_not_open, check_local_path
 
 READERS = 'nanoretro column readers'
 NICENESS = 19  # of the processes that retrieve: on a shared CPU they take what the training step leaves
@@ -31,17 +29,12 @@ def local_server(path, collection):
     check_local_path(path, collection, create=False)
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([root, *sys.path]), 'OMP_NUM_THREADS': '1'}
-    complaints = tempfile.TemporaryFile('w+')
     process = subprocess.Popen([sys.executable, '-m', 'retrieval.local_server', path], env=environment, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints)
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         address = process.stdout.readline().strip()
         if not address:
-            complaints.seek(0)
-            reason = complaints.read().strip().splitlines()
-            raise UserError(f'Milvus Lite can not open {path}: another process has it open (a local file serves one '
-                            f'run at a time), or it is no Milvus Lite database ({reason[-1] if reason else "no reason"}'
-                            f'); wait for that process, or name another retrieval_milvus_uri')
+            raise can_not_open(path)
         yield address, process
     finally:
         process.stdin.close()
@@ -51,7 +44,6 @@ def local_server(path, collection):
             process.kill()
             process.wait()
         process.stdout.close()
-        complaints.close()
 
 
 def read_rows_from_arrays():

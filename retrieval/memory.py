@@ -44,7 +44,8 @@ class Memory:
             return
         mine = f'{self.collection} | '
         present = f'{mine}{VERSION} {state} '
-        with self.environment.begin() as reading:
+        names = []
+        with self._full_or_dropped(), self.environment.begin() as reading:
             names = [bytes(key) for key, _ in reading.cursor()]
         for name in names:
             if name.startswith(mine.encode()) and not name.startswith(present.encode()):

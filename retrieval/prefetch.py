@@ -38,9 +38,10 @@ class ReadyBatch:
 class Prefetcher:
     """
     An iterator of ReadyBatch over the `streams`, one after another: pairs of SequenceStream's arguments and how many
-    batches to take of it (None: without end). The neighbors of several batches, first one, then up to `ahead`, are
-    fetched by one search, since much of a search's cost is the same for few chunks as for many; as many are kept
-    ready. Without retrieval they have no neighbors. An exception of the process is raised here, from its traceback.
+    batches to take of it (None: without end). The neighbors of several batches, first one, then up to
+    retrieval_prefetch_batches, are fetched by one search, since much of a search's cost is the same for few chunks as
+    for many; as many are kept ready. Without retrieval they have no neighbors. An exception of the process is raised
+    here, from its traceback.
     """
 
     def __init__(self, settings, streams, device='cpu', address=None, say=print, retrieve=True):

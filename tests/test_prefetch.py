@@ -1,7 +1,10 @@
 """The prefetching process, on a real collection."""
 import itertools
+import multiprocessing
 import os
+import queue
 import signal
+import threading
 import time
 from multiprocessing.pool import RemoteTraceback
 
@@ -13,7 +16,7 @@ from configurator import UserError
 from data.stream import SequenceStream, as_dataset_configs
 from data.tokenizer import load_tokenizer
 from retrieval.local_server import local_server
-from retrieval.prefetch import Prefetcher
+from retrieval.prefetch import Prefetcher, put, send
 from retrieval.retriever import Retriever
 from tests.conftest import CHUNK, release, run
 
@@ -72,18 +75,23 @@ def test_a_second_epoch_neither_embeds_nor_searches(settings, served):
     assert asked['looked_up'] == asked['embedded'] == asked['searched_again'] == 0
 
 
-def test_no_more_batches_are_kept_ready_than_asked_for(settings):
-    prefetcher = Prefetcher(settings | dict(retrieval_prefetch_batches=3), [(stream_of(settings), None)],
-                            retrieve=False)
-    next(prefetcher)
+def test_no_more_batches_are_kept_ready_than_asked_for():
+    """Each is larger than what the pipe holds, so that one is on its way."""
+    waiting, unwanted, made = queue.Queue(3), threading.Event(), []
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def make():
+        while put(waiting, bytes(2**20), unwanted):
+            made.append(1)
+    threads = [threading.Thread(target=send, args=(waiting, sender, unwanted)), threading.Thread(target=make)]
+    for thread in threads:
+        thread.start()
     time.sleep(1)
-    os.kill(prefetcher.process.pid, signal.SIGKILL)
-    ready = 0
-    with pytest.raises(RuntimeError, match='the prefetching process ended with code -9'):
-        for _ in prefetcher:
-            ready += 1
-    assert ready <= 64 * 1024 // 5000  # what was in the pipe
-    prefetcher.close()
+    assert len(made) == 3 + 1
+    receiver.close()  # nobody wants them any more, and both threads end
+    for thread in threads:
+        thread.join(timeout=5)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_without_retrieval_batches_have_no_neighbors(settings):

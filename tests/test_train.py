@@ -93,6 +93,13 @@ def test_eval_only_evaluates_the_checkpoint_and_writes_nothing(workspace):
     assert {p.name: p.read_bytes() for p in (workspace / 'out').iterdir() if p.is_file()} == before
 
 
+def test_resuming_a_run_that_has_ended_trains_no_further(workspace):
+    run(ROOT / 'train.py', 'config.py', '--max_iters=4', '--use_retrieval=False', folder=workspace)
+    run(ROOT / 'train.py', 'config.py', '--max_iters=2', '--use_retrieval=False', '--init_from=resume',
+        folder=workspace)
+    assert load_checkpoint(str(workspace / 'out/ckpt.pt'))['iter_num'] == 4
+
+
 def test_a_new_run_keeps_the_earlier_runs_files(workspace):
     for _ in range(2):
         run(ROOT / 'train.py', 'config.py', '--max_iters=1', '--use_retrieval=False', folder=workspace)
