@@ -1,8 +1,9 @@
 """
 What live retrieval costs a training run: tokens/s of the same model on the same batches with neighbors that are (a)
 frozen, handed over as ready tensors, (b) live, nothing remembered, (c) live, second epoch, and (d) of the GPT of the
-same decoder. The arms take turns, window by window, each of as many steps as one search fetches; while one runs, the
-processes of the others are stopped. Prints a table and one JSON line.
+same decoder. All read and tokenize their text as a run does. The arms take turns of a few steps; while one runs, the
+processes of the others are stopped. A round is as many steps of each as one search fetches. Prints a table and one
+JSON line.
 
     python bench/train.py config/quickstart.py [--key=value ...] [--quick]
 
@@ -18,9 +19,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -34,6 +36,8 @@ from model import RETRO, RETROConfig
 from retrieval.embedding import pick_device
 from retrieval.local_server import local_server
 from retrieval.prefetch import Prefetcher
+
+TURN = 4  # steps: short, so that what else the machine does hits all arms alike
 
 
 def make_step(settings, vocabulary, device, use_retrieval):
@@ -65,14 +69,14 @@ class Arm:
     """A training step, batches for it, and the processes that make them, which are stopped while other arms run."""
     step: Callable
     batches: Iterator
-    processes: list = field(default_factory=list)
+    processes: list
 
     def pause(self, paused):
         for process in self.processes:
             os.kill(process, signal.SIGSTOP if paused else signal.SIGCONT)
 
     def run(self, steps):
-        """Tokens/s of so many steps."""
+        """Tokens of so many steps, and seconds that they took."""
         self.pause(False)
         start, count = time.perf_counter(), 0
         for batch in itertools.islice(self.batches, steps):
@@ -80,9 +84,9 @@ class Arm:
             count += batch.tokens.numel()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        rate = count / (time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         self.pause(True)
-        return rate
+        return np.array([count, seconds])
 
 
 def main():
@@ -92,7 +96,7 @@ def main():
     if quick:
         settings['retrieval_prefetch_batches'] = 8
     window = settings['retrieval_prefetch_batches']  # steps that one search serves
-    rounds = 1 if quick else 3
+    rounds = 1 if quick else max(3, 320 // window)
     device = pick_device(settings['device'])
     vocabulary = -(-load_tokenizer(settings['tokenizer']).n_vocab // 64) * 64
     stream = dict(configs=as_dataset_configs(settings['train_datasets'], 'train_datasets'), interleave=64,
@@ -107,37 +111,46 @@ def main():
                                                                       settings['retrieval_collection']))
             processes = [process.pid]
 
-        def prefetch(memory):
+        def prefetch(memory=None):
             own = settings | dict(retrieval_cache_dir=f'{folder}/{memory}')
-            made = Prefetcher(own, [(stream, None)], device, address, say=lambda news: print(news, file=sys.stderr))
+            made = Prefetcher(own, [(stream, None)], device, address if memory else None, retrieve=bool(memory),
+                              say=lambda news: print(news, file=sys.stderr))
             cleanup.callback(made.close)
             return made
 
         # the search grows to its full size, then come a window that is not counted and those that are
         growing = sum(2**i for i in range(window.bit_length()) if 2**i < window)
-        first_epoch = prefetch('second epoch')
-        frozen = list(itertools.islice(first_epoch, growing + (1 + rounds) * window))
-        first_epoch.close()
+        second_epoch = prefetch('second epoch')
+        frozen = [(batch.neighbors, batch.neighbor_mask)
+                  for batch in itertools.islice(second_epoch, growing + (1 + rounds) * window)]
+        second_epoch.close()
         retro_step, retro = make_step(settings, vocabulary, device, use_retrieval=True)
         gpt_step, gpt = make_step(settings, vocabulary, device, use_retrieval=False)
-        arms = {'frozen': Arm(retro_step, iter(frozen[growing:]))}
-        made = {'live': prefetch('first epoch'), 'remembered': prefetch('second epoch')}
-        for batches in made.values():
+        sources = {'frozen': prefetch(), 'live': prefetch('first epoch'), 'remembered': prefetch('second epoch'),
+                   'gpt': prefetch()}
+        arms = {}
+        for name, source in sources.items():
+            batches = source
+            if name == 'frozen':
+                batches = (replace(batch, neighbors=neighbors, neighbor_mask=mask)
+                           for batch, (neighbors, mask) in zip(source, frozen, strict=False))
             list(itertools.islice(batches, growing))
-        for name, batches in made.items():
-            arms[name] = Arm(retro_step, batches, [*processes, batches.process.pid])
+            arms[name] = Arm(gpt_step if name == 'gpt' else retro_step, batches,
+                             [source.process.pid, *(processes if name in ('live', 'remembered') else [])])
             arms[name].pause(True)
-        arms['gpt'] = Arm(gpt_step, iter(frozen[growing:]))
         rates = {name: [] for name in arms}
         for number in tqdm(range(rounds + 1), desc='rounds', disable=not sys.stderr.isatty()):
-            for name, arm in arms.items():
-                rate = arm.run(window)
+            done = {name: np.zeros(2) for name in arms}
+            for start in range(0, window, TURN):
+                for name, arm in arms.items():
+                    done[name] += arm.run(min(TURN, window - start))
+            for name, (count, seconds) in done.items():
                 if number:
-                    rates[name].append(rate)
+                    rates[name].append(count / seconds)
         for arm in arms.values():
             arm.pause(False)
-    report = dict(window=window, rounds=rounds)
-    print(f'tokens/s in {rounds} windows of {window} steps of {settings["batch_size"]} x {settings["block_size"]} '
+    report = dict(steps_a_round=window, rounds=rounds)
+    print(f'tokens/s in {rounds} rounds of {window} steps of {settings["batch_size"]} x {settings["block_size"]} '
           f'tokens on {device}, {os.cpu_count()} cores\n')
     print(f'{"":<12}{"median":>10}{"lowest":>10}{"highest":>10}{"over frozen":>14}')
     for name in ('frozen', 'live', 'remembered', 'gpt'):

@@ -22,7 +22,7 @@ retrieval_encoder_layers = 1
 retrieval_embedding_model = 'out/static_embedding'
 retrieval_milvus_uri = 'out/milvus.db'
 retrieval_collection = 'python_source'
-retrieval_prefetch_batches = 64
+retrieval_prefetch_batches = 16
 
 learning_rate = 3e-3
 min_lr = 3e-4

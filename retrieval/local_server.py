@@ -14,9 +14,11 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
+
 from retrieval.knowledge_base import can_not_open, check_local_path
 
-READERS = 'nanoretro column readers'
+READERS = 'nanoretro readers'
 NICENESS = 19  # of the processes that retrieve: on a shared CPU they take what the training step leaves
 
 
@@ -46,45 +48,97 @@ def local_server(path, collection):
         process.stdout.close()
 
 
-def read_rows_from_arrays():
+def work_on_arrays():
     """
-    Milvus Lite makes every row that a search finds from one Arrow scalar a column, which is nearly half of the search's
-    time. Have it make the same rows from arrays.
+    Milvus Lite finds which rows are valid in a Python loop over all rows at every search, and makes every row that it
+    returns, with all its columns, from Arrow scalars: four fifths of a search's time. Have it do the same over arrays.
+    Gives the functions that were replaced.
     """
+    from milvus_lite.engine import collection
     from milvus_lite.storage.segment import Segment
-    slow = Segment.row_to_dict
+    slow_search, slow_row = collection.execute_search_with_index, Segment.row_to_dict
+    valid = ValidRows()
+
+    def search(query_vectors, segments, memtable, delta_index, top_k, metric_type, pk_field, vector_field,
+               partition_names=None, compiled_filter=None, output_fields=None, search_params=None, **rest):
+        segments = [segment for segment in segments if segment.num_rows]
+        indexes = [segment.indexes.get(vector_field) for segment in segments]
+        columns = [readers(segment) for segment in segments]
+        unwritten = memtable.to_search_snapshot(vector_field)[0] or memtable.delete_index_snapshot()
+        if (unwritten or partition_names or compiled_filter or output_fields is None or None in indexes
+                or not all(columns) or any(name not in own for own in columns for name in output_fields)):
+            return slow_search(query_vectors, segments, memtable, delta_index, top_k, metric_type, pk_field,
+                               vector_field, partition_names, compiled_filter, output_fields,
+                               search_params=search_params, **rest)
+        found = [index.search(query_vectors, top_k, valid_mask=mask, params=search_params)
+                 for index, mask in zip(indexes, valid.masks(segments, delta_index), strict=True)]
+        rows = np.concatenate([rows for rows, _ in found], axis=1)  # (queries, segments x top_k), -1 where none is left
+        distances = np.concatenate([distances for _, distances in found], axis=1)
+        of = np.broadcast_to(np.repeat(np.arange(len(segments)), top_k), rows.shape)
+        order = np.lexsort((rows, of, distances, rows < 0))[:, :top_k]
+        lines = [np.take_along_axis(a, order, axis=1).tolist() for a in (rows, distances, of)]
+        return [[{'id': segments[s].pks[row], 'distance': distance,
+                  'entity': {name: columns[s][name](row) for name in output_fields if name != pk_field}}
+                 for row, distance, s in zip(*line, strict=True) if row >= 0] for line in zip(*lines, strict=True)]
 
     def row_to_dict(segment, row):
-        kept = segment._vector_data_by_field  # a dict that lives as long as the segment
-        if READERS not in kept:
-            kept[READERS] = column_readers(segment.table)
-        return {name: read(row) for name, read in kept[READERS]} if kept[READERS] else slow(segment, row)
-    Segment.row_to_dict = row_to_dict
-    return slow
+        columns = readers(segment)
+        return {name: read(row) for name, read in columns.items()} if columns else slow_row(segment, row)
+
+    collection.execute_search_with_index, Segment.row_to_dict = search, row_to_dict
+    return slow_search, slow_row
+
+
+class ValidRows:
+    """Which rows of a collection's segments are their id's newest and not deleted; found out once a change."""
+
+    def __init__(self):
+        self.of = None
+
+    def masks(self, segments, delta_index):
+        """For each of the segments a mask (rows,), or None where all rows are valid."""
+        of = segments, delta_index._map
+        if of != self.of:
+            newest = {}
+            for segment in segments:
+                for pk, seq in zip(segment.pks, segment.seqs.tolist(), strict=True):
+                    newest[pk] = max(seq, newest.get(pk, -1))
+            masks = [np.array([newest[pk] == seq and not delta_index.is_deleted(pk, seq)
+                               for pk, seq in zip(segment.pks, segment.seqs.tolist(), strict=True)])
+                     for segment in segments]
+            self.of, self.kept = of, [None if mask.all() else mask for mask in masks]
+        return self.kept
+
+
+def readers(segment):
+    """{name: function from a row's number to its value} for a segment's columns; {} if it has what we never write."""
+    kept = segment._vector_data_by_field  # a dict that lives as long as the segment
+    if READERS not in kept:
+        kept[READERS] = column_readers(segment.table)
+    return kept[READERS]
 
 
 def column_readers(table):
-    """[(name, function from a row's number to its value)] of an Arrow table; None if it has what we never write."""
     from pyarrow import types
-    readers = []
+    columns = {}
     for name in table.schema.names:
         column = table.column(name).combine_chunks()
         column = column.chunk(0) if hasattr(column, 'num_chunks') else column
         if column.null_count or name == '$meta':
-            return None
+            return {}
         if name == '_seq':
             continue
         if types.is_integer(column.type):
-            readers.append((name, column.to_numpy().item))
+            columns[name] = column.to_numpy().item
         elif types.is_list(column.type):
             offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
-            readers.append((name, lambda row, o=offsets, v=values: v[o[row]:o[row + 1]].tolist()))
+            columns[name] = lambda row, o=offsets, v=values: v[o[row]:o[row + 1]].tolist()
         elif types.is_fixed_size_list(column.type):
             vectors = column.flatten().to_numpy().reshape(len(column), -1)
-            readers.append((name, lambda row, v=vectors: v[row].tolist()))
+            columns[name] = lambda row, v=vectors: v[row].tolist()
         else:
-            readers.append((name, lambda row, c=column: c[row].as_py()))
-    return readers
+            columns[name] = lambda row, c=column: c[row].as_py()
+    return columns
 
 
 def main():
@@ -94,7 +148,7 @@ def main():
     address = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # whatever else is printed must not fill the pipe, nor be taken for the address
     gc.set_threshold(100_000)  # a search makes many small objects and no cycles
-    read_rows_from_arrays()
+    work_on_arrays()
     from milvus_lite.adapter.grpc.server import start_server_in_thread
     # one worker: a search's parameters lie in the index, where another's would change them
     server, database, port = start_server_in_thread(sys.argv[1], host='127.0.0.1', port=0, max_workers=1)

@@ -2,10 +2,16 @@
 What the tests share: a small corpus of real text (modules of the standard library), a tokenizer and a static embedding
 fitted on it, and a populated Milvus Lite collection, each made once by the project's own commands.
 """
+import atexit
+import importlib.util
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import types
 from pathlib import Path
 
 import pytest
@@ -25,13 +31,60 @@ TRAIN = ('json/decoder', 'json/encoder', 'json/scanner', 'textwrap', 'string', '
 VAL = ('json/tool', 'tempfile', 'timeit', 'this')
 
 
+# Commands, and the processes that they spawn, are forks of a process that has imported the libraries once: a short
+# command's time is mostly that. What must be as in real life down to its processes (test_faults) starts them itself.
+forks = multiprocessing.get_context('forkserver')
+forks.set_forkserver_preload(['tests.preloaded'])
+multiprocessing.get_context = lambda method=None, original=multiprocessing.get_context: original(
+    'forkserver' if method == 'spawn' else method)
+
+
 def run(*command, folder, check=True, timeout=300, env=None):
     """Run a command of the project as its users do; the answer has stdout and stderr as text."""
-    answer = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True,
-                            timeout=timeout, env={**os.environ, 'PYTHONPATH': str(ROOT), **(env or {})})
+    command, env = list(map(str, command)), {**os.environ, 'PYTHONPATH': str(ROOT), **(env or {})}
+    if command[0] == '-c' or command[:2] == ['-m', 'torch.distributed.run']:
+        answer = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True,
+                                timeout=timeout, env=env)
+    else:
+        answer = run_in_a_fork(command, folder, env, timeout)
     if check and answer.returncode:
         raise AssertionError(f'{command} ended with {answer.returncode}\n{answer.stdout}\n{answer.stderr}')
     return answer
+
+
+def run_in_a_fork(command, folder, env, timeout):
+    with tempfile.TemporaryDirectory() as outputs:
+        process = forks.Process(target=become, args=(command, str(folder), env, outputs))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise AssertionError(f'{command} took more than {timeout} s')
+        return subprocess.CompletedProcess(command, process.exitcode,
+                                           *((Path(outputs) / name).read_text() for name in ('stdout', 'stderr')))
+
+
+def become(command, folder, env, outputs):
+    """Run a script, or -m and a module, in this process, with its output in two files."""
+    for name, descriptor in (('stdout', 1), ('stderr', 2)):
+        os.dup2(os.open(f'{outputs}/{name}', os.O_WRONLY | os.O_CREAT), descriptor)
+    sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', buffering=1, closefd=False)
+    multiprocessing.forkserver._forkserver.ensure_running = lambda: None  # its own processes are forks of the same one
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    main = sys.modules['__main__'] = sys.modules['__mp_main__'] = types.ModuleType('__main__')
+    if command[0] == '-m':
+        command = command[1:]
+        main.__spec__ = importlib.util.find_spec(command[0])
+    main.__file__ = main.__spec__.origin if main.__spec__ else command[0]
+    sys.argv = [main.__file__, *command[1:]]
+    try:
+        exec(compile(Path(main.__file__).read_text(), main.__file__, 'exec'), vars(main))
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
 
 
 def release(folder):

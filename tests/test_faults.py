@@ -107,7 +107,8 @@ def test_a_server_that_stays_dead_ends_the_run_with_a_checkpoint_to_resume_from(
 def test_ctrl_c_ends_a_run_with_a_checkpoint_and_leaves_no_process(workspace):
     stopped = Run(*LONG, '--out_dir=stopped', folder=workspace)
     stopped.until('step 10:')
-    commands = subprocess.run(['ps', '-s', str(stopped.process.pid), '-o', 'args='], capture_output=True, text=True)
+    commands = subprocess.run(['ps', '-ww', '-s', str(stopped.process.pid), '-o', 'args='], capture_output=True,
+                              text=True)
     assert 'retrieval.local_server' in commands.stdout and 'spawn_main' in commands.stdout
     os.killpg(stopped.process.pid, signal.SIGINT)  # as a terminal does
     assert stopped.end() == 130, stopped.said

@@ -129,7 +129,9 @@ def test_a_process_that_was_killed_is_told_and_not_waited_for(settings):
 
 def test_a_caller_can_give_up_waiting(settings):
     prefetcher = Prefetcher(settings, [(stream_of(settings), None)], retrieve=False)
+    os.kill(prefetcher.process.pid, signal.SIGSTOP)
     assert prefetcher.next(give_up=lambda: True) is None
+    os.kill(prefetcher.process.pid, signal.SIGCONT)
     prefetcher.close()
 
 
@@ -142,15 +144,46 @@ def test_the_local_server_gives_its_database_back(settings, workspace):
     release(workspace)
 
 
-def test_the_local_server_reads_the_rows_that_milvus_lite_reads(workspace):
-    code = ('from milvus_lite.db import MilvusLite\n'
-            'from retrieval.local_server import read_rows_from_arrays\n'
-            'slow = read_rows_from_arrays()\n'
-            'collection = MilvusLite("milvus.db").get_collection("chunks")\n'
-            'collection.load()\n'
-            'for segment in collection._segments_snapshot():\n'
-            '    rows = range(segment.num_rows)\n'
-            '    assert [segment.row_to_dict(i) for i in rows] == [slow(segment, i) for i in rows]\n'
-            '    print(len(rows))')
-    answer = run('-c', code, folder=workspace)
-    assert sum(map(int, answer.stdout.split())) > 1000
+def test_the_local_server_finds_and_reads_what_milvus_lite_does(workspace):
+    """Over arrays as in its loops; also of rows that were replaced or deleted since, written down or not."""
+    code = """
+import numpy as np
+from milvus_lite.db import MilvusLite
+from retrieval.local_server import work_on_arrays
+slow_search, slow_row = work_on_arrays()
+from milvus_lite.engine import collection as engine
+fast_search = engine.execute_search_with_index
+
+def both(**asked):
+    answer = fast_search(**asked)
+    assert answer == slow_search(**asked)
+    return answer
+
+engine.execute_search_with_index = both
+collection = MilvusLite('milvus.db').get_collection('chunks')
+collection.load()
+size = len(collection.query('position == 0', ['embedding'])[0]['embedding'])
+queries = np.random.default_rng(0).normal(size=(50, size))
+
+def check():
+    for limit in (1, 8, 3000):
+        for asked in ({}, {'expr': 'position > 2'}):
+            answer = collection.search(queries.tolist(), limit, 'IP', output_fields=['doc_id', 'id'], **asked)
+            assert all(len(hits) for hits in answer)
+    for segment in collection._segments_snapshot():
+        rows = range(segment.num_rows)
+        assert [segment.row_to_dict(i) for i in rows] == [slow_row(segment, i) for i in rows]
+    return collection.num_entities
+
+count = check()
+some = collection.query('position == 1', list(collection.query('position == 1')[0]))
+for row in some:
+    row['embedding'] = (-np.asarray(row['embedding'])).tolist()
+collection.insert(some[:20])
+collection.delete([row['id'] for row in some[20:30]])
+check()
+collection.flush()
+assert check() == count - 10
+print('the same')
+"""
+    assert run('-c', code, folder=workspace).stdout.strip() == 'the same'
