@@ -37,6 +37,12 @@ def user_errors_as_one_line():
         sys.exit(130)
 
 
+def save_atomically(save, path):
+    """Write beside and rename: the file is the old one or the whole new one, never a part."""
+    save(path + '.tmp')
+    os.replace(path + '.tmp', path)
+
+
 def load_settings(arguments, given=None):
     """
     The settings of a run, as a dict: train.py's defaults, then `given` (those of a checkpoint), then each of the

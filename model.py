@@ -8,6 +8,7 @@ continuation), D = n_embd. The model sees token ids and masks only; where neighb
 import inspect
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -381,3 +382,38 @@ def load_checkpoint(path, map_location='cpu'):
         raise ValueError(f'{path!r} is of another architecture, or no checkpoint of nanoRETRO '
                          f'({type(error).__name__}: {str(error)[:300]}): name the out_dir of a run of train.py'
                          ) from error
+
+
+def pick_dtype(dtype, device):
+    """
+    The precision to compute in, by its name: the one asked for, or for 'auto' bfloat16 where the processor has it.
+    ValueError where there is none of that name.
+    """
+    if dtype != 'auto':
+        if dtype not in ('float32', 'bfloat16', 'float16'):
+            raise ValueError(f"dtype {dtype!r} is none of 'auto', 'float32', 'bfloat16', 'float16'")
+        return dtype
+    if device.startswith('cuda'):
+        return 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+    fast = device == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return 'bfloat16' if fast else 'float32'
+
+
+def autocast(precision, device):
+    """The context to run the model in."""
+    return (torch.amp.autocast(device.split(':')[0], dtype=getattr(torch, precision)) if precision != 'float32'
+            else nullcontext())
+
+
+def keep_freed_memory():
+    """
+    glibc gives large blocks back to the system and has each of its pages made anew at the next step, which takes a
+    fifth of a small model's time on a CPU. Tell it to keep them.
+    """
+    try:
+        import ctypes
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    except OSError:
+        pass  # another C library

@@ -9,15 +9,12 @@ in the environment.
 """
 import argparse
 import contextlib
-import os
 
 import numpy as np
 import torch
 
-from configurator import UserError, load_settings, user_errors_as_one_line
-from data.tokenizer import load_tokenizer, vocabulary_hash
-from model import RETRO, RETROConfig, load_checkpoint
-from retrieval.embedding import pick_device
+from configurator import UserError, user_errors_as_one_line
+from evaluation.checkpoint import load_run
 from retrieval.knowledge_base import FIELDS
 from retrieval.retriever import Retriever
 
@@ -61,24 +58,7 @@ def parse_arguments():
 def main():
     arguments, overrides = parse_arguments()
     start = read_start(arguments.start)
-    try:
-        checkpoint = load_checkpoint(os.path.join(arguments.out_dir, 'ckpt.pt'))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    settings = load_settings(overrides, given=checkpoint['config'])
-    changed = [key for key in checkpoint['model_args'] if key != 'retrieval_k_neighbors'
-               and key in settings and settings[key] != checkpoint['config'].get(key)]
-    if changed:
-        raise UserError(f'{", ".join(changed)} can not be changed after training: leave it out')
-    device = pick_device(settings['device'])
-    tokenizer = load_tokenizer(settings['tokenizer'])
-    if vocabulary_hash(tokenizer) != checkpoint['vocabulary_hash']:
-        raise UserError(f'the checkpoint in {arguments.out_dir!r} was trained with another tokenizer than '
-                        f'{settings["tokenizer"]!r} is now (vocabulary {checkpoint["vocabulary_hash"]}, found '
-                        f'{vocabulary_hash(tokenizer)}): bring that tokenizer back, or train anew')
-    model = RETRO(RETROConfig(**checkpoint['model_args']))
-    model.load_state_dict(checkpoint['model'])
-    model.eval().to(device)
+    settings, tokenizer, model, device = load_run(arguments.out_dir, overrides)
     settings['retrieval_cache_gb'] = 0.0  # prompts don't come again
     retriever = Retriever(settings, tokenizer) if model.config.use_retrieval and arguments.retrieval == 'on' else None
     with contextlib.closing(retriever) if retriever else contextlib.nullcontext():
@@ -91,10 +71,7 @@ def sample(arguments, start, model, tokenizer, retriever, device):
     retrieved = []  # for each chunk the hits of each sample, (B, K)
 
     def retrieve(chunks):  # (B, 1, C)
-        asking = chunks.cpu().numpy()
-        ended = (asking == tokenizer.eot_token).any(-1)  # a document's last chunk retrieves nothing
-        no_documents = np.zeros(ended.shape, dtype=np.int64)  # the text is of none in the collection
-        neighbors = retriever.retrieve(asking, no_documents, ended)
+        neighbors = retriever.retrieve_for_text(chunks.cpu().numpy())
         retrieved.append(neighbors.hits[:, 0])  # (B, K)
         return torch.from_numpy(neighbors.tokens).long().to(device), torch.from_numpy(neighbors.mask).to(device)
 

@@ -6,6 +6,7 @@ Trains a RETRO (or, with use_retrieval = False, a GPT) that fetches its neighbor
     torchrun --standalone --nproc_per_node=4 train.py config/my_run.py        # 4 GPUs of one node
     python train.py --help                                                    # all settings
 """
+import functools
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass
 from datetime import timedelta
 
@@ -23,13 +24,16 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from configurator import UserError, is_secret, load_settings, user_errors_as_one_line
+from configurator import UserError, is_secret, load_settings, save_atomically, user_errors_as_one_line
 from data.stream import as_dataset_configs
 from data.tokenizer import load_tokenizer, token_byte_counts, vocabulary_hash
-from model import RETRO, RETROConfig, load_checkpoint
+from evaluation.figures import describe_scores
+from evaluation.samples import COLUMNS, write_samples
+from model import RETRO, RETROConfig, autocast, keep_freed_memory, load_checkpoint, pick_dtype
 from retrieval.embedding import pick_device
 from retrieval.local_server import local_server
 from retrieval.prefetch import Prefetcher
+from retrieval.retriever import Retriever
 
 # The settings, overridden by config files and --key=value (configurator.py).
 # output
@@ -43,6 +47,8 @@ init_from = 'scratch'  # 'scratch', or 'resume' from out_dir's checkpoint
 wandb_log = False  # log to Weights & Biases too
 wandb_project = 'nanoretro'  # its project
 wandb_run_name = 'retro'  # its run
+multiple_choice_benchmarks = []  # DeepEval's, at each evaluation: names, or (name, {'tasks': ..., 'n_shots': ...})
+benchmark_data_dir = ''  # where their data is saved, for machines that don't reach the hub (evaluation/benchmarks.py)
 # data
 train_datasets = []  # list of DatasetConfig (data/stream.py) or paths: what is trained on, and what populate reads
 val_datasets = []  # the same for evaluation
@@ -105,31 +111,6 @@ def get_lr(it):
     return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (learning_rate - min_lr)
 
 
-def pick_dtype(device_type):
-    if dtype != 'auto':
-        if dtype not in ('float32', 'bfloat16', 'float16'):
-            raise UserError(f"dtype {dtype!r} is none of 'auto', 'float32', 'bfloat16', 'float16'")
-        return dtype
-    if device_type == 'cuda':
-        return 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
-    fast = device_type == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return 'bfloat16' if fast else 'float32'
-
-
-def keep_freed_memory():
-    """
-    glibc gives large blocks back to the system and has each of its pages made anew at the next step, which takes a
-    fifth of a small model's time on a CPU. Tell it to keep them.
-    """
-    try:
-        import ctypes
-        mallopt = ctypes.CDLL('libc.so.6').mallopt
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-    except OSError:
-        pass  # another C library
-
-
 def peak_flops(device_type, precision):
     """The machine's peak FLOP/s: by data sheet for known GPUs, else what a large matrix product reaches."""
     if device_type == 'cuda':
@@ -150,12 +131,6 @@ def plain(settings):
     """The settings as plain values, without secrets: for checkpoints and logs."""
     return {key: [asdict(v) if is_dataclass(v) else v for v in value] if isinstance(value, list) else value
             for key, value in settings.items() if not is_secret(key)}
-
-
-def save_atomically(save, path):
-    """Write beside and rename: the file is the old one or the whole new one, never a part."""
-    save(path + '.tmp')
-    os.replace(path + '.tmp', path)
 
 
 def summary(metrics_path):
@@ -288,8 +263,8 @@ def main(cleanup):
             torch.cuda.set_device(run_device)
         dist.init_process_group(backend if backend != 'auto' else 'nccl' if 'cuda' in run_device else 'gloo')
         cleanup.callback(dist.destroy_process_group)
-        # over it the ranks agree to stop; one may wait for Milvus while the others wait for it
-        control = dist.new_group(backend='gloo', timeout=timedelta(seconds=retrieval_timeout + 1800))
+        # over it the ranks agree to stop, and wait while one evaluates or waits for Milvus
+        control = dist.new_group(backend='gloo', timeout=timedelta(days=7))
     # a rank's share of the step: some of its micro-batches, or where there are more ranks than those, a part of one
     ranks_a_batch = max(1, world_size // gradient_accumulation_steps)
     if gradient_accumulation_steps * ranks_a_batch % world_size or batch_size % ranks_a_batch:
@@ -300,9 +275,11 @@ def main(cleanup):
     micro_batch = batch_size // ranks_a_batch
     master = rank == 0
     device_type = run_device.split(':')[0]
-    precision = pick_dtype(device_type)
-    context = (torch.amp.autocast(device_type, dtype=getattr(torch, precision)) if precision != 'float32'
-               else nullcontext())
+    try:
+        precision = pick_dtype(dtype, run_device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    context = autocast(precision, run_device)
     keep_freed_memory()
     torch.manual_seed(seed + rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -355,6 +332,11 @@ def main(cleanup):
             raise UserError(f'the checkpoint in {out_dir!r} was made by {len(checkpoint["ranks"])} processes, and '
                             f'there are {world_size}: resume with as many')
 
+    benchmarks = []
+    if multiple_choice_benchmarks and master:
+        from evaluation.benchmarks import prepare_benchmarks  # imports DeepEval, which takes seconds
+        benchmarks = prepare_benchmarks(multiple_choice_benchmarks, benchmark_data_dir)
+
     # data and retrieval, from a process of its own; the val batches are fetched once
     if master:
         check_out_dir()
@@ -384,6 +366,15 @@ def main(cleanup):
         os.makedirs(out_dir, exist_ok=True)
     if use_retrieval and master:
         print(f'retrieving from {prefetcher.size:,} chunks of {retrieval_collection!r} in {retrieval_milvus_uri}')
+
+    @functools.cache
+    def own_retriever():
+        """One of this process, for prompts."""
+        retriever = Retriever(settings, encoding, run_device, address, say) if use_retrieval else None
+        if retriever:
+            cleanup.callback(retriever.close)
+        return retriever
+
     token_bytes = torch.tensor(token_byte_counts(encoding), device=run_device)
 
     # model and optimizer
@@ -447,6 +438,21 @@ def main(cleanup):
         if ddp:
             dist.barrier(group=control)  # who ends before the file is there has the launcher end all
 
+    def evaluate_further():
+        """What the master alone does at an evaluation: the benchmarks, and samples for wandb."""
+        arguments = raw_model, encoding, run_device, context, own_retriever()
+        scores = {benchmark.name: benchmark.run(*arguments, batch_size, show_progress=not bar.disable)
+                  for benchmark in benchmarks}
+        for name, own in scores.items():
+            say(f'step {it}: {name}, {describe_scores(own)}')
+        if scores and not eval_only:
+            log(iter=it, tokens=it * tokens_per_iter, benchmarks=scores)
+        if wandb_run:
+            import wandb
+            prompts = val_batches[0].tokens[:4, :2 * retrieval_chunk_size]
+            wandb_run.log({'samples': wandb.Table(COLUMNS, write_samples(raw_model, prompts, *arguments[1:]))}, step=it)
+        model.train()
+
     signals = []
 
     def on_signal(number, frame):
@@ -506,6 +512,10 @@ def main(cleanup):
             if not eval_only and it > 0 and (always_save_checkpoint or loss_now < best_val_loss):
                 best_val_loss = min(best_val_loss, loss_now)
                 save_checkpoint()
+            if benchmarks or wandb_run:
+                evaluate_further()
+            if ddp:
+                dist.barrier(group=control)
         if it >= max_iters or eval_only:
             break
 

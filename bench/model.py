@@ -138,7 +138,7 @@ class Worker:
     """This file as a process of another environment's python."""
 
     def __init__(self, python):
-        # train.py tells glibc to keep freed memory (train.keep_freed_memory): the same for every arm
+        # train.py tells glibc to keep freed memory (keep_freed_memory): the same for every arm
         keep = dict(MALLOC_MMAP_THRESHOLD_=str(1 << 30), MALLOC_TRIM_THRESHOLD_=str(1 << 30))
         self.process = subprocess.Popen([python, __file__, '--serve'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True, env=os.environ | keep)

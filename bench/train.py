@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,11 +28,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train
 from configurator import load_settings, user_errors_as_one_line
 from data.stream import as_dataset_configs
 from data.tokenizer import load_tokenizer
-from model import RETRO, RETROConfig
+from model import RETRO, RETROConfig, autocast, keep_freed_memory, pick_dtype
 from retrieval.embedding import pick_device
 from retrieval.local_server import local_server
 from retrieval.prefetch import Prefetcher
@@ -50,12 +49,11 @@ def make_step(settings, vocabulary, device, use_retrieval):
     device_type = device.split(':')[0]
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device_type)
     compiled = torch.compile(model) if settings['compile'] else model
-    precision = train.pick_dtype(device_type)
+    precision = pick_dtype(settings['dtype'], device)
 
     def step(batch):
         neighbors = (batch.neighbors, batch.neighbor_mask) if use_retrieval else (None, None)
-        with (nullcontext() if precision == 'float32'
-              else torch.amp.autocast(device_type, dtype=getattr(torch, precision))):
+        with autocast(precision, device):
             _, loss = compiled(batch.tokens, batch.targets, *neighbors, batch.documents)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -92,7 +90,6 @@ class Arm:
 def main():
     quick = '--quick' in sys.argv
     settings = load_settings([a for a in sys.argv[1:] if a != '--quick'])
-    train.dtype = settings['dtype']
     if quick:
         settings['retrieval_prefetch_batches'] = 8
     window = settings['retrieval_prefetch_batches']  # steps that one search serves
@@ -102,7 +99,7 @@ def main():
     stream = dict(configs=as_dataset_configs(settings['train_datasets'], 'train_datasets'), interleave=64,
                   chunk_size=settings['retrieval_chunk_size'], block_size=settings['block_size'],
                   batch_size=settings['batch_size'], seed=settings['seed'])
-    train.keep_freed_memory()
+    keep_freed_memory()
     with ExitStack() as cleanup:
         folder = cleanup.enter_context(tempfile.TemporaryDirectory())
         address, processes = None, []

@@ -108,6 +108,14 @@ class Retriever:
                 time.sleep(min(pause, self.timeout - away))
                 pause = min(2 * pause, LONGEST_PAUSE)
 
+    def retrieve_for_text(self, chunks):
+        """
+        Neighbors of chunks (B, L, C) of a text that is of no document of the collection. A chunk that holds the end of
+        a document is its last and gets none.
+        """
+        nowhere = np.zeros(chunks.shape[:2], dtype=np.int64)
+        return self.retrieve(chunks, nowhere, (chunks == self.tokenizer.eot_token).any(-1))
+
     def _retrieve(self, chunks, documents, ends, chunk_ids):
         if self.memory:
             self._follow_state()

@@ -77,7 +77,8 @@ def become(command, folder, env, outputs):
     main = sys.modules['__main__'] = sys.modules['__mp_main__'] = types.ModuleType('__main__')
     if command[0] == '-m':
         command = command[1:]
-        main.__spec__ = importlib.util.find_spec(command[0])
+        package = importlib.util.find_spec(command[0]).submodule_search_locations is not None
+        main.__spec__ = importlib.util.find_spec(command[0] + '.__main__' * package)
     main.__file__ = main.__spec__.origin if main.__spec__ else command[0]
     sys.argv = [main.__file__, *command[1:]]
     try:

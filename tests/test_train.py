@@ -14,7 +14,7 @@ import torch
 import train
 from data.stream import DatasetConfig, SequenceStream
 from data.tokenizer import load_tokenizer, token_byte_counts
-from model import RETRO, RETROConfig, load_checkpoint
+from model import RETRO, RETROConfig, load_checkpoint, pick_dtype
 from retrieval.prefetch import ReadyBatch
 from tests.conftest import CHUNK, ROOT, SHARED, run
 
@@ -143,7 +143,7 @@ def test_the_learning_rate_warms_up_and_decays_to_its_lowest(monkeypatch):
 
 
 def test_bfloat16_trains_on_this_processor_where_it_is_fast(workspace):
-    if train.pick_dtype('cpu') != 'bfloat16':
+    if pick_dtype('auto', 'cpu') != 'bfloat16':
         pytest.skip('this processor has neither avx512_bf16 nor amx')
     answer = run(ROOT / 'train.py', 'config.py', '--dtype=auto', '--max_iters=4', folder=workspace)
     assert ', bfloat16 |' in answer.stdout

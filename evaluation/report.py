@@ -1,0 +1,300 @@
+"""
+The evaluation as one HTML page that needs nothing but itself: the curves, the leakage plot, and passages in which each
+token is tinted by what retrieval did to it, beside the neighbors that they were read with.
+"""
+import io
+import json
+import os
+from html import escape
+
+import numpy as np
+
+from configurator import save_atomically
+from evaluation.figures import ARMS, COLORS, describe_scores, finish, interval, plot_overlap, plot_similarity
+from evaluation.leakage import shared_tokens
+from retrieval.knowledge_base import FIELDS
+
+SHORTEST_SHARED = 4  # tokens of a run that is marked as shared
+STRONGEST = 2.0  # nats that are tinted the strongest
+
+
+def choose_passages(corpus, nats, retrieved, count):
+    """
+    The chunks that the report shows: of those that were read with neighbors, `count` each that these helped most, hurt
+    most, and that are spread evenly between. Pairs of a kind and a chunk's number.
+    """
+    gains = (nats['off'] - nats['on']).sum(1)  # (N,)
+    there = np.flatnonzero((retrieved.read >= 0) & (retrieved.hits['score'][retrieved.read, 0] > -np.inf))
+    order = there[np.argsort(-gains[there], kind='stable')]
+    count = min(count, len(order) // 3)
+    helped, hurt = order[:count], order[::-1][:count]
+    between = order[np.linspace(count, len(order) - count - 1, count).astype(int)] if count else []
+    return ([('helped', int(i)) for i in helped if gains[i] > 0] + [('hurt', int(i)) for i in hurt if gains[i] < 0]
+            + [('between', int(i)) for i in between])
+
+
+def write_report(path, report, passages, corpus, nats, retrieved, retriever, tokenizer, metrics_path):
+    """Write the page. `passages` are from choose_passages; metrics_path is the training's, if it is there."""
+    parts = [heading(report), figures(report), curves(metrics_path)]
+    if 'bpb_by_overlap' in report:
+        parts += [leakage(report)]
+    if report['benchmarks']:
+        parts += [scores(report['benchmarks'])]
+    if passages:
+        rows = neighbor_rows(passages, retrieved, retriever)
+        parts += [PASSAGES_HEADING, *(passage(kind, i, corpus, nats, retrieved, rows, tokenizer)
+                                      for kind, i in passages), '</section>']
+    page = (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title(report)}</title>\n'
+            f'<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n'
+            + '\n'.join(parts) + f'\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n')
+
+    def save(beside):
+        with open(beside, 'w', encoding='utf-8') as file:
+            file.write(page)
+    save_atomically(save, path)
+
+
+def title(report):
+    return f'nanoRETRO: {escape(report["out_dir"])} on {escape(report["data"])}'
+
+
+def heading(report):
+    return (f'<h1>{escape(report["out_dir"])}</h1>\n<p class="about">Evaluated on {escape(report["data"])}: '
+            f'{report["documents"]:,} documents, {report["tokens"]:,} tokens, {report["bytes"]:,} bytes.</p>')
+
+
+def figures(report):
+    """The main figures, as a table."""
+    arms = [arm for arm in ARMS if f'bpb_{arm}' in report]
+    rows = [('bits per byte', 'bpb', '{:.4f}'), ('loss, nats a token', 'loss', '{:.4f}'),
+            ('perplexity a token', 'perplexity', '{:,.2f}'), ('perplexity a word', 'word_perplexity', '{:,.4g}')]
+    lines = []
+    for name, key, style in rows:
+        cells = []
+        for arm in arms:
+            shown = style.format(report[f'{key}_{arm}']) if f'{key}_{arm}' in report else '–'
+            if key == 'bpb':
+                shown += f'<small>{interval(report[f"bpb_{arm}_interval"], style)}</small>'
+            cells.append(f'<td>{shown}</td>')
+        lines.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
+    head = ''.join(f'<th scope="col"><i style="background:{COLORS[arm]}"></i>{ARMS[arm]}</th>' for arm in arms)
+    told = []
+    for other, name in (('off', 'without retrieval'), ('baseline', 'the GPT')):
+        if f'gain_over_{other}' in report:
+            gain = report[f'gain_over_{other}']
+            low, high = report[f'gain_over_{other}_interval']
+            told.append(f'<p>With retrieval the model needs <b>{abs(gain):.2%} {"fewer" if gain >= 0 else "more"}</b> '
+                        f'bits than {name} (95 % interval of the gain: {interval((low, high), "{:.2%}")}'
+                        f'{", which holds zero: it can not be told apart from chance" if low <= 0 <= high else ""}).'
+                        f'</p>')
+    return (f'<section class="card">\n<table><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(lines)}</tbody>'
+            f'</table>\n{"".join(told)}\n</section>')
+
+
+def curves(metrics_path):
+    """The training's val curves."""
+    if not os.path.exists(metrics_path):
+        return ''
+    with open(metrics_path) as file:
+        lines = [json.loads(line) for line in file]
+
+    def plot(axes):
+        steps = [line for line in lines if 'loss' in line]
+        twin = axes.twinx()
+        twin.plot([line['iter'] for line in steps], [line['loss'] for line in steps], lw=0.8, color=COLORS['baseline'],
+                  alpha=0.6)
+        twin.set_ylabel('train loss, nats a token')
+        twin.spines[['top']].set_visible(False)
+        for arm, style in (('off', 'o-'), ('on', 'o--')):
+            points = [line for line in lines if f'val_bpb_{arm}' in line]
+            if points:
+                axes.plot([p['iter'] for p in points], [p[f'val_bpb_{arm}'] for p in points], style, ms=3,
+                          color=COLORS[arm], label=f'val, {ARMS[arm]}')
+        axes.set(xlabel='step', ylabel='bits per byte')
+        finish(axes)
+    return f'<section class="card">\n<h2>Training</h2>\n{svg(plot)}\n</section>'
+
+
+def leakage(report):
+    """The leakage plot with its table, and the gain by similarity."""
+    arms = [arm for arm in ARMS if f'bpb_{arm}' in report['bpb_by_overlap'][0]]
+    lines = []
+    for line in report['bpb_by_overlap']:
+        cells = ''.join(f'<td>{line[f"bpb_{arm}"]:.4f}</td>' if line[f'bpb_{arm}'] is not None else '<td>–</td>'
+                        for arm in arms)
+        gain = '–'
+        if 'gain' in line:
+            gain = f'{line["gain"]:.2%}<small>{interval(line["gain_interval"], "{:.2%}")}</small>'
+        lines.append(f'<tr><th scope="row">{line["overlap"]:.1%}</th><td>{line["share_of_bytes"]:.1%}</td>{cells}'
+                     f'<td>{gain}</td></tr>')
+    head = ''.join(f'<th scope="col">{ARMS[arm]}</th>' for arm in arms)
+    plots = svg(lambda axes: plot_overlap(report, axes)) + svg(lambda axes: plot_similarity(report, axes))
+    return (f'<section class="card">\n<h2>Is it more than copying?</h2>\n<p>Each chunk is classed by the longest run '
+            f'of tokens that it shares with its neighbors, as a share of its length. Towards the left are chunks of '
+            f'which less and less stands there word for word.</p>\n<div class="plots">{plots}</div>\n'
+            f'<div class="scroll"><table><thead><tr>'
+            f'<th scope="col">overlap at most</th><th scope="col">share of bytes</th>{head}'
+            f'<th scope="col">on below off by</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>\n'
+            f'<p>{report["share_with_neighbors"]:.1%} of the chunks have neighbors; '
+            f'{report["share_read_with_neighbors"]:.1%} are read with some.</p>\n</section>')
+
+
+def scores(benchmarks):
+    lines = ''.join(f'<li><b>{escape(name)}</b>: {escape(describe_scores(own))}</li>'
+                    for name, own in benchmarks.items())
+    return f'<section class="card">\n<h2>Benchmarks</h2>\n<ul>{lines}</ul>\n</section>'
+
+
+def svg(plot):
+    """A plot as SVG that takes the page's text color, in light and in dark."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    ink = '#7b8088'  # readable on white and on black
+    style = {'svg.fonttype': 'none', 'text.color': ink, 'axes.labelcolor': ink, 'axes.edgecolor': ink,
+             'xtick.color': ink, 'ytick.color': ink, 'svg.hashsalt': 'nanoRETRO'}
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(figsize=(6.4, 4), layout='constrained')
+        plot(axes)
+        text = io.StringIO()
+        figure.savefig(text, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
+        plt.close(figure)
+    return '<figure>' + text.getvalue()[text.getvalue().index('<svg'):] + '</figure>'
+
+
+def neighbor_rows(passages, retrieved, retriever):
+    """{id: row} of the neighbors that the passages were read with."""
+    hits = retrieved.hits[retrieved.read[[i for _, i in passages]]].ravel()
+    ids = np.unique(hits['id'][hits['score'] > -np.inf])
+    return retriever.knowledge_base.rows(ids, FIELDS)
+
+
+def passage(kind, i, corpus, nats, retrieved, rows, tokenizer):
+    """One passage: the chunk that retrieved, the chunk after it, tinted, and beside them the neighbors."""
+    before = retrieved.read[i]
+    gains = nats['off'] - nats['on']  # (N, C)
+    chunk = corpus.chunks[i][:corpus.lengths[i]]
+    there = retrieved.hits[before]['score'] > -np.inf
+    neighbors = [retrieved.tokens[before, k][retrieved.mask[before, k]] for k in np.flatnonzero(there)]
+    marked = np.zeros(len(chunk), dtype=bool)
+    beside = []
+    for k, tokens in zip(np.flatnonzero(there), neighbors, strict=True):
+        hit = retrieved.hits[before][k]
+        row = rows.get(int(hit['id']), dict(document='a row that is gone', position=0))
+        marked |= shared_tokens(chunk, tokens, SHORTEST_SHARED)
+        shared = shared_tokens(tokens, chunk, SHORTEST_SHARED)
+        C = corpus.chunks.shape[1]
+        shown = (tokens_as_html(tokens[:C], tokenizer, marked=shared[:C])
+                 + '<span class="turn" title="here the neighbor\'s continuation begins"></span>'
+                 + tokens_as_html(tokens[C:], tokenizer, marked=shared[C:]))
+        beside.append(f'<div class="neighbor"><h4>{escape(row["document"])}, chunk {row["position"] + 1}'
+                      f'<span>similarity {hit["score"]:.2f}</span></h4><pre>{shown}</pre></div>')
+    total = float(gains[i].sum())
+    place = f'{escape(corpus.names[corpus.document[i]])}, chunk {corpus.position[i] + 1}'
+    return (f'<article class="card passage" data-kind="{kind}" data-gain="{total:.4f}">\n<h3>{place}'
+            f'<span>{"helped" if total >= 0 else "hurt"} by {abs(total):.1f} nats</span></h3>\n<div class="columns">'
+            f'<div><pre class="text"><span class="before">{tokens_as_html(corpus.chunks[before], tokenizer)}</span>'
+            f'{tokens_as_html(chunk, tokenizer, gains[i][:len(chunk)], marked)}</pre></div>'
+            f'<div>{"".join(beside)}</div></div>\n</article>')
+
+
+def tokens_as_html(tokens, tokenizer, gains=None, marked=None):
+    """
+    Tokens (n,) as spans: tinted by their gains (n,) in nats, green where retrieval helped and red where it hurt, and
+    underlined where `marked` (n,). A character that several tokens make up is shown with the first of them.
+    """
+    shown = []
+    for place, text in enumerate(token_texts(tokens, tokenizer)):
+        gain = 0.0 if gains is None else float(gains[place])
+        strength = min(1.0, abs(gain) / STRONGEST)
+        classes = ' '.join(name for name, holds in (('up', gain > 0), ('down', gain < 0),
+                                                    ('shared', marked is not None and marked[place])) if holds)
+        attributes = f' class="{classes}"' if classes else ''
+        if gains is not None:
+            attributes += f' style="--s:{strength:.2f}" data-gain="{gain:.3f}" title="{gain:+.2f} nats"'
+        shown.append(f'<span{attributes}>{escape(text)}</span>' if attributes else escape(text))
+    return ''.join(shown)
+
+
+def token_texts(tokens, tokenizer):
+    """The text of each token, which together are the text of them all."""
+    texts, pending, start = [''] * len(tokens), b'', 0
+    for place, token in enumerate(tokens):
+        if token == tokenizer.eot_token:
+            texts[place] = '∎'
+            continue
+        if not pending:
+            start = place
+        pending += tokenizer.decode_single_token_bytes(int(token))
+        try:
+            texts[start] = pending.decode()
+        except UnicodeDecodeError:
+            if len(pending) < 8:
+                continue
+            texts[start] = pending.decode(errors='replace')
+        pending = b''
+    if pending:
+        texts[start] = pending.decode(errors='replace')
+    return texts
+
+
+PASSAGES_HEADING = f'''<section>
+<h2>Where in the text retrieval helps</h2>
+<p>The faint text is the chunk that the neighbors were retrieved for; the text after it was read with them. Each of its
+tokens is tinted by its loss without retrieval less its loss with it. Underlined are runs of {SHORTEST_SHARED} tokens or
+more that the text and a neighbor share. ┊ is where a neighbor's continuation begins, ∎ the end of a document.</p>
+<p class="legend"><span class="down" style="--s:1">hurt by {STRONGEST:g} nats or more</span><span class="down"
+style="--s:.4"></span><span></span><span class="up" style="--s:.4"></span><span class="up" style="--s:1">helped by
+{STRONGEST:g} nats or more</span></p>
+<p class="filter" role="group" aria-label="passages">
+<button type="button" data-show="all" aria-pressed="true">all</button>
+<button type="button" data-show="helped" aria-pressed="false">most helped</button>
+<button type="button" data-show="hurt" aria-pressed="false">most hurt</button>
+<button type="button" data-show="between" aria-pressed="false">in between</button></p>'''
+
+STYLE = '''
+:root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1d2127;--faint:#6a7079;--line:#dfe3e8;
+--up:46,160,67;--down:218,54,51;--accent:#2f7fd6}
+@media(prefers-color-scheme:dark){:root{--page:#0f1216;--card:#181c22;--ink:#e4e8ed;--faint:#99a1ab;--line:#2c323a;
+--up:63,185,80;--down:248,81,73}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
+main{max-width:1180px;margin:0 auto;padding:24px 16px 64px}
+h1{font-size:1.6rem;margin:0 0 4px}h2{font-size:1.2rem;margin:0 0 8px}section>h2{margin-top:8px}
+h3,h4{margin:0 0 8px;font-size:.95rem;display:flex;flex-wrap:wrap;gap:4px 12px;justify-content:space-between;
+overflow-wrap:anywhere}
+h3 span,h4 span,.about,small{color:var(--faint);font-weight:400}
+h4{font-size:.85rem}small{display:block;font-size:.75rem}
+.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px;margin:16px 0}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:6px 10px;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}
+th[scope=row]{text-align:left;font-weight:400}thead th{font-weight:600}
+th i{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.4em}
+figure{margin:0;min-width:0}figure svg{width:100%;height:auto;max-width:640px}
+figure text{font-family:inherit!important}
+.plots,.columns{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:16px}
+pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.55 ui-monospace,Menlo,Consolas,monospace}
+.before,.neighbor pre{color:var(--faint)}
+.neighbor+.neighbor{margin-top:12px;padding-top:12px;border-top:1px solid var(--line)}
+.up{background:rgba(var(--up),calc(var(--s)*.75))}.down{background:rgba(var(--down),calc(var(--s)*.75))}
+.shared{text-decoration:underline;text-decoration-thickness:2px;text-decoration-color:var(--accent);
+text-underline-offset:3px}
+.neighbor .shared{color:var(--ink)}
+.turn{border-left:2px dotted var(--accent);margin:0 2px}
+.legend{display:flex;font-size:.8rem}.legend span{padding:2px 10px;min-width:2.5em}
+.filter button{font:inherit;color:inherit;background:var(--card);border:1px solid var(--line);border-radius:999px;
+padding:4px 14px;margin:0 4px 4px 0;cursor:pointer}
+.filter button[aria-pressed=true]{background:var(--accent);border-color:var(--accent);color:#fff}
+[hidden]{display:none}
+@media(max-width:760px){.plots,.columns{grid-template-columns:minmax(0,1fr)}th,td{padding:5px 6px;font-size:.85rem}}
+'''
+
+SCRIPT = '''
+for (const button of document.querySelectorAll('.filter button')) button.onclick = () => {
+  for (const other of document.querySelectorAll('.filter button')) other.setAttribute('aria-pressed', other === button);
+  for (const passage of document.querySelectorAll('.passage'))
+    passage.hidden = button.dataset.show !== 'all' && passage.dataset.kind !== button.dataset.show;
+};
+'''
