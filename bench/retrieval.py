@@ -85,7 +85,8 @@ def main():
     quick = '--quick' in sys.argv
     settings = load_settings([a for a in sys.argv[1:] if a != '--quick'])
     tokenizer = load_tokenizer(settings['tokenizer'])
-    ahead, rounds = (8, 2) if quick else (settings['retrieval_prefetch_batches'], 3)
+    ahead = 8 if quick else settings['retrieval_prefetch_batches']
+    rounds = 2 if quick else max(3, 192 // ahead)
     documents = settings['val_datasets' if quick else 'train_datasets']
     grid = dict(configs=as_dataset_configs(documents, 'train_datasets'), chunk_size=settings['retrieval_chunk_size'],
                 block_size=settings['block_size'], batch_size=settings['batch_size'], interleave=64)

@@ -92,6 +92,7 @@ def table(report):
             told = 'no difference that can be told apart from chance' if low <= 0 <= high else ''
             lines.append(f'on is below {"off" if other == "off" else "the GPT"} by {report[f"gain_over_{other}"]:.2%} '
                          f'(95 %: {interval((low, high), "{:.2%}")}) {told}'.rstrip())
+    lines.append('intervals are over documents; another training run would differ by more')
     if 'bpb_by_overlap' in report:
         lines += [f'{report["share_with_neighbors"]:.1%} of the chunks have neighbors, '
                   f'{report["share_read_with_neighbors"]:.1%} are read with some', '',
@@ -123,7 +124,8 @@ def interval(bounds, style):
 
 def describe_scores(scores):
     """One line for a benchmark's scores."""
-    told = ', '.join(f'retrieval {arm} {scores[arm]:.1%} ± {scores[f"{arm}_error"]:.1%}' for arm in ARMS if arm in scores)
+    told = ', '.join(f'retrieval {arm} {scores[arm]:.1%} ± {scores[f"{arm}_error"]:.1%}'
+                     for arm in ('on', 'off') if arm in scores)
     chance = 'unknown' if scores['chance'] is None else f'{scores["chance"]:.1%}'
     told += f' (chance {chance}, {scores["questions"]:,} questions'
     if scores['shortened']:

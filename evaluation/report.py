@@ -15,7 +15,6 @@ from evaluation.leakage import shared_tokens
 from retrieval.knowledge_base import FIELDS
 
 SHORTEST_SHARED = 4  # tokens of a run that is marked as shared
-STRONGEST = 2.0  # nats that are tinted the strongest
 
 
 def choose_passages(corpus, nats, retrieved, count):
@@ -42,8 +41,10 @@ def write_report(path, report, passages, corpus, nats, retrieved, retriever, tok
         parts += [scores(report['benchmarks'])]
     if passages:
         rows = neighbor_rows(passages, retrieved, retriever)
-        parts += [PASSAGES_HEADING, *(passage(kind, i, corpus, nats, retrieved, rows, tokenizer)
-                                      for kind, i in passages), '</section>']
+        shown = [i for _, i in passages]
+        strongest = max(0.01, float(f'{np.quantile(abs(nats["off"] - nats["on"])[shown], 0.99):.1g}'))
+        parts += [passages_heading(strongest), *(passage(kind, i, corpus, nats, retrieved, rows, tokenizer, strongest)
+                                                 for kind, i in passages), '</section>']
     page = (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title(report)}</title>\n'
             f'<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n'
@@ -88,6 +89,8 @@ def figures(report):
                         f'bits than {name} (95 % interval of the gain: {interval((low, high), "{:.2%}")}'
                         f'{", which holds zero: it can not be told apart from chance" if low <= 0 <= high else ""}).'
                         f'</p>')
+    if told:
+        told.append('<p class="about">Intervals are over documents: another training run would differ by more.</p>')
     return (f'<section class="card">\n<table><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(lines)}</tbody>'
             f'</table>\n{"".join(told)}\n</section>')
 
@@ -170,7 +173,7 @@ def neighbor_rows(passages, retrieved, retriever):
     return retriever.knowledge_base.rows(ids, FIELDS)
 
 
-def passage(kind, i, corpus, nats, retrieved, rows, tokenizer):
+def passage(kind, i, corpus, nats, retrieved, rows, tokenizer, strongest):
     """One passage: the chunk that retrieved, the chunk after it, tinted, and beside them the neighbors."""
     before = retrieved.read[i]
     gains = nats['off'] - nats['on']  # (N, C)
@@ -195,19 +198,20 @@ def passage(kind, i, corpus, nats, retrieved, rows, tokenizer):
     return (f'<article class="card passage" data-kind="{kind}" data-gain="{total:.4f}">\n<h3>{place}'
             f'<span>{"helped" if total >= 0 else "hurt"} by {abs(total):.1f} nats</span></h3>\n<div class="columns">'
             f'<div><pre class="text"><span class="before">{tokens_as_html(corpus.chunks[before], tokenizer)}</span>'
-            f'{tokens_as_html(chunk, tokenizer, gains[i][:len(chunk)], marked)}</pre></div>'
+            f'{tokens_as_html(chunk, tokenizer, gains[i][:len(chunk)], marked, strongest)}</pre></div>'
             f'<div>{"".join(beside)}</div></div>\n</article>')
 
 
-def tokens_as_html(tokens, tokenizer, gains=None, marked=None):
+def tokens_as_html(tokens, tokenizer, gains=None, marked=None, strongest=1.0):
     """
-    Tokens (n,) as spans: tinted by their gains (n,) in nats, green where retrieval helped and red where it hurt, and
-    underlined where `marked` (n,). A character that several tokens make up is shown with the first of them.
+    Tokens (n,) as spans: tinted by their gains (n,) in nats, green where retrieval helped and red where it hurt, the
+    strongest from `strongest` nats on, and underlined where `marked` (n,). A character that several tokens make up is
+    shown with the first of them.
     """
     shown = []
     for place, text in enumerate(token_texts(tokens, tokenizer)):
         gain = 0.0 if gains is None else float(gains[place])
-        strength = min(1.0, abs(gain) / STRONGEST)
+        strength = min(1.0, abs(gain) / strongest)
         classes = ' '.join(name for name, holds in (('up', gain > 0), ('down', gain < 0),
                                                     ('shared', marked is not None and marked[place])) if holds)
         attributes = f' class="{classes}"' if classes else ''
@@ -239,14 +243,15 @@ def token_texts(tokens, tokenizer):
     return texts
 
 
-PASSAGES_HEADING = f'''<section>
+def passages_heading(strongest):
+    return f'''<section>
 <h2>Where in the text retrieval helps</h2>
 <p>The faint text is the chunk that the neighbors were retrieved for; the text after it was read with them. Each of its
 tokens is tinted by its loss without retrieval less its loss with it. Underlined are runs of {SHORTEST_SHARED} tokens or
 more that the text and a neighbor share. ┊ is where a neighbor's continuation begins, ∎ the end of a document.</p>
-<p class="legend"><span class="down" style="--s:1">hurt by {STRONGEST:g} nats or more</span><span class="down"
-style="--s:.4"></span><span></span><span class="up" style="--s:.4"></span><span class="up" style="--s:1">helped by
-{STRONGEST:g} nats or more</span></p>
+<p class="legend" data-strongest="{strongest:g}"><span class="down" style="--s:1">hurt by {strongest:g} nats or
+more</span><span class="down" style="--s:.4"></span><span></span><span class="up" style="--s:.4"></span><span class="up"
+style="--s:1">helped by {strongest:g} nats or more</span></p>
 <p class="filter" role="group" aria-label="passages">
 <button type="button" data-show="all" aria-pressed="true">all</button>
 <button type="button" data-show="helped" aria-pressed="false">most helped</button>

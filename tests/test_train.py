@@ -153,13 +153,23 @@ def test_bfloat16_trains_on_this_processor_where_it_is_fast(workspace):
 
 @pytest.mark.parametrize('options', [[], ['--use_retrieval=False', '--gradient_accumulation_steps=1']])
 def test_torchrun_trains_on_two_processes_with_the_losses_of_one(workspace, options):
-    """With retrieval: both find the local database, which one of them serves."""
+    """
+    With retrieval: both find the local database, which one of them serves; and one asks a benchmark, where its data is
+    here, while the other waits.
+    """
+    more = []
+    if not options and (SHARED / 'data/logiqa-eval.txt').exists():
+        (workspace / 'data').mkdir()
+        questions = (SHARED / 'data/logiqa-eval.txt').read_text().strip().split('\n\n')[:4]
+        (workspace / 'data/LogiQA.txt').write_text('\n\n' + '\n\n'.join(questions) + '\n')
+        more = ["--multiple_choice_benchmarks=['LogiQA']", '--benchmark_data_dir=data']
     common = ['config.py', *options, '--max_iters=4', '--grad_clip=0.0', '--eval_iters=2', '--retrieval_cache_gb=0']
-    answer = run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py', *common,
+    answer = run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py', *common, *more,
                  '--out_dir=two', folder=workspace)
     run(ROOT / 'train.py', *common, '--out_dir=one', folder=workspace)
     one, two = losses(workspace, 'one')[0], losses(workspace, 'two')[0]
     assert two == pytest.approx(one, rel=1e-4) and len(two) == 4
+    assert [line['iter'] for line in metrics(workspace, 'two') if 'benchmarks' in line] == ([0, 4] if more else [])
     assert answer.stdout.count('ckpt.pt, metrics.jsonl and loss.png are in two') == 1
 
 
