@@ -18,6 +18,7 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass
 from datetime import timedelta
+from enum import Enum
 
 import torch
 import torch.distributed as dist
@@ -129,8 +130,15 @@ def peak_flops(device_type, precision):
 
 def plain(settings):
     """The settings as plain values, without secrets: for checkpoints and logs."""
-    return {key: [asdict(v) if is_dataclass(v) else v for v in value] if isinstance(value, list) else value
-            for key, value in settings.items() if not is_secret(key)}
+    def as_plain(value):
+        if is_dataclass(value):
+            return asdict(value)
+        if isinstance(value, Enum):
+            return value.name
+        if isinstance(value, dict):
+            return {key: as_plain(v) for key, v in value.items()}
+        return [as_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    return {key: as_plain(value) for key, value in settings.items() if not is_secret(key)}
 
 
 def summary(metrics_path):
@@ -336,6 +344,8 @@ def main(cleanup):
     if multiple_choice_benchmarks and master:
         from evaluation.benchmarks import prepare_benchmarks  # imports DeepEval, which takes seconds
         benchmarks = prepare_benchmarks(multiple_choice_benchmarks, benchmark_data_dir)
+    if ddp:
+        dist.barrier(group=control)  # the others wait for what the master fetches
 
     # data and retrieval, from a process of its own; the val batches are fetched once
     if master:
@@ -440,6 +450,7 @@ def main(cleanup):
 
     def evaluate_further():
         """What the master alone does at an evaluation: the benchmarks, and samples for wandb."""
+        rng = get_rng_state()
         arguments = raw_model, encoding, run_device, context, own_retriever()
         scores = {benchmark.name: benchmark.run(*arguments, batch_size, show_progress=not bar.disable)
                   for benchmark in benchmarks}
@@ -452,6 +463,7 @@ def main(cleanup):
             prompts = val_batches[0].tokens[:4, :2 * retrieval_chunk_size]
             wandb_run.log({'samples': wandb.Table(COLUMNS, write_samples(raw_model, prompts, *arguments[1:]))}, step=it)
         model.train()
+        set_rng_state(rng)
 
     signals = []
 
@@ -462,7 +474,7 @@ def main(cleanup):
         os.write(2, b'\nstopping with a checkpoint; once more to stop at once\n')
 
     def next_batch():
-        """The next batch. Where this rank or another one has to stop before it, all end here, with a checkpoint."""
+        """The next batch."""
         batch = failure = None
         try:
             if not signals:
@@ -472,11 +484,16 @@ def main(cleanup):
                                 f'see that it has memory enough, or use a Milvus server')
         except Exception as error:
             failure = error
-        code = torch.tensor(getattr(failure, 'exit_code', 1) if failure else 0 if batch else 128 + signals[0])
+        go_on_or_stop(getattr(failure, 'exit_code', 1) if failure else 0 if batch else 128 + signals[0], failure)
+        return batch
+
+    def go_on_or_stop(code, failure):
+        """Where this rank or another one has a code other than 0, all end here, with a checkpoint."""
+        code = torch.tensor(code)
         if ddp:
             dist.all_reduce(code, dist.ReduceOp.MAX, group=control)
         if code == 0:
-            return batch
+            return
         for number in (signal.SIGINT, signal.SIGTERM):  # a launcher may send another one to be sure
             signal.signal(number, signal.SIG_IGN)
         if it > first_step:
@@ -512,10 +529,13 @@ def main(cleanup):
             if not eval_only and it > 0 and (always_save_checkpoint or loss_now < best_val_loss):
                 best_val_loss = min(best_val_loss, loss_now)
                 save_checkpoint()
-            if benchmarks or wandb_run:
-                evaluate_further()
-            if ddp:
-                dist.barrier(group=control)
+            failure = None
+            try:
+                if benchmarks or wandb_run:
+                    evaluate_further()
+            except Exception as error:  # also of the network, of wandb, of DeepEval
+                failure = error
+            go_on_or_stop(getattr(failure, 'exit_code', 1) if failure else 0, failure)
         if it >= max_iters or eval_only:
             break
 

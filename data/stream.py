@@ -113,10 +113,12 @@ def read_document(rows, index, config):
 
 
 def load_documents(configs, rng=None):
-    """Every document of every dataset once, in order, or shuffled where `rng` (a NumPy Generator) is given."""
-    for config, rows in zip(configs, [open_dataset(config) for config in configs], strict=True):
-        for index in rng.permutation(len(rows)) if rng else range(len(rows)):
-            yield read_document(rows, index, config)
+    """Every document of every dataset once, in order, or all shuffled where `rng` (a NumPy Generator) is given."""
+    datasets = [open_dataset(config) for config in configs]
+    places = [(dataset, row) for dataset, rows in enumerate(datasets) for row in range(len(rows))]
+    for place in rng.permutation(len(places)) if rng else range(len(places)):
+        dataset, row = places[place]
+        yield read_document(datasets[dataset], row, configs[dataset])
 
 
 class SequenceStream:

@@ -59,32 +59,50 @@ def main(cleanup):
     if arguments.retrieval == 'on' and not use_retrieval:
         raise UserError(f'the model in {arguments.out_dir!r} was trained without retrieval: leave --retrieval=on out, '
                         f'or name the out_dir of a RETRO')
-    baseline = load_run(arguments.baseline) if arguments.baseline else None
+    baseline = None
+    if arguments.baseline:
+        baseline = load_run(arguments.baseline, [o for o in overrides if o.startswith(('--device=', '--dtype='))])
     benchmarks = []
     if settings['multiple_choice_benchmarks']:
         from evaluation.benchmarks import prepare_benchmarks  # imports DeepEval, which takes seconds
         benchmarks = prepare_benchmarks(settings['multiple_choice_benchmarks'], settings['benchmark_data_dir'])
-    configs = as_dataset_configs(arguments.data or settings['val_datasets'], '--data')
+    try:
+        context = autocast(pick_dtype(settings['dtype'], device), device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if settings['batch_size'] < 1:
+        raise UserError(f'batch_size must be at least 1, but is {settings["batch_size"]}')
+    # a file that the run knows keeps its name there: its documents must not be handed to themselves
+    known = {config.path: config for name in ('train_datasets', 'val_datasets')
+             for config in as_dataset_configs(settings[name], name)}
+    configs = as_dataset_configs([known.get(path, path) for path in arguments.data or []] or settings['val_datasets'],
+                                 '--data')
+    results = arguments.results or arguments.out_dir
+    try:
+        os.makedirs(results, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--results {results!r} can not be written ({error.strerror}): name another folder') from error
+    if not os.access(results, os.W_OK):
+        raise UserError(f'--results {results!r} can not be written: name another folder')
     documents = load_documents(configs, np.random.default_rng(0))
     corpus = read_corpus(documents, tokenizer, settings['retrieval_chunk_size'], arguments.max_tokens)
     retriever = open_retriever(settings, tokenizer, device, cleanup) if use_retrieval else None
-    results = arguments.results or arguments.out_dir
-    os.makedirs(results, exist_ok=True)
 
     keep_freed_memory()
     started = time.perf_counter()
-    context = autocast(pick_dtype(settings['dtype'], device), device)
     nats, retrieved = evaluate_corpus(model, corpus, settings['batch_size'], device, context, retriever)
     report = dict(out_dir=arguments.out_dir, data=', '.join(config.path for config in configs),
-                  baseline=arguments.baseline)
+                  baseline=arguments.baseline, notes=[])
     apart = {}
     if baseline:
+        if baseline[2].config.use_retrieval:
+            report['notes'].append(f'{arguments.baseline} is a RETRO, and was evaluated without retrieval')
         aligned, apart = evaluate_baseline(baseline, corpus, tokenizer)
         nats |= aligned
     report |= summarize(corpus, chunk_bytes(corpus, tokenizer), nats, retrieved) | apart
     if apart:
-        print(f'{arguments.baseline} has another tokenizer or chunk size: bits per byte and perplexity a word compare, '
-              f'losses and perplexities a token do not')
+        report['notes'].append(f'{arguments.baseline} has another tokenizer or chunk size: bits per byte and '
+                               f'perplexity a word compare, losses and perplexities a token do not')
     report['benchmarks'] = {}
     for benchmark in benchmarks:
         report['benchmarks'][benchmark.name] = benchmark.run(model, tokenizer, device, context, retriever,

@@ -9,6 +9,7 @@ Where benchmark_data_dir has a benchmark's data, it is read from there: DIR/Logi
 publish it, and for the others the folders that `datasets` saves, DIR/cais/mmlu/anatomy and the like.
 """
 import contextlib
+import functools
 import inspect
 import io
 import json
@@ -27,6 +28,7 @@ os.environ.setdefault('DEEPEVAL_DISABLE_DOTENV', '1')
 import deepeval.benchmarks
 import numpy as np
 import torch
+import torch.nn.functional as F
 from deepeval.models import DeepEvalBaseLLM
 from tqdm import tqdm
 
@@ -160,10 +162,9 @@ class RETROForDeepEval(DeepEvalBaseLLM):
                     hidden = self.network.hidden(torch.from_numpy(tokens).to(self.device), *read)
                 for x, of_row in zip(hidden, some[own], strict=True):
                     for i in rows[of_row]:
-                        whole, first = options[i]
-                        with self.context:
-                            logits = self.network.lm_head(x[first - 1:len(whole) - 1])  # (n, V)
-                        likely = logits[:, :self.tokenizer.n_vocab].float().log_softmax(-1)
+                        whole, first = options[i]  # in float32: in bfloat16 many answers would be equally likely
+                        logits = F.linear(x[first - 1:len(whole) - 1].float(), self.network.lm_head.weight.float())
+                        likely = logits[:, :self.tokenizer.n_vocab].log_softmax(-1)  # (n, V)
                         targets = torch.tensor(whole[first:], device=self.device)
                         scores[i] = likely.gather(1, targets[:, None]).sum().item()
                 bar.update(len(tokens))
@@ -227,7 +228,7 @@ def read_answer(text, schema):
     if schema is None:
         return text
     annotation = schema.model_fields['answer'].annotation
-    numbers = [int(number) for number in re.findall(r'\d+', text)]
+    numbers = list(dict.fromkeys(int(number) for number in re.findall(r'\d+', text)))  # DeepEval counts each
     if annotation is int:
         return schema(answer=numbers[0] if numbers else 0)
     if get_origin(annotation) is list:
@@ -310,12 +311,18 @@ def prepare_benchmarks(entries, data_dir=''):
     """
     prepared = []
     for entry in entries:
-        name, arguments = (entry, {}) if isinstance(entry, str) else (*entry, {})[:2]
+        try:
+            name, arguments = (entry, {}) if isinstance(entry, str) else (*entry, {})[:2]
+            arguments = dict(arguments)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"multiple_choice_benchmarks holds {entry!r}, which is no name and no (name, arguments), "
+                            f"such as ('MMLU', {{'n_shots': 2}})") from error
         if name not in BENCHMARKS:
             raise UserError(f'multiple_choice_benchmarks holds {name!r}, which is none of DeepEval\'s multiple-choice '
                             f'benchmarks: {", ".join(BENCHMARKS)}')
-        benchmark = make_benchmark(name, dict(arguments), data_dir)
-        made = Benchmark(name, benchmark, Exam(), data_dir)
+        benchmark = make_benchmark(name, arguments, data_dir)
+        times = sum(made.name.split(' ')[0] == name for made in prepared)
+        made = Benchmark(f'{name} {times + 1}' if times else name, benchmark, Exam(), data_dir)
         try:
             made.ask()
         except Exception as error:  # whatever the network, the hub or the files raise
@@ -350,7 +357,12 @@ def make_benchmark(name, arguments, data_dir):
         if 'mode' in arguments:
             arguments['mode'] = as_member(arguments['mode'])
         if name == 'LogiQA':
-            arguments |= local_logiqa(data_dir, arguments.get('tasks') or list(enums[0]))
+            try:
+                arguments |= local_logiqa(data_dir, arguments.get('tasks') or list(enums[0]))
+            except ValueError as error:
+                raise UserError(f'{data_dir}/LogiQA.txt or .jsonl is not LogiQA as its authors or DeepEval publish it '
+                                f'({error}): fetch it anew with python -m evaluation.benchmarks {data_dir} LogiQA'
+                                ) from error
         return cls(**arguments)
     except (TypeError, AssertionError) as error:
         raise UserError(f'benchmark {name} does not take {arguments} ({error}): it takes '
@@ -375,6 +387,11 @@ def local_logiqa(data_dir, tasks):
         for answer, text, question, *options in blocks])
 
 
+@functools.cache
+def load_once(load, name, config, options):
+    return load(name, config, **dict(options))
+
+
 @contextlib.contextmanager
 def benchmark_data(data_dir, save=False):
     """Have `datasets` read from data_dir what is saved there, or save there what it loads."""
@@ -385,7 +402,7 @@ def benchmark_data(data_dir, save=False):
         folder = os.path.join(data_dir, name, *filter(None, [config]))
         if data_dir and os.path.isdir(folder):
             return datasets.load_from_disk(folder)
-        loaded = original(name, config, **options)
+        loaded = load_once(original, name, config, tuple(options.items()))
         if save:
             loaded.save_to_disk(folder)
         return loaded

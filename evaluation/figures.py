@@ -32,7 +32,7 @@ def summarize(corpus, size, nats, retrieved=None):
         report |= {f'bpb_{arm}': bits_per_byte(sums[arm], size),
                    f'bpb_{arm}_interval': bootstrap(per_byte, corpus.document, sums[arm], size),
                    f'loss_{arm}': total / count, f'perplexity_{arm}': math.exp(total / count),
-                   f'word_perplexity_{arm}': math.exp(total / words)}
+                   f'word_perplexity_{arm}': math.exp(total / words) if total < 700 * words else None}
     for other in ('off', 'baseline'):
         if 'on' in arms and other in arms:
             report |= {f'gain_over_{other}': 1 - sums['on'].sum() / sums[other].sum(),
@@ -84,14 +84,15 @@ def table(report):
     row('loss, nats a token', *(f'{report[f"loss_{arm}"]:.4f}' if f'loss_{arm}' in report else '–' for arm in arms))
     row('perplexity a token', *(f'{report[f"perplexity_{arm}"]:,.2f}' if f'loss_{arm}' in report else '–'
                                 for arm in arms))
-    row('perplexity a word', *(f'{report[f"word_perplexity_{arm}"]:,.4g}' for arm in arms))
+    row('perplexity a word', *(figure(report[f'word_perplexity_{arm}'], '{:,.4g}') for arm in arms))
     lines.append('')
     for other in ('off', 'baseline'):
         if f'gain_over_{other}' in report:
-            low, high = report[f'gain_over_{other}_interval']
-            told = 'no difference that can be told apart from chance' if low <= 0 <= high else ''
+            bounds = report[f'gain_over_{other}_interval']
+            told = 'no difference that can be told apart from chance' if holds_zero(bounds) else ''
             lines.append(f'on is below {"off" if other == "off" else "the GPT"} by {report[f"gain_over_{other}"]:.2%} '
-                         f'(95 %: {interval((low, high), "{:.2%}")}) {told}'.rstrip())
+                         f'(95 %: {interval(bounds, "{:.2%}")}) {told}'.rstrip())
+    lines += report['notes']
     lines.append('intervals are over documents; another training run would differ by more')
     if 'bpb_by_overlap' in report:
         lines += [f'{report["share_with_neighbors"]:.1%} of the chunks have neighbors, '
@@ -118,8 +119,16 @@ def figures_of(line, keys):
     return [*told, f'{gained:>30}']
 
 
+def figure(value, style):
+    return '–' if value is None else style.format(value)
+
+
 def interval(bounds, style):
-    return ' to '.join(style.format(bound) for bound in bounds)
+    return 'too few documents' if bounds is None else ' to '.join(style.format(bound) for bound in bounds)
+
+
+def holds_zero(bounds):
+    return bounds is not None and bounds[0] <= 0 <= bounds[1]
 
 
 def describe_scores(scores):
@@ -153,8 +162,8 @@ def plot_similarity(report, axes):
     lines = [line for line in report['by_similarity'] if line['above'] is not None and 'gain' in line]
     at = range(len(lines))
     gains = [100 * line['gain'] for line in lines]
-    spread = [[abs(100 * bound - own) for own, bound in zip(gains, (line['gain_interval'][side] for line in lines),
-                                                            strict=True)] for side in (0, 1)]
+    bounds = [line['gain_interval'] or (line['gain'], line['gain']) for line in lines]
+    spread = [[abs(100 * bound[side] - own) for own, bound in zip(gains, bounds, strict=True)] for side in (0, 1)]
     axes.bar(at, gains, color=COLORS['on'], alpha=0.75)
     axes.errorbar(at, gains, spread, fmt='none', color='#8a8f98', lw=1, capsize=3)
     axes.axhline(0, color='#8a8f98', lw=1)

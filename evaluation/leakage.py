@@ -34,13 +34,13 @@ def longest_shared_runs(chunks, lengths, neighbors, mask):
 def overlap(corpus, retrieved):
     """
     For each of the corpus' N chunks, the longest run that it shares with the neighbors that it retrieved, as the paper
-    has it, or with those that it was read with, which the chunk before it retrieved: as a share (N,) of its tokens.
+    has it, or with those that it was read with, which are the chunk's before it: as a share (N,) of its tokens.
     """
     runs = longest_shared_runs(corpus.chunks, corpus.lengths, retrieved.tokens, retrieved.mask)
-    read = retrieved.read >= 0
-    before = retrieved.read[read]
-    runs[read] = np.maximum(runs[read], longest_shared_runs(corpus.chunks[read], corpus.lengths[read],
-                                                            retrieved.tokens[before], retrieved.mask[before]))
+    later = corpus.position > 0
+    before = np.flatnonzero(later) - 1
+    runs[later] = np.maximum(runs[later], longest_shared_runs(corpus.chunks[later], corpus.lengths[later],
+                                                              retrieved.tokens[before], retrieved.mask[before]))
     return runs / corpus.lengths
 
 

@@ -62,7 +62,10 @@ def read_corpus(documents, tokenizer, chunk_size, max_tokens=0):
             break
     if not names:
         raise UserError('there is no text to evaluate: all documents are empty; name others with --data=FILE')
-    return Corpus(names, texts, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+    corpus = Corpus(names, texts, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+    if not chunk_bytes(corpus, tokenizer).any():
+        raise UserError('there is no text to evaluate: no document is longer than a token; name others with --data')
+    return corpus
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Retrieved:
     tokens: np.ndarray  # (N, K, R) int32
     mask: np.ndarray  # (N, K, R) bool
     hits: np.ndarray  # (N, K) of HIT
-    read: np.ndarray  # (N,) the chunk whose neighbors it was predicted with, the one before it; -1 where there is none
+    read: np.ndarray  # (N,) the chunk before it, whose neighbors it was read with; -1 where that is in no same sequence
 
 
 def evaluate_corpus(model, corpus, batch_size, device, context, retriever=None, label='evaluating'):
@@ -151,9 +154,12 @@ def bits_per_byte(nats, size):
 def bootstrap(figure, document, *sums, samples=1000, seed=0):
     """
     95 % interval of a figure under resampling of documents. `sums` are arrays (N,) over chunks, `document` (N,) says
-    which document a chunk is of, and `figure` takes the totals of each of the sums, (samples,).
+    which document a chunk is of, and `figure` takes the totals of each of the sums, (samples,). None where fewer than
+    three documents have a part in it.
     """
     count = int(document.max()) + 1
+    if np.count_nonzero(np.bincount(document, sums[-1], count)) < 3:
+        return None
     weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples)
     totals = [weights @ np.bincount(document, values, count) for values in sums]
     with np.errstate(divide='ignore', invalid='ignore'):  # a sample may hold nothing but empty documents

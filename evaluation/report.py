@@ -10,7 +10,17 @@ from html import escape
 import numpy as np
 
 from configurator import save_atomically
-from evaluation.figures import ARMS, COLORS, describe_scores, finish, interval, plot_overlap, plot_similarity
+from evaluation.figures import (
+    ARMS,
+    COLORS,
+    describe_scores,
+    figure,
+    finish,
+    holds_zero,
+    interval,
+    plot_overlap,
+    plot_similarity,
+)
 from evaluation.leakage import shared_tokens
 from retrieval.knowledge_base import FIELDS
 
@@ -74,7 +84,7 @@ def figures(report):
     for name, key, style in rows:
         cells = []
         for arm in arms:
-            shown = style.format(report[f'{key}_{arm}']) if f'{key}_{arm}' in report else '–'
+            shown = figure(report.get(f'{key}_{arm}'), style)
             if key == 'bpb':
                 shown += f'<small>{interval(report[f"bpb_{arm}_interval"], style)}</small>'
             cells.append(f'<td>{shown}</td>')
@@ -84,12 +94,13 @@ def figures(report):
     for other, name in (('off', 'without retrieval'), ('baseline', 'the GPT')):
         if f'gain_over_{other}' in report:
             gain = report[f'gain_over_{other}']
-            low, high = report[f'gain_over_{other}_interval']
+            bounds = report[f'gain_over_{other}_interval']
             told.append(f'<p>With retrieval the model needs <b>{abs(gain):.2%} {"fewer" if gain >= 0 else "more"}</b> '
-                        f'bits than {name} (95 % interval of the gain: {interval((low, high), "{:.2%}")}'
-                        f'{", which holds zero: it can not be told apart from chance" if low <= 0 <= high else ""}).'
+                        f'bits than {name} (95 % interval of the gain: {interval(bounds, "{:.2%}")}'
+                        f'{", which holds zero: it can not be told apart from chance" if holds_zero(bounds) else ""}).'
                         f'</p>')
     if told:
+        told += [f'<p>{escape(note)}.</p>' for note in report['notes']]
         told.append('<p class="about">Intervals are over documents: another training run would differ by more.</p>')
     return (f'<section class="card">\n<table><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(lines)}</tbody>'
             f'</table>\n{"".join(told)}\n</section>')
@@ -100,7 +111,7 @@ def curves(metrics_path):
     if not os.path.exists(metrics_path):
         return ''
     with open(metrics_path) as file:
-        lines = [json.loads(line) for line in file]
+        lines = [json.loads(line) for line in file if line.endswith('}\n')]  # a run may be writing the last one
 
     def plot(axes):
         steps = [line for line in lines if 'loss' in line]

@@ -22,7 +22,7 @@ CHUNK = 16  # tokens of a chunk, so that small documents have many
 
 if (SHARED / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
-os.environ.update(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='2')
+os.environ.update(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='2', DEEPEVAL_TELEMETRY_OPT_OUT='1')
 os.environ.pop('MILVUS_TOKEN', None)
 
 TRAIN = ('json/decoder', 'json/encoder', 'json/scanner', 'textwrap', 'string', 'bisect', 'heapq', 'fnmatch', 'glob',

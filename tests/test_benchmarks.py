@@ -157,7 +157,7 @@ def test_an_answer_is_set_off_as_in_the_prompts_examples():
 
 def test_free_answers_are_written_and_read(tokenizer):
     assert read_answer('about 12 or 3', NumberSchema).answer == 12 and read_answer('none', NumberSchema).answer == 0
-    assert read_answer('[1, 3]', ListOfNumbersSchema).answer == [1, 3]
+    assert read_answer('[1, 3, 1]', ListOfNumbersSchema).answer == [1, 3]
     wrapper = RETROForDeepEval(make_model(tokenizer, block_size=8 * CHUNK), tokenizer)
     texts = wrapper.batch_generate(['def f(x):', 'import'], [StringSchema, None])
     assert isinstance(texts[0], StringSchema) and isinstance(texts[1], str) and '\n' not in texts[1]
@@ -227,12 +227,25 @@ def test_every_multiple_choice_benchmark_is_asked_and_scored(saved, tokenizer, n
     assert scored(benchmark, make_model(tokenizer), tokenizer) == scores
 
 
+def test_a_benchmark_that_is_asked_twice_has_two_names(saved):
+    modes = [('ARC', dict(mode='CHALLENGE', n_problems_per_task=2))] * 2
+    assert [benchmark.name for benchmark in prepare_benchmarks(modes, saved)] == ['ARC', 'ARC 2']
+
+
+def test_deepevals_telemetry_is_off(prepared):
+    code = ('import os\nos.environ.pop("DEEPEVAL_TELEMETRY_OPT_OUT")\nimport evaluation.benchmarks\n'
+            'from deepeval.telemetry.client import get_settings\n'
+            'print(get_settings().DEEPEVAL_TELEMETRY_OPT_OUT)')
+    assert run('-c', code, folder=prepared).stdout.strip() == 'True'
+
+
 def test_all_known_benchmarks_are_tested():
     assert {name for name, *_ in EVERY} == set(BENCHMARKS)
 
 
 @pytest.mark.parametrize('entry, said', [
     ('Chess', "multiple_choice_benchmarks holds 'Chess', which is none of DeepEval's multiple-choice benchmarks: A"),
+    (5, 'multiple_choice_benchmarks holds 5, which is no name'),
     (('MMLU', dict(tasks=['ALCHEMY'])), "benchmark MMLU has no 'ALCHEMY'; it has "),
     (('LogiQA', dict(n_shot=1)), 'benchmark LogiQA does not take'),
     (('LogiQA', dict(n_shots=9)), 'LogiQA only supports n_shots <= 5'),

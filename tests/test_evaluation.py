@@ -91,7 +91,7 @@ def test_the_overlap_is_that_of_a_brute_force_search_on_real_chunks(losses_of_va
     def neighbors(of):
         return [tokens[mask].tolist() for tokens, mask in zip(retrieved.tokens[of], retrieved.mask[of], strict=True)]
     for i in range(len(corpus.chunks)):
-        seen = neighbors(i) + (neighbors(retrieved.read[i]) if retrieved.read[i] >= 0 else [])
+        seen = neighbors(i) + (neighbors(i - 1) if corpus.position[i] > 0 else [])
         length = corpus.lengths[i]
         assert shares[i] == brute_force(corpus.chunks[i, :length].tolist(), seen) / length
     assert shares.max() > 0.3 and shares.min() < 0.2
@@ -202,6 +202,30 @@ def test_the_bootstrap_resamples_documents_whole():
     assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
 
 
+def test_there_is_no_interval_over_one_or_two_documents():
+    assert bootstrap(lambda a, b: a / b, np.array([0, 0, 1]), np.ones(3), np.ones(3)) is None
+
+
+def test_text_without_words_has_no_perplexity_a_word(trained):
+    (trained / 'wide.jsonl').write_text(json.dumps(dict(text='中文' * 3000)) + '\n')
+    answer = run('-m', 'evaluation', '--data=wide.jsonl', '--results=wide', folder=trained)
+    report = json.loads((trained / 'wide/evaluation.json').read_text())
+    assert report['words'] == 1 and report['word_perplexity_on'] is None and report['bpb_on_interval'] is None
+    assert 'too few documents' in answer.stdout
+
+
+def test_a_file_that_the_run_knows_is_not_handed_to_itself(trained):
+    run('-m', 'evaluation', '--data=train.parquet', '--max_tokens=4000', '--results=known', folder=trained)
+    report = json.loads((trained / 'known/evaluation.json').read_text())
+    assert report['bpb_by_overlap'][2]['share_of_bytes'] > 0.8  # else each chunk would be its own neighbor
+
+
+def test_max_tokens_takes_documents_of_all_datasets(prepared):
+    configs = [DatasetConfig(str(prepared / f'{name}.parquet'), source=name) for name in ('train', 'val')]
+    names = [document.source for document in load_documents(configs, np.random.default_rng(0))]
+    assert len(names) == 34 and 'val' in names[:15] and 'train' in names[:15]
+
+
 def test_chunks_without_bytes_and_corpora_without_overlap_have_no_figure():
     assert bits_per_byte(np.zeros(3), np.zeros(3)) is None
     tokens = np.arange(8)
@@ -227,11 +251,17 @@ def test_the_last_document_is_cut_on_the_grid_at_max_tokens(prepared):
     (['--baseline=nowhere'], "no checkpoint 'nowhere/ckpt.pt'"),
     (['--max_tokens=-1'], '--max_tokens must be at least 0, but is -1'),
     (['--max_token=1'], "unknown config key 'max_token' in the command line"),
+    (['--dtype=bf16'], "dtype 'bf16' is none of"),
+    (['--results=config.py'], "--results 'config.py' can not be written"),
+    (['--batch_size=0'], 'batch_size must be at least 1, but is 0'),
+    (['--data=short.jsonl'], 'no document is longer than a token'),
+    (["--multiple_choice_benchmarks=[5]"], 'which is no name and no (name, arguments)'),
     (['--retrieval_milvus_uri=other.db'], "no collection 'chunks' in other.db"),
     (["--multiple_choice_benchmarks=['Chess']"], "multiple_choice_benchmarks holds 'Chess', which is none of"),
 ])
 def test_what_can_not_be_evaluated_is_one_clear_line_and_exit_code_2(trained, arguments, said):
     (trained / 'empty.jsonl').write_text('{"text": ""}\n')
+    (trained / 'short.jsonl').write_text('{"text": "a"}\n')
     answer = run('-m', 'evaluation', *arguments, folder=trained, check=False)
     assert answer.returncode == 2 and said in answer.stderr
     assert answer.stderr.startswith('error: ') and answer.stderr.count('\n') == 1

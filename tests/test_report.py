@@ -44,11 +44,10 @@ def test_the_page_is_self_contained_and_all_text_in_it_is_escaped(reported):
     parser = Parser()
     parser.feed(page)
     names = [tag for tag, _ in parser.tags]
-    assert names.count('script') == 1 and 'img' not in names and 'b' in names
+    assert names.count('script') == 1 and 'img' not in names and names.count('b') == 1 and '&lt;b&gt;' in page
     assert not [value for _, attributes in parser.tags for key, value in attributes.items()
                 if key in ('src', 'href') and not value.startswith(('#', 'data:'))]
     assert not re.search(r'url\((?!#)|@import', page)
-    assert '&lt;script&gt;' in page or 'script' not in page.split('</style>')[1].split('<script>')[0]
     assert names.count('svg') == 3 and '<title>nanoRETRO: out on evil.jsonl</title>' in page
 
 
@@ -116,7 +115,8 @@ document.body.innerHTML = ''; document.body.textContent = 'FOUND' + found + 'END
 
 
 @pytest.mark.parametrize('options, page', [(['--window-size=1200,900'], 'rgb(246, 247, 249)'),
-                                           (['--window-size=500,900', '--blink-settings=preferredColorScheme=0'], '')])
+                                           (['--window-size=500,900', '--blink-settings=preferredColorScheme=0'],
+                                            'rgb(15, 18, 22)')])
 def test_in_a_browser_the_page_opens_without_an_error_filters_and_is_tinted_by_its_numbers(reported, tmp_path, options,
                                                                                           page):
     (tmp_path / 'page.html').write_text((reported / 'out/report.html').read_text().replace('</body>', LOOK + '</body>'))
@@ -125,7 +125,7 @@ def test_in_a_browser_the_page_opens_without_an_error_filters_and_is_tinted_by_i
     found = json.loads(re.search('FOUND(.*)END', answer.stdout, re.DOTALL).group(1).replace('&lt;', '<')
                        .replace('&gt;', '>').replace('&amp;', '&'))
     assert found['title'] == 'nanoRETRO: out on evil.jsonl'  # no script of the documents ran
-    assert not found['wide'] and (not page or found['page'] == page)
+    assert not found['wide'] and found['page'] == page
     assert len(found['seen']['all']) >= 8 and set(found['seen']['helped']) == {'helped'}
     assert set(found['seen']['hurt']) == {'hurt'} and set(found['seen']['between']) == {'between'}
     assert len(found['tints']) > 50
