@@ -30,6 +30,9 @@ class RETROConfig:
     retrieval_chunk_size: int = 64  # C
     retrieval_k_neighbors: int = 2  # K
     retrieval_encoder_layers: int = 2
+    token_mix: bool = False  # a token's embedding takes up those of the two before it
+    retrieval_copy: bool = False  # cross-attention that can copy from its first step on; False: the paper's
+    retrieval_longest_match: int = 6  # tokens in a row that are counted for it; 0: none are
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -45,9 +48,10 @@ class RETROConfig:
         if self.retrieval_chunk_size < 1 or self.block_size % self.retrieval_chunk_size:
             raise ValueError(f'block_size {self.block_size} must be a multiple of retrieval_chunk_size '
                              f'{self.retrieval_chunk_size}')
-        if self.retrieval_k_neighbors < 1 or self.retrieval_encoder_layers < 0:
-            raise ValueError(f'retrieval_k_neighbors must be at least 1 and retrieval_encoder_layers at least 0, but '
-                             f'are {self.retrieval_k_neighbors} and {self.retrieval_encoder_layers}')
+        if self.retrieval_k_neighbors < 1 or self.retrieval_encoder_layers < 0 or self.retrieval_longest_match < 0:
+            raise ValueError(f'retrieval_k_neighbors must be at least 1, retrieval_encoder_layers and '
+                             f'retrieval_longest_match at least 0, but are {self.retrieval_k_neighbors}, '
+                             f'{self.retrieval_encoder_layers} and {self.retrieval_longest_match}')
 
 
 def default_retrieval_layers(n_layer):
@@ -88,6 +92,50 @@ class CrossAttention(nn.Module):
         k, v = (split_heads(y, self.n_head) for y in self.c_kv(context).chunk(2, dim=-1))
         y = attend(q, k, v, mask, dropout=self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(join_heads(y)))
+
+
+class CopyAttention(nn.Module):
+    """
+    Cross-attention that can copy from its first step on. A position looks for where its last tokens stand in a
+    neighbor: to its scores comes a weight, learned by head, times how many tokens in a row agree. What it finds there
+    is what came next: a key's value is the embedding of the token after it. It may also look at nothing.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.match = nn.Parameter(torch.linspace(0.5, 3.0, config.n_head))
+        self.nothing = nn.Parameter(torch.full((config.n_head,), 4.0))  # as much as e^4 of the keys that don't match
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+
+    def forward(self, x, keys, mask, values, matches):
+        """x (N, S, D) looks at keys and values (N, M, D), where mask (N, 1, 1, M) is True; matches (N, S, M)."""
+        q, k, v = (split_heads(y, self.n_head) for y in (self.c_q(x), keys, values))
+        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (N, heads, S, M)
+        scores = scores + self.match.to(scores.dtype).view(-1, 1, 1) * matches[:, None].to(scores.dtype)
+        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
+        nothing = self.nothing.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        y = torch.cat([scores, nothing], dim=-1).softmax(-1)[..., :-1] @ v
+        return self.resid_dropout(self.c_proj(join_heads(y)))
+
+
+def count_matches(tokens, neighbors, chunk_size, longest):
+    """
+    How many tokens in a row agree, going back from both, at most `longest`, of tokens (B, T) and neighbors (B, L, K,
+    R): (B, L, C, K * R) int8, for the last token of each of the L chunks and the C - 1 tokens after it.
+    """
+    T, L, C, back = tokens.shape[1], neighbors.shape[1], chunk_size, longest - 1
+    tokens = F.pad(tokens, (back, max(0, C - 1 + L * C - T)), value=-1)  # -1 agrees with nothing
+    windows = tokens[:, C - 1:].unfold(1, C + back, C)[:, :L]  # (B, L, C + back)
+    equal = windows[..., None, None] == neighbors[:, :, None]  # (B, L, C + back, K, R)
+    run = equal[:, :, back:]
+    count = run.to(torch.int8)
+    for i in range(1, longest):  # the i-th token before each
+        run = run & F.pad(equal[:, :, back - i:back - i + C, :, :-i], (i, 0))
+        count = count + run
+    return count.flatten(3)
 
 
 def attend(q, k, v, mask=None, causal=False, dropout=0.0):
@@ -133,17 +181,21 @@ class ChunkedCrossAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.ln = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CrossAttention(config)
+        self.attn = CopyAttention(config) if config.retrieval_copy else CrossAttention(config)
         self.chunk_size = config.retrieval_chunk_size
 
-    def forward(self, x, encoded, mask):
-        """x (B, T, D); encoded (B, L, K * R, D) with mask (B, L, K * R), L <= T / C. What x gains, (B, T, D)."""
+    def forward(self, x, encoded, mask, *copied):
+        """
+        x (B, T, D); encoded (B, L, K * R, D) with mask (B, L, K * R), L <= T / C; to copy, values as encoded and
+        matches (B, L, C, K * R). What x gains, (B, T, D).
+        """
         B, T, D = x.shape
         L, C = encoded.shape[1], self.chunk_size
         shifted = F.pad(self.ln(x)[:, C - 1:C - 1 + L * C], (0, 0, 0, max(0, C - 1 + L * C - T)))  # (B, L * C, D)
         found = mask.any(-1)  # (B, L) chunks that have neighbors at all
         mask = mask | ~found[..., None]  # no softmax over nothing: those look at anything and their result is dropped
-        y = self.attn(shifted.reshape(B * L, C, D), encoded.flatten(0, 1), mask.view(B * L, 1, 1, -1))
+        y = self.attn(shifted.reshape(B * L, C, D), encoded.flatten(0, 1), mask.view(B * L, 1, 1, -1),
+                      *(y.flatten(0, 1) for y in copied))
         y = y.view(B, L, C, D) * found[..., None, None]
         return F.pad(y.view(B, L * C, D), (0, 0, C - 1, max(0, T - C + 1 - L * C)))[:, :T]
 
@@ -225,11 +277,16 @@ class RETRO(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
         self.encoder = Encoder(config) if config.use_retrieval else None
+        self.mix = nn.Linear(2 * config.n_embd, config.n_embd, bias=False) if config.token_mix else None
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():  # residual branches, scaled down by depth as in GPT-2
             if name.endswith('c_proj.weight'):
                 depth = config.retrieval_encoder_layers if name.startswith('encoder.') else config.n_layer
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * depth))
+            if config.retrieval_copy and name.endswith('cca.attn.c_proj.weight'):
+                nn.init.zeros_(parameter)
+        if self.mix:  # the token itself, and beside it the two before it, rotated and smaller
+            nn.init.orthogonal_(self.mix.weight, gain=0.5)
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -259,30 +316,61 @@ class RETRO(nn.Module):
         T, C = tokens.shape[1], self.config.retrieval_chunk_size
         if T > self.config.block_size:
             raise ValueError(f'{T} tokens are more than block_size {self.config.block_size}')
-        mask = None
+        mask = of_token = None
         if documents is not None:
             of_token = documents.repeat_interleave(C, dim=1)  # (B, T)
             mask = (of_token[:, :, None] == of_token[:, None, :]).tril()[:, None]  # (B, 1, T, T)
         retrieves = self.encoder is not None and neighbors is not None and neighbors.shape[1] > 0
-        encoded = key_mask = None
-        x = self.transformer.drop(self.transformer.wte(tokens) + self.transformer.wpe.weight[:T])
+        encoded, key_mask, copied = None, None, ()
+        x = self.mixed(self.transformer.wte(tokens), of_token)
+        x = self.transformer.drop(x + self.transformer.wpe.weight[:T])
         for block in self.transformer.h:
             x = x + block.attn(block.ln_1(x), mask, causal=mask is None)
             if retrieves and block.cca is not None:
                 if encoded is None:
                     L = neighbors.shape[1]
                     chunks = x[:, :L * C].unflatten(1, (L, C))  # (B, L, C, D)
-                    encoded = self.encoder(self.transformer.wte(neighbors), neighbor_mask, chunks)
+                    plain = self.transformer.wte(neighbors)  # (B, L, K, R, D)
+                    encoded = self.encoder(self.mixed(plain), neighbor_mask, chunks)
                     key_mask = neighbor_mask.flatten(2)  # (B, L, K * R)
-                x = x + block.cca(x, encoded, key_mask)
+                    if self.config.retrieval_copy:
+                        key_mask = (neighbor_mask & F.pad(neighbor_mask[..., 1:], (0, 1))).flatten(2)
+                        copied = self.to_copy(plain, tokens, neighbors)
+                x = x + block.cca(x, encoded, key_mask, *copied)
             x = x + block.mlp(block.ln_2(x))
         return self.transformer.ln_f(x)
+
+    def mixed(self, x, of_token=None):
+        """
+        Embeddings x (..., S, D), with token_mix each with those of the two tokens before it (after the Canon layers of
+        arXiv 2512.17351), where they have the same number in `of_token` (B, S).
+        """
+        if self.mix is None:
+            return x
+        before = []
+        for n in (1, 2):
+            y = F.pad(x[..., :-n, :], (0, 0, n, 0))
+            if of_token is not None:
+                y = y * F.pad(of_token[:, n:] == of_token[:, :-n], (n, 0))[..., None]
+            before.append(y)
+        return x + self.mix(torch.cat(before, dim=-1))
+
+    def to_copy(self, plain, tokens, neighbors):
+        """
+        For CopyAttention: its values (B, L, K * R, D), the next tokens' of the neighbors' plain embeddings (B, L, K, R,
+        D); and its matches (B, L, C, K * R).
+        """
+        values = F.pad(plain[..., 1:, :], (0, 0, 0, 1)).flatten(2, 3)
+        C, longest = self.config.retrieval_chunk_size, self.config.retrieval_longest_match
+        matches = (count_matches(tokens, neighbors, C, longest) if longest else
+                   torch.zeros(1, device=tokens.device).expand(*neighbors.shape[:2], C, values.shape[2]))
+        return F.layer_norm(values, values.shape[-1:]), matches
 
     @classmethod
     def from_pretrained(cls, name, **overrides):
         """
         A decoder with GPT-2's weights: 'gpt2', 'gpt2-medium', ..., or a folder that transformers saved. `overrides`
-        are fields of RETROConfig; what retrieval adds to GPT-2 starts at random.
+        are fields of RETROConfig; what retrieval adds to GPT-2 starts at random, and token_mix as no mix at all.
         """
         from transformers import GPT2LMHeadModel
         source = GPT2LMHeadModel.from_pretrained(name)
@@ -296,6 +384,8 @@ class RETRO(nn.Module):
             for key, weight in source.state_dict().items():
                 if not key.endswith(('.attn.bias', '.attn.masked_bias')):  # buffers of older versions
                     ours[key].copy_(weight.t() if key.endswith(linear) else weight)  # GPT-2 keeps them transposed
+            if model.mix:
+                model.mix.weight.zero_()
         return model
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
@@ -315,14 +405,16 @@ class RETRO(nn.Module):
         c = self.config
         D, T, C, R, K = c.n_embd, c.block_size, c.retrieval_chunk_size, 2 * c.retrieval_chunk_size, \
             c.retrieval_k_neighbors
-        flops = c.n_layer * (6 * 12 * D * D + 12 * D * T) + 6 * D * c.vocab_size
+        mix = 6 * 2 * D * D if c.token_mix else 0
+        flops = c.n_layer * (6 * 12 * D * D + 12 * D * T) + 6 * D * c.vocab_size + mix
         if not self.encoder:
             return flops
         share = K * R / C  # neighbor tokens for one token
         layers, crossing = c.retrieval_encoder_layers, min(c.retrieval_encoder_layers, 1)
         flops += layers * share * (6 * 12 * D * D + 12 * D * R)
         flops += crossing * (share * (6 * 2 * D * D + 12 * D * C) + 6 * 2 * D * D)
-        return flops + len(c.retrieval_layers) * (6 * 2 * D * D * (1 + share) + 12 * D * K * R)
+        projected = 1 if c.retrieval_copy else 1 + share  # its keys and values are taken as they are
+        return flops + share * mix + len(c.retrieval_layers) * (6 * 2 * D * D * projected + 12 * D * K * R)
 
     def estimate_mfu(self, tokens_per_second, peak_flops):
         """Model FLOP utilization: the share of the machine's peak (FLOP/s) that the training step makes use of."""

@@ -63,12 +63,15 @@ n_head = 12  # attention heads
 n_embd = 768  # width
 dropout = 0.0  # 0 for pretraining, 0.1 or more for finetuning
 bias = False  # biases in linear layers and layer norms; GPT-2 has them
+token_mix = True  # a token's embedding takes up those of the two before it
 # retrieval
 use_retrieval = True  # False: the GPT of the same decoder
 retrieval_layers = []  # blocks with chunked cross-attention, from 1; empty: every third from the 6th, and the last
 retrieval_chunk_size = 64  # tokens of a chunk
 retrieval_k_neighbors = 2  # neighbors of a chunk
-retrieval_encoder_layers = 2  # blocks of the neighbor encoder
+retrieval_encoder_layers = 0  # blocks of the neighbor encoder; the paper's models have 2
+retrieval_copy = True  # cross-attention that can copy from its first step on; False: the paper's
+retrieval_longest_match = 6  # tokens in a row that are counted for it; 0: none are
 retrieval_embedding_model = 'sentence-transformers/all-mpnet-base-v2'  # a SentenceTransformer of the hub, or a folder
 retrieval_milvus_uri = 'out/milvus.db'  # a local file ending in .db (Milvus Lite), or a server's http(s) address
 retrieval_milvus_token = os.environ.get('MILVUS_TOKEN', '')  # user:password or API key; never printed, logged or saved
@@ -311,7 +314,9 @@ def main(cleanup):
     model_args = dict(block_size=block_size, vocab_size=-(-encoding.n_vocab // 64) * 64, n_layer=n_layer, n_head=n_head,
                       n_embd=n_embd, dropout=dropout, bias=bias, use_retrieval=use_retrieval,
                       retrieval_layers=retrieval_layers, retrieval_chunk_size=retrieval_chunk_size,
-                      retrieval_k_neighbors=retrieval_k_neighbors, retrieval_encoder_layers=retrieval_encoder_layers)
+                      retrieval_k_neighbors=retrieval_k_neighbors, retrieval_encoder_layers=retrieval_encoder_layers,
+                      token_mix=token_mix, retrieval_copy=retrieval_copy,
+                      retrieval_longest_match=retrieval_longest_match)
     try:
         model_config = RETROConfig(**model_args)
         if block_size % retrieval_chunk_size:  # the data is on the chunk grid without retrieval too

@@ -42,7 +42,8 @@ TURN = 4  # steps: short, so that what else the machine does hits all arms alike
 def make_step(settings, vocabulary, device, use_retrieval):
     """A training step of a new model, as a function of a batch; and the model."""
     keys = ('block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'retrieval_layers',
-            'retrieval_chunk_size', 'retrieval_k_neighbors', 'retrieval_encoder_layers')
+            'retrieval_chunk_size', 'retrieval_k_neighbors', 'retrieval_encoder_layers', 'token_mix',
+            'retrieval_copy', 'retrieval_longest_match')
     torch.manual_seed(settings['seed'])
     model = RETRO(RETROConfig(vocab_size=vocabulary, use_retrieval=use_retrieval,
                               **{key: settings[key] for key in keys})).to(device)

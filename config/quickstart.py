@@ -17,8 +17,7 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 
-retrieval_layers = [3]
-retrieval_encoder_layers = 1
+retrieval_layers = [1, 3]
 retrieval_embedding_model = 'out/static_embedding'
 retrieval_milvus_uri = 'out/milvus.db'
 retrieval_collection = 'python_source'

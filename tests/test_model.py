@@ -2,13 +2,29 @@
 should reach a logit does."""
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from model import RETRO, ChunkedCrossAttention, RETROConfig, attend, default_retrieval_layers, load_checkpoint
+from model import (
+    RETRO,
+    ChunkedCrossAttention,
+    RETROConfig,
+    attend,
+    count_matches,
+    default_retrieval_layers,
+    load_checkpoint,
+)
 
 C, L, K, V = 4, 3, 2, 50
 R, T = 2 * C, C * L
+
+
+# the paper's model, and those that copy, with and without an encoder
+OPTIONS = [{}, dict(token_mix=True, retrieval_copy=True, retrieval_encoder_layers=0),
+           dict(token_mix=True, retrieval_copy=True), dict(retrieval_copy=True, retrieval_longest_match=0),
+           dict(token_mix=True)]
+with_all_options = pytest.mark.parametrize('options', OPTIONS, ids=['paper', 'copy', 'copy+encoder', 'no match', 'mix'])
 
 
 def make_model(seed=0, **changes):
@@ -36,8 +52,9 @@ def logits_and_embeddings(model, tokens, neighbors, mask, documents=None):
     return logits, *embeddings
 
 
-def test_no_logit_depends_on_later_tokens_and_every_one_on_all_earlier():
-    model = make_model()
+@with_all_options
+def test_no_logit_depends_on_later_tokens_and_every_one_on_all_earlier(options):
+    model = make_model(**options)
     logits, tokens, _ = logits_and_embeddings(model, *make_batch(B=1))
     for t in range(T):
         gradient, = torch.autograd.grad(logits[0, t].square().sum(), tokens, retain_graph=True)
@@ -45,8 +62,9 @@ def test_no_logit_depends_on_later_tokens_and_every_one_on_all_earlier():
         assert reached.tolist() == [s <= t for s in range(T)]
 
 
-def test_neighbors_reach_no_position_before_their_chunks_last_token_and_that_one_first():
-    model = make_model()
+@with_all_options
+def test_neighbors_reach_no_position_before_their_chunks_last_token_and_that_one_first(options):
+    model = make_model(**options)
     logits, _, neighbors = logits_and_embeddings(model, *make_batch(B=1))
     for t in range(T):
         gradient, = torch.autograd.grad(logits[0, t].square().sum(), neighbors, retain_graph=True)
@@ -65,8 +83,9 @@ def test_cross_attention_hands_a_chunks_neighbors_to_its_last_token_and_the_next
         assert reached.tolist() == [(u + 1) * C - 1 <= t <= (u + 2) * C - 2 for u in range(L)]
 
 
-def test_no_document_reads_tokens_or_neighbors_of_another():
-    model = make_model()
+@with_all_options
+def test_no_document_reads_tokens_or_neighbors_of_another(options):
+    model = make_model(**options)
     tokens, neighbors, mask = make_batch(B=1)
     documents = torch.tensor([[7, 7, 8]])
     mask[:, 1] = False  # a document's last chunk retrieves nothing
@@ -130,8 +149,9 @@ def test_attention_in_bfloat16_on_a_cpu_equals_float32s(S, masked):
         torch.testing.assert_close(low.float(), full, rtol=0.03, atol=0.03)
 
 
-def test_absent_neighbors_and_absent_tokens_change_nothing_and_carry_no_gradient():
-    model = make_model()
+@with_all_options
+def test_absent_neighbors_and_absent_tokens_change_nothing_and_carry_no_gradient(options):
+    model = make_model(**options)
     tokens, neighbors, mask = make_batch()
     mask[0, 0, 1] = False  # fewer than k neighbors
     mask[1, 1] = False  # none
@@ -145,15 +165,17 @@ def test_absent_neighbors_and_absent_tokens_change_nothing_and_carry_no_gradient
     torch.testing.assert_close(model(tokens, None, other, mask)[0], logits, rtol=0, atol=0)
 
 
-def test_gradients_are_finite_where_nothing_was_found():
-    model = make_model().train()
+@with_all_options
+def test_gradients_are_finite_where_nothing_was_found(options):
+    model = make_model(**options).train()
     tokens, neighbors, mask = make_batch()
     model(tokens, tokens, neighbors, torch.zeros_like(mask))[1].backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_without_neighbors_the_model_equals_itself_with_cross_attention_off():
-    model = make_model()
+@with_all_options
+def test_without_neighbors_the_model_equals_itself_with_cross_attention_off(options):
+    model = make_model(**options)
     tokens, neighbors, mask = make_batch()
     off, _ = model(tokens)
     torch.testing.assert_close(model(tokens, None, neighbors, torch.zeros_like(mask))[0], off)
@@ -193,6 +215,55 @@ def test_use_retrieval_false_equals_a_gpt2_of_transformers_with_the_same_weights
         assert not torch.allclose(retro(tokens, None, neighbors, mask)[0], expected.logits)
 
 
+def test_what_copies_starts_as_the_gpt2_that_it_is_loaded_from(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_embd=16, n_layer=3, n_head=2)).eval()
+    theirs.save_pretrained(tmp_path)
+    tokens, neighbors, mask = make_batch()
+    ours = RETRO.from_pretrained(str(tmp_path), use_retrieval=True, retrieval_layers=[2, 3], retrieval_chunk_size=C,
+                                 **OPTIONS[1]).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens, None, neighbors, mask)[0], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    ours(tokens, tokens, neighbors, mask)[1].backward()
+    assert ours.transformer.h[1].cca.attn.c_proj.weight.grad.abs().max() > 0  # and it learns to
+
+
+def slow_matches(tokens, neighbors, longest):
+    """Token by token."""
+    counts = torch.zeros(*neighbors.shape[:2], C, K * R, dtype=torch.int8)
+    for b, u, c, k, j in np.ndindex(*neighbors.shape[:2], C, K, R):
+        t, n = (u + 1) * C - 1 + c, 0
+        while t < tokens.shape[1] and n < min(longest, t + 1, j + 1) and tokens[b, t - n] == neighbors[b, u, k, j - n]:
+            n += 1
+        counts[b, u, c, k * R + j] = n
+    return counts
+
+
+@pytest.mark.parametrize('length, longest', [(T, 6), (T - 1, 3), (T + 2, 1), (2 * T, 6)])
+def test_matches_are_counted_back_from_both_and_at_most_so_far(length, longest):
+    torch.manual_seed(0)
+    tokens, neighbors = torch.randint(2, (2, length)), torch.randint(2, (2, length // C, K, R))
+    counts = count_matches(tokens, neighbors, C, longest)
+    assert (counts == slow_matches(tokens, neighbors, longest)).all() and counts.max() == longest
+
+
+def test_what_matches_is_copied_from_the_first_step_on():
+    """Of heads that weigh a match, nearly all attention goes to the token that followed it in the neighbor."""
+    model = make_model(**OPTIONS[1])
+    cca = model.transformer.h[1].cca
+    torch.nn.init.eye_(cca.attn.c_proj.weight)
+    torch.nn.init.zeros_(cca.attn.c_q.weight)
+    tokens, neighbors, mask = make_batch(B=1)
+    neighbors = torch.full_like(neighbors, V - 1)
+    neighbors[0, 1, 1, 1:6] = torch.tensor([*tokens[0, 2 * C - 3:2 * C].tolist(), 7, V - 1])
+    encoded = torch.zeros(1, L, K * R, 16)
+    values, matches = model.to_copy(model.transformer.wte(neighbors), tokens, neighbors)
+    y = cca(torch.randn(1, T, 16), encoded, mask.flatten(2), values, matches)
+    expected = torch.nn.functional.layer_norm(model.transformer.wte.weight[7], (16,))
+    torch.testing.assert_close(y[0, 2 * C - 1, 8:], expected[8:], rtol=0.1, atol=0.1)  # the second head
+
+
 def test_targets_of_minus_one_do_not_count():
     model = make_model()
     tokens, _, _ = make_batch()
@@ -227,15 +298,15 @@ def test_optimizer_decays_matrices_alone_and_holds_every_parameter_once():
     assert len(decayed['params']) + len(plain['params']) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize('use_retrieval', [False, True])
+@pytest.mark.parametrize('use_retrieval', [False, *OPTIONS])
 def test_flops_per_token_counts_what_the_profiler_counts(use_retrieval):
     """Attention is counted by its shapes; the fused kernel that the profiler knows no count for is left out."""
     from torch.utils.flop_counter import FlopCounterMode
     model = RETRO(RETROConfig(block_size=128, vocab_size=512, n_layer=2, n_head=2, n_embd=64, bias=False,
-                              use_retrieval=use_retrieval, retrieval_layers=[2] if use_retrieval else [],
-                              retrieval_chunk_size=32)).train()
+                              use_retrieval=use_retrieval is not False, retrieval_chunk_size=32,
+                              retrieval_layers=[] if use_retrieval is False else [2], **(use_retrieval or {}))).train()
     tokens, neighbors = torch.randint(512, (2, 128)), torch.randint(512, (2, 4, 2, 64))
-    given = (neighbors, torch.ones_like(neighbors, dtype=torch.bool)) if use_retrieval else ()
+    given = (neighbors, torch.ones_like(neighbors, dtype=torch.bool)) if use_retrieval is not False else ()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens, tokens, *given)[1].backward()
     assert model.flops_per_token() == pytest.approx(counter.get_total_flops() / tokens.numel(), rel=0.02)
@@ -250,8 +321,9 @@ def make_retrieve(seed=3):
     return retrieve
 
 
-def test_generate_takes_the_most_likely_token_of_the_full_forward_with_each_completed_chunks_neighbors():
-    model, retrieve = make_model(), make_retrieve()
+@with_all_options
+def test_generate_takes_the_most_likely_token_of_the_full_forward_with_each_completed_chunks_neighbors(options):
+    model, retrieve = make_model(**options), make_retrieve()
     tokens = model.generate(torch.randint(V, (2, 3)), T - 3, retrieve, temperature=0)
     neighbors, mask = (torch.cat(parts, 1) for parts in
                        zip(*[retrieve(tokens[:, None, u * C:(u + 1) * C]) for u in range(L)], strict=True))
@@ -285,6 +357,7 @@ def test_generate_is_the_same_for_the_same_seed_and_stops_at_the_end_of_text():
 @pytest.mark.parametrize('changes, said', [(dict(block_size=T + 1), 'multiple of retrieval_chunk_size'),
                                            (dict(retrieval_layers=[4]), 'from 1 to n_layer 3'),
                                            (dict(retrieval_layers=[0]), 'from 1 to n_layer 3'),
+                                           (dict(retrieval_longest_match=-1), 'at least 0, but are 2, 2 and -1'),
                                            (dict(n_head=3), 'multiple of n_head')])
 def test_a_config_that_makes_no_model_is_refused_by_name(changes, said):
     with pytest.raises(ValueError, match=said):
@@ -299,13 +372,15 @@ def test_a_foreign_checkpoint_is_refused_by_name(tmp_path):
         load_checkpoint(str(tmp_path / 'ckpt.pt'))
 
 
-def test_the_compiled_model_has_no_graph_break_and_is_compiled_once_for_training_and_each_evaluation():
+@pytest.mark.parametrize('options', OPTIONS[:2], ids=['paper', 'copy'])
+def test_the_compiled_model_has_no_graph_break_and_is_compiled_once_for_training_and_each_evaluation(options):
     """
     As train.py uses it: training with retrieval, evaluation with it on and off, in autocast, and then again. Breaks and
     recompilations are a matter of tracing, so no code is made of the graphs, which would take a minute.
     """
-    model = make_model(n_layer=2, retrieval_layers=[2], retrieval_encoder_layers=1)
+    model = make_model(**dict(n_layer=2, retrieval_layers=[2], retrieval_encoder_layers=1) | options)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
 
     def losses(model, seed):

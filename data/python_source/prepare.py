@@ -116,27 +116,31 @@ def main():
     arguments = parser.parse_args()
     start = time.time()
     documents, left_out = read_documents(arguments.max_mb * 1e6)
+    write_corpus(documents, FOLDER, f'--max_mb={arguments.max_mb:g} gives')
+    print('left out: ' + ', '.join(f'{count:,} {reason}' for reason, count in left_out.items())
+          + f' | {time.time() - start:.0f} s')
+
+
+def write_corpus(documents, folder, source):
+    """Write documents [(id, text)] as train.parquet and val.parquet, and tokenizer.json, fitted on the former."""
     split = {'train': [d for d in documents if not is_val(d[0])], 'val': [d for d in documents if is_val(d[0])]}
     if not split['train'] or not split['val']:
-        raise UserError(f'--max_mb={arguments.max_mb:g} gives {len(split["train"])} train and {len(split["val"])} val '
-                        f'documents: ask for more')
+        raise UserError(f'{source} {len(split["train"])} train and {len(split["val"])} val documents: ask for more')
     print(f'fitting a tokenizer of {VOCABULARY:,} entries', flush=True)
     fitted = train_tokenizer(text for _, text in split['train'])
-    write(FOLDER / 'tokenizer.json', fitted.save)
-    tokenizer = load_tokenizer(str(FOLDER / 'tokenizer.json'))
+    write(folder / 'tokenizer.json', fitted.save)
+    tokenizer = load_tokenizer(str(folder / 'tokenizer.json'))
 
     print(f'{"":6} {"documents":>10} {"bytes":>12} {"tokens":>12} {"chunks":>9} {"padding":>8}')
     for name, rows in sorted(split.items(), reverse=True):  # train last: that it is there says that all is
         ids, texts = zip(*rows, strict=True)
-        write(FOLDER / f'{name}.parquet', lambda path, i=ids, t=texts: pq.write_table(
+        write(folder / f'{name}.parquet', lambda path, i=ids, t=texts: pq.write_table(
             pa.table({'id': list(i), 'text': list(t)}), path, row_group_size=256))
         encoded = tokenizer.encode_ordinary_batch(list(texts), num_threads=os.cpu_count())
         lengths = [chunk_document(np.asarray(e), CHUNK_SIZE, tokenizer.eot_token)[1] for e in encoded]
         tokens, chunks = sum(int(n.sum()) for n in lengths), sum(len(n) for n in lengths)
         print(f'{name:6} {len(rows):10,} {sum(len(t.encode()) for t in texts):12,} {tokens:12,} {chunks:9,} '
               f'{1 - tokens / (chunks * CHUNK_SIZE):8.1%}')
-    print('left out: ' + ', '.join(f'{count:,} {reason}' for reason, count in left_out.items())
-          + f' | {time.time() - start:.0f} s')
 
 
 if __name__ == '__main__':

@@ -1,0 +1,159 @@
+"""
+Does retrieval pay? Trains models one after another, from the same seeds on the same batches: GPTs, the textbook RETRO,
+and what makes RETRO copy, each alone and all together. Then one GPT more, for as long as the RETRO took. Prints a table
+of bits per byte and one JSON line, and writes quality.json and quality.png, bpb by steps and by training time.
+
+    python bench/quality.py config/quickstart.py [--key=value ...] [--seeds=3] [--arms='GPT,RETRO'] [--quick]
+
+The collection must have been filled: python -m retrieval.populate config/quickstart.py. What has been trained in
+out_dir already is not trained again.
+"""
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from configurator import UserError, load_settings, save_atomically, user_errors_as_one_line
+
+TEXTBOOK = dict(retrieval_copy=False, token_mix=False, retrieval_layers=[3], retrieval_encoder_layers=1)
+ARMS = {
+    'GPT': dict(use_retrieval=False, token_mix=False),
+    'GPT with token mix': dict(use_retrieval=False, token_mix=True),
+    'textbook RETRO': TEXTBOOK,
+    'textbook RETRO with token mix': TEXTBOOK | dict(token_mix=True),
+    'copying alone': dict(retrieval_longest_match=0, token_mix=False),
+    'copying with match bias': dict(token_mix=False),
+    'RETRO': {},
+    'GPT for as long': dict(use_retrieval=False, token_mix=True),  # as the RETRO
+}
+BASELINE, ALL, AS_LONG = 'GPT with token mix', 'RETRO', 'GPT for as long'
+AT_MOST = 0.25  # overlap of the chunks that are told apart
+
+
+def train(arm, seed, arguments, out_dir, steps):
+    """Train an arm, unless it has been; its metrics: [(step, seconds of training, bpb on or None, bpb off)]."""
+    folder = f'{out_dir}/{arm.replace(" ", "_")}_{seed}'
+    if not os.path.exists(f'{folder}/done'):
+        options = ARMS[arm] | dict(seed=seed, out_dir=folder, max_iters=steps, lr_decay_iters=steps,
+                                   eval_interval=max(1, steps // 6))
+        print(f'training {arm}, seed {seed}, {steps} steps', file=sys.stderr)
+        subprocess.run([sys.executable, ROOT / 'train.py', *arguments, *(f'--{k}={v}' for k, v in options.items())],
+                       check=True, stdout=subprocess.DEVNULL)
+        Path(f'{folder}/done').touch()
+    points, seconds, before = [], 0.0, 0
+    with open(f'{folder}/metrics.jsonl') as file:
+        for line in map(json.loads, file):
+            if 'loss' in line:
+                seconds += (line['tokens'] - before) / line['tokens_per_s']
+                before = line['tokens']
+            elif 'val_bpb_off' in line:
+                points.append((line['iter'], seconds, line.get('val_bpb_on'), line['val_bpb_off']))
+    return folder, points
+
+
+def evaluate(folder, baseline):
+    """bpb at little overlap, of a RETRO and the baseline, both by python -m evaluation."""
+    if not os.path.exists(f'{folder}/evaluation.json'):
+        subprocess.run([sys.executable, '-m', 'evaluation', f'--out_dir={folder}', f'--baseline={baseline}',
+                        '--passages=0'], check=True, stdout=subprocess.DEVNULL, cwd=os.getcwd(),
+                       env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    with open(f'{folder}/evaluation.json') as file:
+        line, = (line for line in json.load(file)['bpb_by_overlap'] if line['overlap'] == AT_MOST)
+    return line
+
+
+def final(point):
+    """bpb with retrieval where there is any."""
+    return point[3] if point[2] is None else point[2]
+
+
+def show(values, style='{:.4f}'):
+    """Mean and spread over the seeds."""
+    if not values:
+        return '–'
+    spread = f' ± {statistics.stdev(values):.4f}' if len(values) > 1 and style == '{:.4f}' else ''
+    return style.format(statistics.mean(values)) + spread
+
+
+def plot(runs, path):
+    """bpb by steps and by training time, a line a run."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout='constrained', sharey=True)
+    lowest = min(final(points[-1]) for of_seeds in runs.values() for points in of_seeds)
+    for number, (arm, of_seeds) in enumerate(runs.items()):
+        for i, points in enumerate(of_seeds):
+            style = dict(color=f'C{number}', lw=2 if arm == ALL else 1.2, label=arm if i == 0 else None,
+                         ls='--' if arm == AS_LONG else '-')
+            left.plot([p[0] for p in points], [final(p) for p in points], **style)
+            right.plot([p[1] for p in points], [final(p) for p in points], **style)
+    left.set(xlabel='step', ylabel='val bits per byte', ylim=(lowest - 0.05, lowest + 0.7))
+    right.set(xlabel='seconds of training')
+    left.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(alpha=0.25)
+    save_atomically(lambda beside: figure.savefig(beside, dpi=110, format='png'), path)
+    plt.close(figure)
+
+
+def main():
+    own = {key: value for key, _, value in (a[2:].partition('=') for a in sys.argv[1:] if a.startswith('--'))
+           if key in ('seeds', 'arms', 'quick')}
+    arguments = [a for a in sys.argv[1:] if a[2:].partition('=')[0] not in ('seeds', 'arms', 'quick')]
+    settings = load_settings(arguments)
+    steps = 30 if 'quick' in own else settings['max_iters']
+    chosen = own['arms'].split(',') if 'arms' in own else list(ARMS)
+    unknown = [arm for arm in chosen if arm not in ARMS]
+    if unknown:
+        raise UserError(f'--arms holds {unknown[0]!r}; there are {", ".join(ARMS)}')
+    seeds = [settings['seed'] + i for i in range(int(own.get('seeds', 1)))]
+    out_dir = f'{settings["out_dir"]}/quality'
+    runs, little = {}, {}
+    for seed in seeds:
+        folders = {}
+        for arm in chosen:
+            of_arm = steps
+            if arm == AS_LONG:  # the seconds of both are of this seed
+                of_arm = round(steps * runs[ALL][-1][-1][1] / runs[BASELINE][-1][-1][1])
+            folders[arm], points = train(arm, seed, arguments, out_dir, of_arm)
+            runs.setdefault(arm, []).append(points)
+        for arm, folder in folders.items():
+            if BASELINE in folders and runs[arm][-1][-1][2] is not None:
+                little.setdefault(arm, []).append(evaluate(folder, folders[BASELINE]))
+    report = dict(steps=steps, seeds=seeds, tokens=steps * settings['batch_size'] * settings['block_size']
+                  * settings['gradient_accumulation_steps'])
+    base = [final(points[-1]) for points in runs.get(BASELINE, [])]
+    print(f'val bits per byte after {steps} steps ({report["tokens"]:,} tokens), mean and standard deviation of '
+          f'{len(seeds)} seeds; gain over the GPT with token mix; the same for chunks that share at most {AT_MOST:.0%} '
+          f'with their neighbors\n')
+    print(f'{"":<32}{"on":>18}{"off":>18}{"gain":>9}{"seconds":>9}{"at little overlap":>20}{"gain":>9}')
+    for arm, of_seeds in runs.items():
+        on = [points[-1][2] for points in of_seeds if points[-1][2] is not None]
+        off = [points[-1][3] for points in of_seeds]
+        gains = [1 - final(p[-1]) / b for p, b in zip(of_seeds, base, strict=False)]
+        seconds = [points[-1][1] for points in of_seeds]
+        on_little = [line['bpb_on'] for line in little.get(arm, [])]
+        gains_little = [1 - line['bpb_on'] / line['bpb_baseline'] for line in little.get(arm, [])]
+        report[arm] = dict(steps=of_seeds[0][-1][0], bpb_on=on, bpb_off=off, gain=gains, seconds=seconds,
+                           bpb_on_at_little_overlap=on_little, gain_at_little_overlap=gains_little)
+        print(f'{arm:<32}{show(on):>18}{show(off):>18}{show(gains, "{:.2%}"):>9}{show(seconds, "{:.0f}"):>9}'
+              f'{show(on_little):>20}{show(gains_little, "{:.2%}"):>9}')
+    plot(runs, f'{out_dir}/quality.png')
+
+    def save(beside):
+        with open(beside, 'w') as file:
+            json.dump(report | dict(runs=runs), file, indent=1)
+    save_atomically(save, f'{out_dir}/quality.json')
+    print(f'\nquality.json and quality.png are in {out_dir}\n\n{json.dumps(report)}')
+
+
+if __name__ == '__main__':
+    with user_errors_as_one_line():
+        main()

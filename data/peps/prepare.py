@@ -1,0 +1,28 @@
+"""
+A second small corpus, of English prose: the Python Enhancement Proposals, from a file with a document {"id", "text"} a
+line. Writes train.parquet, val.parquet and tokenizer.json beside this file.
+
+    python data/peps/prepare.py peps.jsonl.gz
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configurator import UserError, user_errors_as_one_line
+from data.python_source.prepare import write_corpus
+from data.stream import DatasetConfig, load_documents
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def main():
+    if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
+        raise UserError('give the path of the file: python data/peps/prepare.py peps.jsonl.gz')
+    documents = [(document.id, document.text) for document in load_documents([DatasetConfig(sys.argv[1])])]
+    write_corpus(documents, FOLDER, f'{sys.argv[1]} gives')
+
+
+if __name__ == '__main__':
+    with user_errors_as_one_line():
+        main()
