@@ -113,11 +113,17 @@ class CopyAttention(nn.Module):
     def forward(self, x, keys, mask, values, matches):
         """x (N, S, D) looks at keys and values (N, M, D), where mask (N, 1, 1, M) is True; matches (N, S, M)."""
         q, k, v = (split_heads(y, self.n_head) for y in (self.c_q(x), keys, values))
-        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (N, heads, S, M)
-        scores = scores + self.match.to(scores.dtype).view(-1, 1, 1) * matches[:, None].to(scores.dtype)
-        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
-        nothing = self.nothing.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
-        y = torch.cat([scores, nothing], dim=-1).softmax(-1)[..., :-1] @ v
+        # nothing is one key more, of which the value is zero; what a key has by itself, its mask or the score of
+        # nothing, is one dimension more: a product is cheaper than a pass over all scores
+        N, heads, M, d = k.shape
+        own = torch.zeros_like(mask, dtype=k.dtype).masked_fill(~mask, -1e4).expand(N, heads, 1, M)
+        own = torch.cat([own, self.nothing.to(k.dtype).view(1, -1, 1, 1).expand(N, heads, 1, 1)], dim=-1)
+        k = torch.cat([F.pad(k, (0, 0, 0, 1)), own.transpose(-2, -1)], dim=-1)  # (N, heads, M + 1, d + 1)
+        q = F.pad(q / math.sqrt(d), (0, 1), value=1.0)
+        scores = q @ k.transpose(-2, -1)  # (N, heads, S, M + 1)
+        matches = F.pad(matches, (0, 1)).to(scores.dtype)[:, None]
+        scores = torch.addcmul(scores, self.match.to(scores.dtype).view(-1, 1, 1), matches)
+        y = scores.softmax(-1) @ F.pad(v, (0, 0, 0, 1))
         return self.resid_dropout(self.c_proj(join_heads(y)))
 
 
