@@ -76,8 +76,9 @@ class KnowledgeBase:
     def open(self, create=False, timeout=None):
         """Connect, also anew after the server has been away; within `timeout` seconds, where that is given."""
         self.close()
+        longest = 6 * ANSWER_TIMEOUT if self.address else ANSWER_TIMEOUT  # ours yields to all else
         self.client = connect(self.uri, self.address, self.token, self.collection, create,
-                              min(timeout or ANSWER_TIMEOUT, ANSWER_TIMEOUT))
+                              min(timeout or longest, longest))
         try:
             with self._errors():
                 if self.client.has_collection(self.collection, retry_times=RETRIES):
