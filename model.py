@@ -1,6 +1,7 @@
 """
 RETRO (Borgeaud et al. 2022, arXiv 2112.04426) in one file: a GPT-2 decoder, some of whose blocks also attend, chunk by
 chunk, to neighbors that were retrieved with the chunk before. With use_retrieval = False it is nanoGPT's GPT.
+Beside the paper's model, behind options: cross-attention that can copy from its first step on, and a token mix.
 
 Shapes: B sequences of T tokens, L = T / C chunks of C tokens, K neighbors a chunk, each R = 2C tokens (a chunk and its
 continuation), D = n_embd. The model sees token ids and masks only; where neighbors come from is not its business.

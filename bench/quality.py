@@ -5,8 +5,8 @@ of bits per byte and one JSON line, and writes quality.json and quality.png, bpb
 
     python bench/quality.py config/quickstart.py [--key=value ...] [--seeds=3] [--arms='GPT,RETRO'] [--quick]
 
-The collection must have been filled: python -m retrieval.populate config/quickstart.py. What has been trained in
-out_dir already is not trained again.
+The collection must have been filled: python -m retrieval.populate config/quickstart.py. An arm that has been trained
+in out_dir already, for as many steps, is not trained again: for other settings name another --out_dir.
 """
 import json
 import os
@@ -37,7 +37,7 @@ AT_MOST = 0.25  # overlap of the chunks that are told apart
 
 def train(arm, seed, arguments, out_dir, steps):
     """Train an arm, unless it has been; its metrics: [(step, seconds of training, bpb on or None, bpb off)]."""
-    folder = f'{out_dir}/{arm.replace(" ", "_")}_{seed}'
+    folder = f'{out_dir}/{arm.replace(" ", "_")}_{seed}_{steps}'
     if not os.path.exists(f'{folder}/done'):
         options = ARMS[arm] | dict(seed=seed, out_dir=folder, max_iters=steps, lr_decay_iters=steps,
                                    eval_interval=max(1, steps // 6))
@@ -60,7 +60,7 @@ def evaluate(folder, baseline):
     """bpb at little overlap, of a RETRO and the baseline, both by python -m evaluation."""
     if not os.path.exists(f'{folder}/evaluation.json'):
         subprocess.run([sys.executable, '-m', 'evaluation', f'--out_dir={folder}', f'--baseline={baseline}',
-                        '--passages=0'], check=True, stdout=subprocess.DEVNULL, cwd=os.getcwd(),
+                        '--passages=0'], check=True, stdout=subprocess.DEVNULL,
                        env={**os.environ, 'PYTHONPATH': str(ROOT)})
     with open(f'{folder}/evaluation.json') as file:
         line, = (line for line in json.load(file)['bpb_by_overlap'] if line['overlap'] == AT_MOST)
@@ -113,6 +113,9 @@ def main():
     unknown = [arm for arm in chosen if arm not in ARMS]
     if unknown:
         raise UserError(f'--arms holds {unknown[0]!r}; there are {", ".join(ARMS)}')
+    if AS_LONG in chosen and not {BASELINE, ALL} <= set(chosen[:chosen.index(AS_LONG)]):
+        raise UserError(f'--arms holds {AS_LONG!r}, which takes its time from {BASELINE!r} and {ALL!r}: name both '
+                        f'before it')
     seeds = [settings['seed'] + i for i in range(int(own.get('seeds', 1)))]
     out_dir = f'{settings["out_dir"]}/quality'
     runs, little = {}, {}
