@@ -40,6 +40,8 @@ class RETROConfig:
             raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}')
         if not self.use_retrieval:
             return
+        if self.retrieval_copy and self.n_embd % CopyAttention.heads:
+            raise ValueError(f'n_embd {self.n_embd} must be a multiple of {CopyAttention.heads} for retrieval_copy')
         if not self.retrieval_layers:
             self.retrieval_layers = default_retrieval_layers(self.n_layer)
         wrong = [p for p in self.retrieval_layers if not (isinstance(p, int) and 1 <= p <= self.n_layer)]
@@ -101,31 +103,26 @@ class CopyAttention(nn.Module):
     neighbor: to its scores comes a weight, learned by head, times how many tokens in a row agree. What it finds there
     is what came next: a key's value is the embedding of the token after it. It may also look at nothing.
     """
+    heads = 2  # as good as more of them, which cost a pass over the scores each
 
     def __init__(self, config):
         super().__init__()
         self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.match = nn.Parameter(torch.linspace(0.5, 3.0, config.n_head))
-        self.nothing = nn.Parameter(torch.full((config.n_head,), 4.0))  # as much as e^4 of the keys that don't match
+        self.match = nn.Parameter(torch.linspace(0.5, 3.0, self.heads))
+        self.nothing = nn.Parameter(torch.full((self.heads,), 4.0))  # as much as e^4 of the keys that don't match
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head = config.n_head
 
-    def forward(self, x, keys, mask, values, matches):
-        """x (N, S, D) looks at keys and values (N, M, D), where mask (N, 1, 1, M) is True; matches (N, S, M)."""
-        q, k, v = (split_heads(y, self.n_head) for y in (self.c_q(x), keys, values))
-        # nothing is one key more, of which the value is zero; what a key has by itself, its mask or the score of
-        # nothing, is one dimension more: a product is cheaper than a pass over all scores
-        N, heads, M, d = k.shape
-        own = torch.zeros_like(mask, dtype=k.dtype).masked_fill(~mask, -1e4).expand(N, heads, 1, M)
-        own = torch.cat([own, self.nothing.to(k.dtype).view(1, -1, 1, 1).expand(N, heads, 1, 1)], dim=-1)
-        k = torch.cat([F.pad(k, (0, 0, 0, 1)), own.transpose(-2, -1)], dim=-1)  # (N, heads, M + 1, d + 1)
-        q = F.pad(q / math.sqrt(d), (0, 1), value=1.0)
-        scores = q @ k.transpose(-2, -1)  # (N, heads, S, M + 1)
-        matches = F.pad(matches, (0, 1)).to(scores.dtype)[:, None]
-        scores = torch.addcmul(scores, self.match.to(scores.dtype).view(-1, 1, 1), matches)
-        y = scores.softmax(-1) @ F.pad(v, (0, 0, 0, 1))
-        return self.resid_dropout(self.c_proj(join_heads(y)))
+    def forward(self, x, keys, values, matches):
+        """What x (N, S, D) gains from the keys (N, heads, M, d + 2), values and matches that RETRO.to_copy gives."""
+        q = split_heads(self.c_q(x), self.heads)
+        N, heads, S, d = q.shape
+        q = torch.cat([q / math.sqrt(d), torch.ones_like(q[..., :1]),
+                       self.nothing.to(q.dtype).view(heads, 1, 1).expand(N, heads, S, 1)], dim=-1)
+        # expanded over N, since its gradient is then a sum over what lies together: several times faster on a CPU
+        match = self.match.to(q.dtype).expand(N, heads)[..., None, None]
+        scores = torch.addcmul(q @ keys.transpose(-2, -1), match, matches[:, None])  # (N, heads, S, M)
+        return self.resid_dropout(self.c_proj(join_heads(scores.softmax(-1) @ values)))
 
 
 def count_matches(tokens, neighbors, chunk_size, longest):
@@ -133,14 +130,14 @@ def count_matches(tokens, neighbors, chunk_size, longest):
     How many tokens in a row agree, going back from both, at most `longest`, of tokens (B, T) and neighbors (B, L, K,
     R): (B, L, C, K * R) int8, for the last token of each of the L chunks and the C - 1 tokens after it.
     """
-    T, L, C, back = tokens.shape[1], neighbors.shape[1], chunk_size, longest - 1
-    tokens = F.pad(tokens, (back, max(0, C - 1 + L * C - T)), value=-1)  # -1 agrees with nothing
-    windows = tokens[:, C - 1:].unfold(1, C + back, C)[:, :L]  # (B, L, C + back)
-    equal = windows[..., None, None] == neighbors[:, :, None]  # (B, L, C + back, K, R)
-    run = equal[:, :, back:]
-    count = run.to(torch.int8)
-    for i in range(1, longest):  # the i-th token before each
-        run = run & F.pad(equal[:, :, back - i:back - i + C, :, :-i], (i, 0))
+    T, L, C, R = tokens.shape[1], neighbors.shape[1], chunk_size, neighbors.shape[3]
+    tokens = F.pad(tokens, (longest, max(0, C - 1 + L * C - T)), value=-1)  # -1 agrees with nothing
+    windows = tokens[:, C - 1:].unfold(1, C + longest, C)[:, :L]  # (B, L, C + longest)
+    equal = windows[..., None, None] == neighbors[:, :, None]  # (B, L, C + longest, K, R)
+    run = torch.ones_like(equal[:, :, :C])
+    count = run.new_zeros(run.shape, dtype=torch.int8)
+    for i in range(longest):  # the i-th token before each
+        run = run & F.pad(equal[:, :, longest - i:longest - i + C, :, :R - i], (i, 0))
         count = count + run
     return count.flatten(3)
 
@@ -191,20 +188,24 @@ class ChunkedCrossAttention(nn.Module):
         self.attn = CopyAttention(config) if config.retrieval_copy else CrossAttention(config)
         self.chunk_size = config.retrieval_chunk_size
 
-    def forward(self, x, encoded, mask, *copied):
+    def forward(self, x, found, *context):
         """
-        x (B, T, D); encoded (B, L, K * R, D) with mask (B, L, K * R), L <= T / C; to copy, values as encoded and
-        matches (B, L, C, K * R). What x gains, (B, T, D).
+        What x (B, T, D) gains, (B, T, D), from the context (B * L, ...) that each of L <= T / C chunks looks at, where
+        found (B, L): a chunk without neighbors gains nothing.
         """
         B, T, D = x.shape
-        L, C = encoded.shape[1], self.chunk_size
+        L, C = found.shape[1], self.chunk_size
         shifted = F.pad(self.ln(x)[:, C - 1:C - 1 + L * C], (0, 0, 0, max(0, C - 1 + L * C - T)))  # (B, L * C, D)
-        found = mask.any(-1)  # (B, L) chunks that have neighbors at all
-        mask = mask | ~found[..., None]  # no softmax over nothing: those look at anything and their result is dropped
-        y = self.attn(shifted.reshape(B * L, C, D), encoded.flatten(0, 1), mask.view(B * L, 1, 1, -1),
-                      *(y.flatten(0, 1) for y in copied))
-        y = y.view(B, L, C, D) * found[..., None, None]
+        y = self.attn(shifted.reshape(B * L, C, D), *context).view(B, L, C, D) * found[..., None, None]
         return F.pad(y.view(B, L * C, D), (0, 0, C - 1, max(0, T - C + 1 - L * C)))[:, :T]
+
+
+def to_attend(encoded, neighbor_mask):
+    """What CrossAttention looks at: which chunks found anything, (B, L); encoded (B * L, K * R, D); and its mask."""
+    mask = neighbor_mask.flatten(2)  # (B, L, K * R)
+    found = mask.any(-1)
+    mask = mask | ~found[..., None]  # no softmax over nothing: those look at anything and their result is dropped
+    return found, encoded.flatten(0, 1), mask.flatten(0, 1)[:, None, None]
 
 
 class Block(nn.Module):
@@ -283,7 +284,8 @@ class RETRO(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
-        self.encoder = Encoder(config) if config.use_retrieval else None
+        encodes = config.use_retrieval and (config.retrieval_encoder_layers or not config.retrieval_copy)
+        self.encoder = Encoder(config) if encodes else None
         self.mix = nn.Linear(2 * config.n_embd, config.n_embd, bias=False) if config.token_mix else None
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():  # residual branches, scaled down by depth as in GPT-2
@@ -327,23 +329,20 @@ class RETRO(nn.Module):
         if documents is not None:
             of_token = documents.repeat_interleave(C, dim=1)  # (B, T)
             mask = (of_token[:, :, None] == of_token[:, None, :]).tril()[:, None]  # (B, 1, T, T)
-        retrieves = self.encoder is not None and neighbors is not None and neighbors.shape[1] > 0
-        encoded, key_mask, copied = None, None, ()
+        retrieves = self.config.use_retrieval and neighbors is not None and neighbors.shape[1] > 0
+        context = None
         x = self.mixed(self.transformer.wte(tokens), of_token)
         x = self.transformer.drop(x + self.transformer.wpe.weight[:T])
         for block in self.transformer.h:
             x = x + block.attn(block.ln_1(x), mask, causal=mask is None)
             if retrieves and block.cca is not None:
-                if encoded is None:
-                    L = neighbors.shape[1]
-                    chunks = x[:, :L * C].unflatten(1, (L, C))  # (B, L, C, D)
-                    plain = self.transformer.wte(neighbors)  # (B, L, K, R, D)
-                    encoded = self.encoder(self.mixed(plain), neighbor_mask, chunks)
-                    key_mask = neighbor_mask.flatten(2)  # (B, L, K * R)
-                    if self.config.retrieval_copy:
-                        key_mask = (neighbor_mask & F.pad(neighbor_mask[..., 1:], (0, 1))).flatten(2)
-                        copied = self.to_copy(plain, tokens, neighbors)
-                x = x + block.cca(x, encoded, key_mask, *copied)
+                if context is None:
+                    chunks = x[:, :neighbors.shape[1] * C].unflatten(1, (-1, C))  # (B, L, C, D)
+                    encoded = self.encoder and self.encoder(self.mixed(self.transformer.wte(neighbors)), neighbor_mask,
+                                                            chunks)  # (B, L, K * R, D)
+                    context = (self.to_copy(encoded, tokens, neighbors, neighbor_mask) if self.config.retrieval_copy
+                               else to_attend(encoded, neighbor_mask))
+                x = x + block.cca(x, *context)
             x = x + block.mlp(block.ln_2(x))
         return self.transformer.ln_f(x)
 
@@ -362,16 +361,30 @@ class RETRO(nn.Module):
             before.append(y)
         return x + self.mix(torch.cat(before, dim=-1))
 
-    def to_copy(self, plain, tokens, neighbors):
+    def to_copy(self, encoded, tokens, neighbors, neighbor_mask):
         """
-        For CopyAttention: its values (B, L, K * R, D), the next tokens' of the neighbors' plain embeddings (B, L, K, R,
-        D); and its matches (B, L, C, K * R).
+        For CopyAttention: which chunks found anything, (B, L); keys (N, heads, M, d + 2) for the N = B * L chunks' M =
+        K * R tokens, which are `encoded`, or else their embeddings; values (N, heads, M, d); matches (N, C, M). A key's
+        last two dimensions are its mask and whether it is the one for nothing, which is the last: no token follows it.
         """
-        values = F.pad(plain[..., 1:, :], (0, 0, 0, 1)).flatten(2, 3)
+        B, L, K, R = neighbors.shape
+        N, M, heads, device = B * L, K * R, CopyAttention.heads, neighbors.device.type
         C, longest = self.config.retrieval_chunk_size, self.config.retrieval_longest_match
-        matches = (count_matches(tokens, neighbors, C, longest) if longest else
-                   torch.zeros(1, device=tokens.device).expand(*neighbors.shape[:2], C, values.shape[2]))
-        return F.layer_norm(values, values.shape[-1:]), matches
+        there = (neighbor_mask & F.pad(neighbor_mask[..., 1:], (0, 1))).view(N, M)  # with a token after it
+        with torch.no_grad():  # the decoder's tokens train the embeddings: to have these do, too, costs more than it gains
+            plain = self.transformer.wte(neighbors)  # (B, L, K, R, D)
+            plain = plain.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else plain.dtype)
+            values = F.pad(F.layer_norm(plain, plain.shape[-1:])[..., 1:, :], (0, 0, 0, 1)).view(N, M, -1)
+            if encoded is None:
+                encoded = F.layer_norm(self.mixed(plain), plain.shape[-1:])
+            matches = count_matches(tokens, neighbors, C, longest).view(N, C, M) * there[:, None]
+            own = torch.zeros(N, M, 2, dtype=plain.dtype, device=plain.device)
+            own[..., 0].masked_fill_(~there, -1e4)
+            own[:, -1, 0], own[:, -1, 1] = 0, 1
+        keys = encoded.to(plain.dtype).reshape(N, M, -1) * there[..., None]
+        keys = torch.cat([split_heads(keys, heads), own[:, None].expand(N, heads, M, 2)], dim=-1)
+        found = neighbor_mask.flatten(2).any(-1)
+        return found, keys, split_heads(values, heads).contiguous(), matches.to(plain.dtype)
 
     @classmethod
     def from_pretrained(cls, name, **overrides):
@@ -414,14 +427,17 @@ class RETRO(nn.Module):
             c.retrieval_k_neighbors
         mix = 6 * 2 * D * D if c.token_mix else 0
         flops = c.n_layer * (6 * 12 * D * D + 12 * D * T) + 6 * D * c.vocab_size + mix
-        if not self.encoder:
+        if not c.use_retrieval:
             return flops
         share = K * R / C  # neighbor tokens for one token
         layers, crossing = c.retrieval_encoder_layers, min(c.retrieval_encoder_layers, 1)
         flops += layers * share * (6 * 12 * D * D + 12 * D * R)
         flops += crossing * (share * (6 * 2 * D * D + 12 * D * C) + 6 * 2 * D * D)
-        projected = 1 if c.retrieval_copy else 1 + share  # its keys and values are taken as they are
-        return flops + share * mix + len(c.retrieval_layers) * (6 * 2 * D * D * projected + 12 * D * K * R)
+        # what copies takes keys and values as they are, and only an encoder's keys carry a gradient back
+        projected = 1 if c.retrieval_copy else 1 + share
+        looking = (12 if not c.retrieval_copy else 10 if layers else 8) * D * K * R
+        flops += share * mix * (1 if self.encoder else 1 / 3)
+        return flops + len(c.retrieval_layers) * (6 * 2 * D * D * projected + looking)
 
     def estimate_mfu(self, tokens_per_second, peak_flops):
         """Model FLOP utilization: the share of the machine's peak (FLOP/s) that the training step makes use of."""

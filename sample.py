@@ -15,6 +15,7 @@ import torch
 
 from configurator import UserError, user_errors_as_one_line
 from evaluation.checkpoint import load_run
+from evaluation.samples import neighbors_of
 from retrieval.knowledge_base import FIELDS
 from retrieval.retriever import Retriever
 
@@ -69,15 +70,9 @@ def sample(arguments, start, model, tokenizer, retriever, device):
     prompt = torch.tensor(tokenizer.encode_ordinary(start), device=device)
     tokens = prompt.repeat(arguments.num_samples, 1)  # (B, T)
     retrieved = []  # for each chunk the hits of each sample, (B, K)
-
-    def retrieve(chunks):  # (B, 1, C)
-        neighbors = retriever.retrieve_for_text(chunks.cpu().numpy())
-        retrieved.append(neighbors.hits[:, 0])  # (B, K)
-        return torch.from_numpy(neighbors.tokens).long().to(device), torch.from_numpy(neighbors.mask).to(device)
-
     generator = torch.Generator(device).manual_seed(arguments.seed)
-    tokens = model.generate(tokens, arguments.max_new_tokens, retrieve if retriever else None, arguments.temperature,
-                            arguments.top_k, tokenizer.eot_token, tokenizer.n_vocab, generator)
+    tokens = model.generate(tokens, arguments.max_new_tokens, neighbors_of(retriever, device, retrieved),
+                            arguments.temperature, arguments.top_k, tokenizer.eot_token, tokenizer.n_vocab, generator)
     for number, sequence in enumerate(tokens.tolist()):
         new = sequence[len(prompt):]
         end = len(prompt) + (new.index(tokenizer.eot_token) if tokenizer.eot_token in new else len(new))

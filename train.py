@@ -69,6 +69,7 @@ use_retrieval = True  # False: the GPT of the same decoder
 retrieval_layers = []  # blocks with chunked cross-attention, from 1; empty: every third from the 6th, and the last
 retrieval_chunk_size = 64  # tokens of a chunk
 retrieval_k_neighbors = 2  # neighbors of a chunk
+retrieval_rerank = 0  # of so many of the nearest, take those that share most with the chunk; 0: take the nearest
 retrieval_encoder_layers = 0  # blocks of the neighbor encoder; the paper's models have 2
 retrieval_copy = True  # cross-attention that can copy from its first step on; False: the paper's
 retrieval_longest_match = 6  # tokens in a row that are counted for it; 0: none are

@@ -1,7 +1,8 @@
 """
 Does retrieval pay? Trains models one after another, from the same seeds on the same batches: GPTs, the textbook RETRO,
 and what makes RETRO copy, each alone and all together. Then one GPT more, for as long as the RETRO took. Prints a table
-of bits per byte and one JSON line, and writes quality.json and quality.png, bpb by steps and by training time.
+of bits per byte and one JSON line, and writes quality.json and quality.png, bpb by steps and by training time. Nothing
+is remembered from one run to the next: the time that retrieval takes is that of a first run.
 
     python bench/quality.py config/quickstart.py [--key=value ...] [--seeds=3] [--arms='GPT,RETRO'] [--quick]
 
@@ -29,6 +30,7 @@ ARMS = {
     'copying alone': dict(retrieval_longest_match=0, token_mix=False),
     'copying with match bias': dict(token_mix=False),
     'RETRO': {},
+    'RETRO re-ranked': dict(retrieval_rerank=40),
     'GPT for as long': dict(use_retrieval=False, token_mix=True),  # as the RETRO
 }
 BASELINE, ALL, AS_LONG = 'GPT with token mix', 'RETRO', 'GPT for as long'
@@ -40,7 +42,7 @@ def train(arm, seed, arguments, out_dir, steps):
     folder = f'{out_dir}/{arm.replace(" ", "_")}_{seed}_{steps}'
     if not os.path.exists(f'{folder}/done'):
         options = ARMS[arm] | dict(seed=seed, out_dir=folder, max_iters=steps, lr_decay_iters=steps,
-                                   eval_interval=max(1, steps // 6))
+                                   eval_interval=max(1, steps // 6), retrieval_cache_dir=f'{folder}/neighbors')
         print(f'training {arm}, seed {seed}, {steps} steps', file=sys.stderr)
         subprocess.run([sys.executable, ROOT / 'train.py', *arguments, *(f'--{k}={v}' for k, v in options.items())],
                        check=True, stdout=subprocess.DEVNULL)

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from configurator import UserError, user_errors_as_one_line
 from data.chunking import hash64
+from evaluation.samples import neighbors_of
 
 BENCHMARKS = ('ARC', 'BBQ', 'BoolQ', 'HellaSwag', 'LogiQA', 'MMLU', 'MathQA', 'TruthfulQA', 'Winogrande')
 WRITTEN = 32  # tokens at most of an answer that is written
@@ -194,14 +195,9 @@ class RETROForDeepEval(DeepEvalBaseLLM):
     def _write(self, prompt):
         """What the model writes after the prompt, to the end of the line."""
         tokens, = self._fit(prompt, [''], self.network.config.block_size - WRITTEN)
-
-        def retrieve(chunks):  # (B, 1, C)
-            found = self.retriever.retrieve_for_text(chunks.cpu().numpy())
-            return torch.from_numpy(found.tokens).long().to(self.device), torch.from_numpy(found.mask).to(self.device)
-
         with self.context:
             whole = self.network.generate(torch.tensor([tokens], device=self.device), WRITTEN,
-                                          retrieve if self.retriever else None, temperature=0,
+                                          neighbors_of(self.retriever, self.device, []), temperature=0,
                                           end_of_text=self.tokenizer.eot_token, vocabulary=self.tokenizer.n_vocab)
         written = [token for token in whole[0, len(tokens):].tolist() if token != self.tokenizer.eot_token]
         return self.tokenizer.decode(written).strip().partition('\n')[0]

@@ -34,7 +34,7 @@ class RetrievalTimeout(UserError):
 
 @dataclass
 class Neighbors:
-    """Up to K neighbors for each of B x L chunks, nearest first, each a chunk and its continuation: R = 2C tokens."""
+    """Up to K neighbors for each of B x L chunks, the best first, each a chunk and its continuation: R = 2C tokens."""
     tokens: np.ndarray  # (B, L, K, R) int32
     mask: np.ndarray  # (B, L, K, R) bool, True where there is a token
     hits: np.ndarray  # (B, L, K) of HIT: id, doc_id, and score, the cosine; -inf where there is no neighbor
@@ -64,6 +64,9 @@ class Retriever:
         self.timeout, self.say = settings['retrieval_timeout'], say or (lambda text: print(text, file=sys.stderr))
         self.k, self.chunk_size = settings['retrieval_k_neighbors'], settings['retrieval_chunk_size']
         self.kept = self.k + SPARE  # M
+        self.reranks = settings['retrieval_rerank'] > 0
+        self.candidates = max(self.kept, settings['retrieval_rerank'])
+        self.hits_kind = f'hits for {self.k} of {self.candidates} {self.reranks}'
         token_type = np.uint16 if tokenizer.n_vocab <= 2**16 else np.int32
         self.row_type = np.dtype([('length', np.int16), ('tokens', token_type, 2 * self.chunk_size)])
         self.memory = None
@@ -77,7 +80,7 @@ class Retriever:
                                 f'python -m retrieval.populate CONFIG')
             if settings['retrieval_cache_gb'] > 0:
                 self.memory = Memory(settings['retrieval_cache_dir'], settings['retrieval_cache_gb'],
-                                     f'{self.uri} {settings["retrieval_collection"]}', ['rows', f'hits for {self.k}'])
+                                     f'{self.uri} {settings["retrieval_collection"]}', ['rows', self.hits_kind])
         except BaseException:
             self.close()
             raise
@@ -167,11 +170,10 @@ class Retriever:
         Of the chunks `which` (n,): hits (n, M) that are not of their own document, nor of `not_in_documents`, which
         the last stage takes; and which of them were searched for now, (n,).
         """
-        kind = f'hits for {self.k}'
         suffix = bytes([stage]) + b''.join(int(d).to_bytes(8, 'little', signed=True) for d in not_in_documents)
         suffix = suffix if len(suffix) < 256 else hashlib.blake2b(suffix).digest()  # LMDB's keys are short
         keys = [chunks.keys[i] + suffix for i in which]
-        remembered = self.memory.get(kind, keys) if self.memory and chunks.ids is not None else {}
+        remembered = self.memory.get(self.hits_kind, keys) if self.memory and chunks.ids is not None else {}
         new = np.array([key not in remembered for key in keys], dtype=bool)
         hits = np.zeros((len(which), self.kept), dtype=HIT)
         hits[~new] = np.frombuffer(b''.join(remembered[key] for key in keys if key in remembered),
@@ -179,22 +181,36 @@ class Retriever:
         if new.any():
             hits[new] = self._search(chunks, which[new], stage, not_in_documents)
             if self.memory and chunks.ids is not None:
-                self.memory.put(kind, [(keys[i], hits[i].tobytes()) for i in np.flatnonzero(new)])
+                self.memory.put(self.hits_kind, [(keys[i], hits[i].tobytes()) for i in np.flatnonzero(new)])
         return hits, new
 
     def _search(self, chunks, which, stage, not_in_documents):
         """As _hits, from the knowledge base."""
         vectors, own, latest = self._vectors(chunks, which), chunks.documents[which], self._latest()
         if len(not_in_documents):
-            return self.knowledge_base.search(vectors, self.kept, not_in_documents, latest)
-        if stage < FILTERED:
-            found = self.knowledge_base.search(vectors, max(LIMITS[stage], self.kept), latest=latest)
-            return keep(found, found['doc_id'] != own[:, None], self.kept)
-        found = np.zeros((len(which), self.kept), dtype=HIT)
-        for document in np.unique(own):
-            found[own == document] = self.knowledge_base.search(vectors[own == document], self.kept, [document],
-                                                                        latest)
-        return found
+            found = self.knowledge_base.search(vectors, self.candidates, not_in_documents, latest)
+        elif stage < FILTERED:
+            found = self.knowledge_base.search(vectors, max(LIMITS[stage], self.candidates), latest=latest)
+            found = keep(found, found['doc_id'] != own[:, None], self.candidates)
+        else:
+            found = np.zeros((len(which), self.candidates), dtype=HIT)
+            for document in np.unique(own):
+                found[own == document] = self.knowledge_base.search(vectors[own == document], self.candidates,
+                                                                    [document], latest)
+        return self._rerank(chunks.tokens[which], found)[:, :self.kept]
+
+    def _rerank(self, tokens, found):
+        """Hits (n, M) of chunks (n, C), those first that share most with the chunk, of equal ones the nearer."""
+        if not self.reranks:
+            return found
+        there = found['score'] > -np.inf
+        ids, at = np.unique(found['id'][there], return_inverse=True)
+        candidates = np.zeros((*found.shape, self.chunk_size), dtype=np.int32)
+        candidates[there] = self._rows(ids)['tokens'][at, :self.chunk_size]
+        some = range(0, len(tokens), 64)  # for all at once the pairs of tokens would not stay in the processor's cache
+        shared = np.concatenate([share_trigrams(tokens[i:i + 64], candidates[i:i + 64]) for i in some])
+        shared[~there] = -1
+        return np.take_along_axis(found, np.argsort(-shared, axis=1, kind='stable'), axis=1)
 
     def _latest(self):
         """Whether a server has to wait for what was written last: only just after a change that may be among it."""
@@ -258,6 +274,17 @@ class Retriever:
         self.knowledge_base.close()
         if self.memory:
             self.memory.close()
+
+
+def share_trigrams(chunks, candidates):
+    """
+    How much of each of the chunks (n, C) stands in its candidates (n, M, C), (n, M): the runs of three tokens that do,
+    by a weight that grows e-fold from the chunk's first token to its last, since what they go on to is what is asked.
+    """
+    wanted, there = ((t[..., :-2].astype(np.int64) << 40) | (t[..., 1:-1].astype(np.int64) << 20) | t[..., 2:]
+                     for t in (chunks, candidates))
+    weight = np.exp(np.linspace(0, 1, wanted.shape[1])).astype(np.float32)
+    return (wanted[:, None, :, None] == there[:, :, None, :]).any(-1) @ weight
 
 
 def is_any_of(documents, own):

@@ -14,6 +14,7 @@ from model import (
     count_matches,
     default_retrieval_layers,
     load_checkpoint,
+    to_attend,
 )
 
 C, L, K, V = 4, 3, 2, 50
@@ -24,6 +25,7 @@ R, T = 2 * C, C * L
 OPTIONS = [{}, dict(token_mix=True, retrieval_copy=True, retrieval_encoder_layers=0),
            dict(token_mix=True, retrieval_copy=True), dict(retrieval_copy=True, retrieval_longest_match=0),
            dict(token_mix=True)]
+ENCODING = [OPTIONS[0], OPTIONS[2], OPTIONS[4]]
 with_all_options = pytest.mark.parametrize('options', OPTIONS, ids=['paper', 'copy', 'copy+encoder', 'no match', 'mix'])
 
 
@@ -49,7 +51,18 @@ def logits_and_embeddings(model, tokens, neighbors, mask, documents=None):
     handle = model.transformer.wte.register_forward_hook(lambda _, __, out: embeddings.append(out))
     logits, _ = model(tokens, None, neighbors, mask, documents)
     handle.remove()
-    return logits, *embeddings
+    return logits, *embeddings[:2]
+
+
+def reached_from(model, tokens, neighbors, mask, documents=None):
+    """(T, L) which logits of one sequence change with the neighbors' tokens of which chunk."""
+    logits, _ = model(tokens, None, neighbors, mask, documents)
+    reached = torch.zeros(T, L, dtype=torch.bool)
+    for u in range(L):
+        other = neighbors.clone()
+        other[:, u] = (other[:, u] + 1) % V
+        reached[:, u] = (model(tokens, None, other, mask, documents)[0] != logits)[0].any(-1)
+    return reached.tolist()
 
 
 @with_all_options
@@ -63,6 +76,18 @@ def test_no_logit_depends_on_later_tokens_and_every_one_on_all_earlier(options):
 
 
 @with_all_options
+def test_a_logit_stays_the_same_to_the_bit_when_later_tokens_change(options):
+    """Also where they change what matches, which no gradient tells."""
+    model, (tokens, neighbors, mask) = make_model(**options), make_batch(B=1)
+    logits, _ = model(tokens, None, neighbors, mask)
+    for t in range(1, T):
+        other = tokens.clone()
+        other[:, t:] = neighbors[0, 0, 0].repeat(L)[:T - t]
+        changed = (model(other, None, neighbors, mask)[0] != logits)[0].any(-1)
+        assert not changed[:t].any()
+
+
+@pytest.mark.parametrize('options', ENCODING, ids=['paper', 'copy+encoder', 'mix'])
 def test_neighbors_reach_no_position_before_their_chunks_last_token_and_that_one_first(options):
     model = make_model(**options)
     logits, _, neighbors = logits_and_embeddings(model, *make_batch(B=1))
@@ -72,11 +97,18 @@ def test_neighbors_reach_no_position_before_their_chunks_last_token_and_that_one
         assert reached.tolist() == [t >= (u + 1) * C - 1 for u in range(L)]
 
 
+@with_all_options
+def test_neighbors_tokens_change_no_logit_before_their_chunks_last_token_and_that_one_first(options):
+    """Also where nothing carries a gradient back: what is copied, and how much of it matches."""
+    expected = [[t >= (u + 1) * C - 1 for u in range(L)] for t in range(T)]
+    assert reached_from(make_model(**options), *make_batch(B=1)) == expected
+
+
 def test_cross_attention_hands_a_chunks_neighbors_to_its_last_token_and_the_next_chunks_first_ones():
     cca = make_model().transformer.h[1].cca
     _, _, mask = make_batch(B=1)
     x, encoded = torch.randn(1, T, 16), torch.randn(1, L, K * R, 16, requires_grad=True)
-    y = cca(x, encoded, mask.flatten(2))
+    y = cca(x, *to_attend(encoded, mask))
     for t in range(T):
         gradient, = torch.autograd.grad(y[0, t].sum(), encoded, retain_graph=True)
         reached = gradient[0].abs().sum((-1, -2)) > 0
@@ -89,14 +121,13 @@ def test_no_document_reads_tokens_or_neighbors_of_another(options):
     tokens, neighbors, mask = make_batch(B=1)
     documents = torch.tensor([[7, 7, 8]])
     mask[:, 1] = False  # a document's last chunk retrieves nothing
-    logits, tokens, neighbors = logits_and_embeddings(model, tokens, neighbors, mask, documents)
+    logits, embeddings, _ = logits_and_embeddings(model, tokens, neighbors, mask, documents)
     for t in range(T):
-        of_tokens, of_neighbors = torch.autograd.grad(logits[0, t].square().sum(), (tokens, neighbors),
-                                                      retain_graph=True)
-        reached = (of_tokens[0].abs().sum(-1) > 0).nonzero().flatten().tolist()
+        gradient, = torch.autograd.grad(logits[0, t].square().sum(), embeddings, retain_graph=True)
+        reached = (gradient[0].abs().sum(-1) > 0).nonzero().flatten().tolist()
         assert reached == list(range(2 * C, t + 1) if t >= 2 * C else range(t + 1))
-        found = (of_neighbors[0].abs().sum((-1, -2, -3)) > 0).tolist()
-        assert found == ([t >= C - 1, False, False] if t < 2 * C else [False, False, t == T - 1])
+    assert reached_from(model, tokens, neighbors, mask, documents) == [
+        [t >= C - 1, False, False] if t < 2 * C else [False, False, t == T - 1] for t in range(T)]
 
 
 def slow_chunked_cross_attention(cca, x, encoded, mask):
@@ -129,7 +160,7 @@ def test_chunked_cross_attention_equals_the_papers_equations(length):
     x, encoded = torch.randn(2, length, 16), torch.randn(2, length // C, K * R, 16)
     mask = torch.rand(2, length // C, K * R) < 0.6
     mask[0, 1] = False
-    torch.testing.assert_close(cca(x, encoded, mask), slow_chunked_cross_attention(cca, x, encoded, mask),
+    torch.testing.assert_close(cca(x, *to_attend(encoded, mask)), slow_chunked_cross_attention(cca, x, encoded, mask),
                                rtol=1e-4, atol=1e-5)
 
 
@@ -150,19 +181,29 @@ def test_attention_in_bfloat16_on_a_cpu_equals_float32s(S, masked):
 
 
 @with_all_options
-def test_absent_neighbors_and_absent_tokens_change_nothing_and_carry_no_gradient(options):
+def test_absent_neighbors_and_absent_tokens_change_nothing(options):
     model = make_model(**options)
     tokens, neighbors, mask = make_batch()
     mask[0, 0, 1] = False  # fewer than k neighbors
     mask[1, 1] = False  # none
     mask[0, 1, 0, C:] = False  # no continuation
-    logits, _, embeddings = logits_and_embeddings(model, tokens, neighbors, mask)
-    gradient, = torch.autograd.grad(logits.square().sum(), embeddings)
-    assert gradient[~mask].abs().max() == 0
-    assert (gradient[mask].abs().sum(-1) > 0).all()
+    logits, _ = model(tokens, None, neighbors, mask)
     assert torch.isfinite(logits).all()
-    other = torch.where(mask, neighbors, torch.randint(V, neighbors.shape))
+    other = torch.where(mask, neighbors, (neighbors + 1) % V)
     torch.testing.assert_close(model(tokens, None, other, mask)[0], logits, rtol=0, atol=0)
+    for place in mask.nonzero().tolist():
+        other = neighbors.clone()
+        other[tuple(place)] = (other[tuple(place)] + 1) % V
+        assert (model(tokens, None, other, mask)[0] != logits).any()
+
+
+@pytest.mark.parametrize('options', ENCODING, ids=['paper', 'copy+encoder', 'mix'])
+def test_absent_neighbors_and_absent_tokens_carry_no_gradient(options):
+    tokens, neighbors, mask = make_batch()
+    mask[0, 0, 1] = mask[1, 1] = mask[0, 1, 0, C:] = False
+    logits, _, embeddings = logits_and_embeddings(make_model(**options), tokens, neighbors, mask)
+    gradient, = torch.autograd.grad(logits.square().sum(), embeddings)
+    assert gradient[~mask].abs().max() == 0 and gradient[mask].abs().max() > 0
 
 
 @with_all_options
@@ -257,9 +298,7 @@ def test_what_matches_is_copied_from_the_first_step_on():
     tokens, neighbors, mask = make_batch(B=1)
     neighbors = torch.full_like(neighbors, V - 1)
     neighbors[0, 1, 1, 1:6] = torch.tensor([*tokens[0, 2 * C - 3:2 * C].tolist(), 7, V - 1])
-    encoded = torch.zeros(1, L, K * R, 16)
-    values, matches = model.to_copy(model.transformer.wte(neighbors), tokens, neighbors)
-    y = cca(torch.randn(1, T, 16), encoded, mask.flatten(2), values, matches)
+    y = cca(torch.randn(1, T, 16), *model.to_copy(None, tokens, neighbors, mask))
     expected = torch.nn.functional.layer_norm(model.transformer.wte.weight[7], (16,))
     torch.testing.assert_close(y[0, 2 * C - 1, 8:], expected[8:], rtol=0.1, atol=0.1)  # the second head
 
@@ -358,7 +397,8 @@ def test_generate_is_the_same_for_the_same_seed_and_stops_at_the_end_of_text():
                                            (dict(retrieval_layers=[4]), 'from 1 to n_layer 3'),
                                            (dict(retrieval_layers=[0]), 'from 1 to n_layer 3'),
                                            (dict(retrieval_longest_match=-1), 'at least 0, but are 2, 2 and -1'),
-                                           (dict(n_head=3), 'multiple of n_head')])
+                                           (dict(n_head=3), 'multiple of n_head'),
+                                           (dict(n_embd=15, n_head=3, retrieval_copy=True), 'multiple of 2 for')])
 def test_a_config_that_makes_no_model_is_refused_by_name(changes, said):
     with pytest.raises(ValueError, match=said):
         make_model(**changes)
@@ -418,5 +458,5 @@ def test_chunked_cross_attention_is_one_attention_call(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention',
                         lambda *a, **k: calls.append(a[0].shape) or attend(*a, **k))
     cca = ChunkedCrossAttention(make_model().config)
-    cca(torch.randn(2, T, 16), torch.randn(2, L, K * R, 16), torch.ones(2, L, K * R, dtype=torch.bool))
+    cca(torch.randn(2, T, 16), *to_attend(torch.randn(2, L, K * R, 16), torch.ones(2, L, K * R, dtype=torch.bool)))
     assert calls == [torch.Size([2 * L, 2, C, 8])]

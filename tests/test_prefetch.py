@@ -150,7 +150,7 @@ def test_the_local_server_finds_and_reads_what_milvus_lite_does(workspace):
 import numpy as np
 from milvus_lite.db import MilvusLite
 from retrieval.local_server import work_on_arrays
-slow_search, slow_row = work_on_arrays()
+slow_search, slow_get = work_on_arrays()
 from milvus_lite.engine import collection as engine
 fast_search = engine.execute_search_with_index
 
@@ -170,13 +170,14 @@ def check():
         for asked in ({}, {'expr': 'position > 2'}):
             answer = collection.search(queries.tolist(), limit, 'IP', output_fields=['doc_id', 'id'], **asked)
             assert all(len(hits) for hits in answer)
-    for segment in collection._segments_snapshot():
-        rows = range(segment.num_rows)
-        assert [segment.row_to_dict(i) for i in rows] == [slow_row(segment, i) for i in rows]
+    for fields in (['tokens'], ['id', 'text', 'embedding'], list(some[0]), None):
+        rows = collection.get(ids, output_fields=fields)
+        assert rows == slow_get(collection, ids, output_fields=fields) and len(rows) == collection.num_entities
     return collection.num_entities
 
-count = check()
 some = collection.query('position == 1', list(collection.query('position == 1')[0]))
+ids = [7, *(row['id'] for row in collection.query('position >= 0', ['id']))]  # there is no 7
+count = check()
 for row in some:
     row['embedding'] = (-np.asarray(row['embedding'])).tolist()
 collection.insert(some[:20])

@@ -7,7 +7,7 @@ from data.chunking import chunk_document, document_hash
 from data.stream import SequenceStream, as_dataset_configs, load_documents
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from retrieval.knowledge_base import FIELDS, open_knowledge_base
-from retrieval.retriever import EMBEDDED, LIMITS, LOOKED_UP, NOWHERE, REMEMBERED, Retriever
+from retrieval.retriever import EMBEDDED, LIMITS, LOOKED_UP, NOWHERE, REMEMBERED, Retriever, share_trigrams
 from tests.conftest import CHUNK, run
 
 
@@ -21,6 +21,9 @@ def retriever(settings, tokenizer):
     made = Retriever(settings, tokenizer)
     yield made
     made.close()
+
+
+re_ranked = pytest.mark.parametrize('rerank', [0, 20], ids=['nearest', 're-ranked'])
 
 
 def make_stream(settings, tokenizer, **options):
@@ -38,7 +41,9 @@ def there(hits):
     return hits[hits['score'] > -np.inf]
 
 
-def test_no_neighbor_is_of_a_document_of_its_own_sequence(settings, tokenizer, retriever):
+@re_ranked
+def test_no_neighbor_is_of_a_document_of_its_own_sequence(settings, tokenizer, rerank):
+    retriever = Retriever(settings | dict(retrieval_rerank=rerank), tokenizer)
     stream, found, sequences = make_stream(settings, tokenizer), 0, 0
     for _ in range(15):
         batch = next(stream)
@@ -51,6 +56,7 @@ def test_no_neighbor_is_of_a_document_of_its_own_sequence(settings, tokenizer, r
                 assert not own & set(hits['doc_id'].tolist())
                 assert len(hits) == (0 if batch.ends[b, place] else settings['retrieval_k_neighbors'])
                 found += len(hits)
+    retriever.close()
     assert found > 200 and sequences > 0
 
 
@@ -79,10 +85,11 @@ def test_neighbors_are_those_of_an_exhaustive_search_over_other_documents(settin
     assert checked > 10
 
 
+@re_ranked
 @pytest.mark.parametrize('crowd', [limit + 20 for limit in LIMITS])
-def test_a_document_that_fills_the_hits_of_a_search_leaks_nothing_and_hides_nothing(settings, tokenizer, crowd):
+def test_a_document_that_fills_the_hits_of_a_search_leaks_nothing_and_hides_nothing(settings, tokenizer, crowd, rerank):
     """Its chunks are all alike, and the two that may be found are less alike than any of them."""
-    settings = settings | dict(retrieval_collection='crowded')
+    settings = settings | dict(retrieval_collection='crowded', retrieval_rerank=rerank)
     first = Retriever(settings | dict(retrieval_collection='chunks'), tokenizer)
     knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), first.embedder, create=True)
     text = tokenizer.encode_ordinary('def read_the_file(path): return open(path).read()  # again and again' * 2)[:CHUNK]
@@ -142,8 +149,10 @@ def test_arrays_hold_each_neighbor_and_its_continuation(settings, tokenizer, ret
         assert (np.diff(hits['score']) <= 1e-5).all()
 
 
-def test_remembered_neighbors_are_those_of_a_fresh_search_to_the_bit(settings, tokenizer):
+@re_ranked
+def test_remembered_neighbors_are_those_of_a_fresh_search_to_the_bit(settings, tokenizer, rerank):
     """In sequences of other documents than those that they were remembered from, and of other batches."""
+    settings = settings | dict(retrieval_rerank=rerank)
     first, other = make_stream(settings, tokenizer), make_stream(settings, tokenizer, seed=7)
     batches = [next(first) for _ in range(30)]
     shuffled = [next(other) for _ in range(30)]
@@ -167,6 +176,48 @@ def test_remembered_neighbors_are_those_of_a_fresh_search_to_the_bit(settings, t
                 assert ((neighbors.origin == REMEMBERED) == ~batch.ends).all()
         retriever.close()
     assert remembered > 200
+
+
+def slow_share(chunk, candidate):
+    """Token by token; as many more of a chunk's later trigrams as share_trigrams says."""
+    trigrams = [tuple(candidate[i:i + 3]) for i in range(len(candidate) - 2)]
+    return sum(np.exp(i / (len(chunk) - 3)) for i in range(len(chunk) - 2) if tuple(chunk[i:i + 3]) in trigrams)
+
+
+def test_shared_trigrams_are_those_found_one_by_one_and_the_later_count_more():
+    rng = np.random.default_rng(0)
+    chunks, candidates = rng.integers(0, 3, (5, 12)), rng.integers(0, 3, (5, 7, 12))
+    expected = [[slow_share(chunks[i].tolist(), candidates[i, m].tolist()) for m in range(7)] for i in range(5)]
+    np.testing.assert_allclose(share_trigrams(chunks, candidates), expected, rtol=1e-5)
+    large = np.arange(6)[None] + 2**20 - 6  # ids of the largest vocabularies stay apart
+    parts = np.zeros((1, 2, 6), dtype=np.int64)
+    parts[0, 0, :3], parts[0, 1, 3:] = large[0, :3], large[0, 3:]
+    assert share_trigrams(large, parts)[0].round(3).tolist() == [1.0, 2.718]
+
+
+def test_reranked_neighbors_are_those_of_the_nearest_that_share_most(settings, tokenizer):
+    dense = Retriever(settings, tokenizer)
+    retriever = Retriever(settings | dict(retrieval_rerank=20), tokenizer)
+    batch = next(make_stream(settings, tokenizer))
+    chunks = batch.tokens.reshape(-1, 1, CHUNK)
+    documents, ends, ids = (a.reshape(-1, 1) for a in (batch.documents, batch.ends, batch.chunk_ids))
+    nearest = dense.retrieve(chunks, documents, ends, ids)
+    best = [retriever.retrieve(chunks, documents, ends, ids) for _ in range(2)]  # the second from memory
+    moved = 0
+    for i in np.flatnonzero(~ends[:, 0]):
+        vector = retriever.embedder.embed([tokenizer.decode(chunks[i, 0].tolist())])
+        found = retriever.knowledge_base.search(vector, 20)[0]
+        found = found[(found['score'] > -np.inf) & (found['doc_id'] != documents[i, 0])]
+        rows = retriever.knowledge_base.rows(found['id'], ['tokens'])
+        shared = [slow_share(chunks[i, 0].tolist(), rows[hit['id']]['tokens'][:CHUNK]) for hit in found]
+        expected = found['id'][np.argsort(-np.round(shared, 4), kind='stable')][:settings['retrieval_k_neighbors']]
+        for neighbors in best:
+            assert neighbors.hits['id'][i, 0].tolist() == expected.tolist()
+            assert (neighbors.tokens[i, 0, 0, :CHUNK] == rows[expected[0]]['tokens'][:CHUNK]).all()
+        moved += (expected != nearest.hits['id'][i, 0]).any()
+    assert moved > 5 and (best[1].origin[~ends] == REMEMBERED).all()
+    dense.close()
+    retriever.close()
 
 
 def test_it_is_told_where_each_chunks_neighbors_are_from(settings, tokenizer, retriever):
