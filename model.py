@@ -51,9 +51,10 @@ class RETROConfig:
         if self.retrieval_chunk_size < 1 or self.block_size % self.retrieval_chunk_size:
             raise ValueError(f'block_size {self.block_size} must be a multiple of retrieval_chunk_size '
                              f'{self.retrieval_chunk_size}')
-        if self.retrieval_k_neighbors < 1 or self.retrieval_encoder_layers < 0 or self.retrieval_longest_match < 0:
-            raise ValueError(f'retrieval_k_neighbors must be at least 1, retrieval_encoder_layers and '
-                             f'retrieval_longest_match at least 0, but are {self.retrieval_k_neighbors}, '
+        if (self.retrieval_k_neighbors < 1 or self.retrieval_encoder_layers < 0
+                or not 0 <= self.retrieval_longest_match <= 127):  # matches are counted in int8
+            raise ValueError(f'retrieval_k_neighbors must be at least 1, retrieval_encoder_layers at least 0, and '
+                             f'retrieval_longest_match from 0 to 127, but are {self.retrieval_k_neighbors}, '
                              f'{self.retrieval_encoder_layers} and {self.retrieval_longest_match}')
 
 
@@ -153,6 +154,12 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):
     if mask is not None:  # added, which costs nothing on the way back
         scores += torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
     return F.dropout(scores.softmax(-1), dropout) @ v
+
+
+def as_computed(x):
+    """x in the precision that autocast computes in, so that what is made of it is not cast again and again."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def split_heads(x, n_head):
@@ -337,11 +344,14 @@ class RETRO(nn.Module):
             x = x + block.attn(block.ln_1(x), mask, causal=mask is None)
             if retrieves and block.cca is not None:
                 if context is None:
-                    chunks = x[:, :neighbors.shape[1] * C].unflatten(1, (-1, C))  # (B, L, C, D)
-                    encoded = self.encoder and self.encoder(self.mixed(self.transformer.wte(neighbors)), neighbor_mask,
-                                                            chunks)  # (B, L, K * R, D)
-                    context = (self.to_copy(encoded, tokens, neighbors, neighbor_mask) if self.config.retrieval_copy
-                               else to_attend(encoded, neighbor_mask))
+                    plain = as_computed(self.transformer.wte(neighbors))  # (B, L, K, R, D)
+                    if self.encoder:
+                        chunks = x[:, :neighbors.shape[1] * C].unflatten(1, (-1, C))  # (B, L, C, D)
+                        encoded = self.encoder(self.mixed(plain), neighbor_mask, chunks)  # (B, L, K * R, D)
+                    else:
+                        encoded = F.layer_norm(self.mixed(plain), plain.shape[-1:])
+                    context = (self.to_copy(encoded, plain, tokens, neighbors, neighbor_mask)
+                               if self.config.retrieval_copy else to_attend(encoded, neighbor_mask))
                 x = x + block.cca(x, *context)
             x = x + block.mlp(block.ln_2(x))
         return self.transformer.ln_f(x)
@@ -361,28 +371,25 @@ class RETRO(nn.Module):
             before.append(y)
         return x + self.mix(torch.cat(before, dim=-1))
 
-    def to_copy(self, encoded, tokens, neighbors, neighbor_mask):
+    def to_copy(self, encoded, plain, tokens, neighbors, neighbor_mask):
         """
-        For CopyAttention: which chunks found anything, (B, L); keys (N, heads, M, d + 2) for the N = B * L chunks' M =
-        K * R tokens, which are `encoded`, or else their embeddings; values (N, heads, M, d); matches (N, C, M). A key's
-        last two dimensions are its mask and whether it is the one for nothing, which is the last: no token follows it.
+        What CopyAttention looks at. Which chunks found anything, (B, L). For N = B * L chunks of M = K * R tokens, keys
+        (N, heads, M, d + 2), which are `encoded`, and values (N, heads, M, d), which are the `plain` embeddings (B, L,
+        K, R, D) of the tokens after them. And matches (N, C, M). A key's last two dimensions are its mask, and whether
+        it is the key for nothing, which is the last one: no token follows it.
         """
         B, L, K, R = neighbors.shape
-        N, M, heads, device = B * L, K * R, CopyAttention.heads, neighbors.device.type
-        C, longest = self.config.retrieval_chunk_size, self.config.retrieval_longest_match
+        N, M, C, heads = B * L, K * R, self.config.retrieval_chunk_size, CopyAttention.heads
+        longest = min(self.config.retrieval_longest_match, C)  # a chunk before may be another document's
         there = (neighbor_mask & F.pad(neighbor_mask[..., 1:], (0, 1))).view(N, M)  # with a token after it
-        with torch.no_grad():  # the decoder's tokens train the embeddings: to have these do, too, costs more than it gains
-            plain = self.transformer.wte(neighbors)  # (B, L, K, R, D)
-            plain = plain.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else plain.dtype)
-            values = F.pad(F.layer_norm(plain, plain.shape[-1:])[..., 1:, :], (0, 0, 0, 1)).view(N, M, -1)
-            if encoded is None:
-                encoded = F.layer_norm(self.mixed(plain), plain.shape[-1:])
-            matches = count_matches(tokens, neighbors, C, longest).view(N, C, M) * there[:, None]
-            own = torch.zeros(N, M, 2, dtype=plain.dtype, device=plain.device)
-            own[..., 0].masked_fill_(~there, -1e4)
-            own[:, -1, 0], own[:, -1, 1] = 0, 1
+        own = torch.zeros(N, M, 2, dtype=plain.dtype, device=plain.device)
+        own[..., 0].masked_fill_(~there, -1e4)
+        own[:, -1, 0], own[:, -1, 1] = 0, 1
         keys = encoded.to(plain.dtype).reshape(N, M, -1) * there[..., None]
         keys = torch.cat([split_heads(keys, heads), own[:, None].expand(N, heads, M, 2)], dim=-1)
+        values = F.layer_norm(plain, plain.shape[-1:]).to(plain.dtype)
+        values = F.pad(values[..., 1:, :], (0, 0, 0, 1)).view(N, M, -1)
+        matches = count_matches(tokens, neighbors, C, longest).view(N, C, M) * there[:, None]
         found = neighbor_mask.flatten(2).any(-1)
         return found, keys, split_heads(values, heads).contiguous(), matches.to(plain.dtype)
 
@@ -433,11 +440,8 @@ class RETRO(nn.Module):
         layers, crossing = c.retrieval_encoder_layers, min(c.retrieval_encoder_layers, 1)
         flops += layers * share * (6 * 12 * D * D + 12 * D * R)
         flops += crossing * (share * (6 * 2 * D * D + 12 * D * C) + 6 * 2 * D * D)
-        # what copies takes keys and values as they are, and only an encoder's keys carry a gradient back
-        projected = 1 if c.retrieval_copy else 1 + share
-        looking = (12 if not c.retrieval_copy else 10 if layers else 8) * D * K * R
-        flops += share * mix * (1 if self.encoder else 1 / 3)
-        return flops + len(c.retrieval_layers) * (6 * 2 * D * D * projected + looking)
+        projected = 1 if c.retrieval_copy else 1 + share  # its keys and values are taken as they are
+        return flops + share * mix + len(c.retrieval_layers) * (6 * 2 * D * D * projected + 12 * D * K * R)
 
     def estimate_mfu(self, tokens_per_second, peak_flops):
         """Model FLOP utilization: the share of the machine's peak (FLOP/s) that the training step makes use of."""

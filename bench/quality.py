@@ -11,6 +11,7 @@ in out_dir already, for as many steps, is not trained again: for other settings 
 """
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def train(arm, seed, arguments, out_dir, steps):
         options = ARMS[arm] | dict(seed=seed, out_dir=folder, max_iters=steps, lr_decay_iters=steps,
                                    eval_interval=max(1, steps // 6), retrieval_cache_dir=f'{folder}/neighbors')
         print(f'training {arm}, seed {seed}, {steps} steps', file=sys.stderr)
+        shutil.rmtree(f'{folder}/neighbors', ignore_errors=True)  # of a run that was broken off
         subprocess.run([sys.executable, ROOT / 'train.py', *arguments, *(f'--{k}={v}' for k, v in options.items())],
                        check=True, stdout=subprocess.DEVNULL)
         Path(f'{folder}/done').touch()
@@ -137,7 +139,7 @@ def main():
     base = [final(points[-1]) for points in runs.get(BASELINE, [])]
     print(f'val bits per byte after {steps} steps ({report["tokens"]:,} tokens), mean and standard deviation of '
           f'{len(seeds)} seeds; gain over the GPT with token mix; the same for chunks that share at most {AT_MOST:.0%} '
-          f'with their neighbors\n')
+          f'with their neighbors, which are other chunks for other neighbors\n')
     print(f'{"":<32}{"on":>18}{"off":>18}{"gain":>9}{"seconds":>9}{"at little overlap":>20}{"gain":>9}')
     for arm, of_seeds in runs.items():
         on = [points[-1][2] for points in of_seeds if points[-1][2] is not None]

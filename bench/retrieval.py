@@ -53,7 +53,7 @@ def time_stages(retriever):
     timed(retriever.knowledge_base, 'rows', lambda _, fields, *rest: 'rows' if fields == ['tokens'] else
           'stored embeddings')
     timed(retriever.knowledge_base, 'search', lambda _, limit, not_in_documents=(), latest=False:
-          'search again' if len(not_in_documents) or limit > retriever.kept else 'search')
+          'search again' if len(not_in_documents) or limit > retriever.candidates else 'search')
     return seconds
 
 

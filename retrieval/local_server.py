@@ -52,7 +52,7 @@ def work_on_arrays():
     """
     Milvus Lite finds which rows are valid in a Python loop over all rows at every search, and makes every row that it
     returns, with all its columns, from Arrow scalars: four fifths of a search's time. Have it do the same over arrays,
-    and read no column that isn't asked for. Gives the functions that were replaced.
+    for searches without a filter, and read no column that isn't asked for. Gives the functions that were replaced.
     """
     from milvus_lite.engine import collection
     slow_search, slow_get = collection.execute_search_with_index, collection.Collection.get
@@ -81,6 +81,7 @@ def work_on_arrays():
                  for row, distance, s in zip(*line, strict=True) if row >= 0] for line in zip(*lines, strict=True)]
 
     def get(self, pks, partition_names=None, expr=None, output_fields=None, timezone=None):
+        self._require_loaded()
         segments, delta_index = self._read_snapshot()
         segments = [segment for segment in segments if segment.num_rows]
         columns = [readers(segment) for segment in segments]

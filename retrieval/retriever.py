@@ -19,7 +19,7 @@ from retrieval.memory import Memory
 # which that was not enough search again, together, for many more, and in the last stage with their document filtered
 # out. A filter is a search for each document, which is why it comes last.
 SPARE = 6  # hits beyond k that are asked for at first, and kept of any stage's
-LIMITS = (0, 32, 128, 1024)  # rows asked for by stage, or k + SPARE if that is more
+LIMITS = (0, 32, 128, 1024)  # rows asked for by stage, or k + SPARE or retrieval_rerank if that is more
 FILTERED = len(LIMITS)  # the last stage
 
 NOWHERE, REMEMBERED, LOOKED_UP, EMBEDDED = range(4)  # where a chunk's hits, or the vector that found them, are from
@@ -130,6 +130,8 @@ class Retriever:
         again = np.zeros(len(asking), dtype=bool)
         starved = np.arange(len(asking))
         for stage in range(FILTERED + 1):
+            if 0 < stage < FILTERED and LIMITS[stage] <= self.candidates:
+                continue  # the first has asked for as many
             which, at = np.unique(of[starved], return_inverse=True)
             hits, searched = self._hits(different, which, stage)
             best[starved] = keep(hits[at], ~is_any_of(hits['doc_id'][at], own[starved]), self.k)
@@ -210,7 +212,7 @@ class Retriever:
         some = range(0, len(tokens), 64)  # for all at once the pairs of tokens would not stay in the processor's cache
         shared = np.concatenate([share_trigrams(tokens[i:i + 64], candidates[i:i + 64]) for i in some])
         shared[~there] = -1
-        return np.take_along_axis(found, np.argsort(-shared, axis=1, kind='stable'), axis=1)
+        return np.take_along_axis(found, np.argsort(-shared.round(4), axis=1, kind='stable'), axis=1)
 
     def _latest(self):
         """Whether a server has to wait for what was written last: only just after a change that may be among it."""

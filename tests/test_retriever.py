@@ -192,11 +192,11 @@ def test_shared_trigrams_are_those_found_one_by_one_and_the_later_count_more():
     large = np.arange(6)[None] + 2**20 - 6  # ids of the largest vocabularies stay apart
     parts = np.zeros((1, 2, 6), dtype=np.int64)
     parts[0, 0, :3], parts[0, 1, 3:] = large[0, :3], large[0, 3:]
-    assert share_trigrams(large, parts)[0].round(3).tolist() == [1.0, 2.718]
+    np.testing.assert_allclose(share_trigrams(large, parts)[0], [1, np.e], rtol=1e-5)
 
 
 def test_reranked_neighbors_are_those_of_the_nearest_that_share_most(settings, tokenizer):
-    dense = Retriever(settings, tokenizer)
+    dense = Retriever(settings | dict(retrieval_cache_gb=0.0), tokenizer)
     retriever = Retriever(settings | dict(retrieval_rerank=20), tokenizer)
     batch = next(make_stream(settings, tokenizer))
     chunks = batch.tokens.reshape(-1, 1, CHUNK)
@@ -213,7 +213,7 @@ def test_reranked_neighbors_are_those_of_the_nearest_that_share_most(settings, t
         expected = found['id'][np.argsort(-np.round(shared, 4), kind='stable')][:settings['retrieval_k_neighbors']]
         for neighbors in best:
             assert neighbors.hits['id'][i, 0].tolist() == expected.tolist()
-            assert (neighbors.tokens[i, 0, 0, :CHUNK] == rows[expected[0]]['tokens'][:CHUNK]).all()
+            assert neighbors.tokens[i, 0, 0][neighbors.mask[i, 0, 0]].tolist() == rows[expected[0]]['tokens']
         moved += (expected != nearest.hits['id'][i, 0]).any()
     assert moved > 5 and (best[1].origin[~ends] == REMEMBERED).all()
     dense.close()
