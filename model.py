@@ -344,12 +344,7 @@ class RETRO(nn.Module):
             x = x + block.attn(block.ln_1(x), mask, causal=mask is None)
             if retrieves and block.cca is not None:
                 if context is None:
-                    plain = as_computed(self.transformer.wte(neighbors))  # (B, L, K, R, D)
-                    if self.encoder:
-                        chunks = x[:, :neighbors.shape[1] * C].unflatten(1, (-1, C))  # (B, L, C, D)
-                        encoded = self.encoder(self.mixed(plain), neighbor_mask, chunks)  # (B, L, K * R, D)
-                    else:
-                        encoded = F.layer_norm(self.mixed(plain), plain.shape[-1:])
+                    encoded, plain = self.read(x, neighbors, neighbor_mask)
                     context = (self.to_copy(encoded, plain, tokens, neighbors, neighbor_mask)
                                if self.config.retrieval_copy else to_attend(encoded, neighbor_mask))
                 x = x + block.cca(x, *context)
@@ -371,6 +366,20 @@ class RETRO(nn.Module):
             before.append(y)
         return x + self.mix(torch.cat(before, dim=-1))
 
+    def read(self, x, neighbors, neighbor_mask):
+        """
+        Neighbors (B, L, K, R) encoded, (B, L, K * R, D), and their plain embeddings (B, L, K, R, D). Without an encoder
+        they are encoded as embeddings that are mixed and normalized.
+        """
+        if self.encoder:
+            plain = as_computed(self.transformer.wte(neighbors))
+            chunks = x[:, :neighbors.shape[1] * self.config.retrieval_chunk_size]
+            return self.encoder(self.mixed(plain), neighbor_mask, chunks.unflatten(1, (neighbors.shape[1], -1))), plain
+        # embeddings learn as the decoder's: to have them learn here, too, gains less than it takes
+        with torch.no_grad():
+            plain = as_computed(self.transformer.wte(neighbors))
+            return F.layer_norm(self.mixed(plain), plain.shape[-1:]).flatten(2, 3), plain
+
     def to_copy(self, encoded, plain, tokens, neighbors, neighbor_mask):
         """
         What CopyAttention looks at. Which chunks found anything, (B, L). For N = B * L chunks of M = K * R tokens, keys
@@ -387,7 +396,7 @@ class RETRO(nn.Module):
         own[:, -1, 0], own[:, -1, 1] = 0, 1
         keys = encoded.to(plain.dtype).reshape(N, M, -1) * there[..., None]
         keys = torch.cat([split_heads(keys, heads), own[:, None].expand(N, heads, M, 2)], dim=-1)
-        values = F.layer_norm(plain, plain.shape[-1:]).to(plain.dtype)
+        values = F.layer_norm(plain.detach(), plain.shape[-1:]).to(plain.dtype)
         values = F.pad(values[..., 1:, :], (0, 0, 0, 1)).view(N, M, -1)
         matches = count_matches(tokens, neighbors, C, longest).view(N, C, M) * there[:, None]
         found = neighbor_mask.flatten(2).any(-1)
@@ -426,8 +435,8 @@ class RETRO(nn.Module):
     def flops_per_token(self):
         """
         Floating point operations of a training step for one token, by PaLM's count (arXiv 2204.02311, appendix B): 6
-        for each weight that it meets and 12 D for each position that it looks at, in each layer. A token brings K * R
-        / C neighbor tokens along.
+        for each weight that it meets and 12 D for each position that it looks at, in each layer, less where no gradient
+        goes back. A token brings K * R / C neighbor tokens along.
         """
         c = self.config
         D, T, C, R, K = c.n_embd, c.block_size, c.retrieval_chunk_size, 2 * c.retrieval_chunk_size, \
@@ -440,8 +449,11 @@ class RETRO(nn.Module):
         layers, crossing = c.retrieval_encoder_layers, min(c.retrieval_encoder_layers, 1)
         flops += layers * share * (6 * 12 * D * D + 12 * D * R)
         flops += crossing * (share * (6 * 2 * D * D + 12 * D * C) + 6 * 2 * D * D)
-        projected = 1 if c.retrieval_copy else 1 + share  # its keys and values are taken as they are
-        return flops + share * mix + len(c.retrieval_layers) * (6 * 2 * D * D * projected + 12 * D * K * R)
+        flops += share * mix * (1 if self.encoder else 1 / 3)
+        # what copies takes keys and values as they are, and carries no gradient back to them but to an encoder's keys
+        projected = 1 if c.retrieval_copy else 1 + share
+        looking = (12 if not c.retrieval_copy else 10 if self.encoder else 8) * D * K * R
+        return flops + len(c.retrieval_layers) * (6 * 2 * D * D * projected + looking)
 
     def estimate_mfu(self, tokens_per_second, peak_flops):
         """Model FLOP utilization: the share of the machine's peak (FLOP/s) that the training step makes use of."""
