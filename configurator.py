@@ -5,8 +5,8 @@ Settings: the globals at the top of train.py, overridden by config files and by 
     python train.py --help
 
 train.py's globals are the only home of the defaults, and the comment beside each is its documentation. Every command
-reads them here, so populate, sample and train can't disagree. A config file is a Python program and is run as one:
-use only those that you trust.
+reads them here, so populate, sample and train cannot disagree. A config file is Python and is executed: use only those
+that you trust.
 """
 import ast
 import difflib
@@ -14,19 +14,22 @@ import os
 import re
 import sys
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from enum import Enum
+from types import SimpleNamespace
 
 TRAIN_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
 END_OF_SETTINGS = '# end of settings'
 
 
 class UserError(Exception):
-    """Something that the user can put right. The message says what was wrong, what was found and what to do."""
+    """An error that the user can correct. The message says what was wrong, what was found and what to do."""
     exit_code = 2
 
 
 @contextmanager
 def user_errors_as_one_line():
-    """Turn a UserError into one line on stderr and its exit code. Any other exception keeps its traceback."""
+    """Print a UserError as one line on stderr and exit with its code. Any other exception keeps its traceback."""
     try:
         yield
     except UserError as error:
@@ -38,19 +41,50 @@ def user_errors_as_one_line():
 
 
 def save_atomically(save, path):
-    """Write beside and rename: the file is the old one or the whole new one, never a part."""
-    save(path + '.tmp')
-    os.replace(path + '.tmp', path)
+    """Write to a temporary file and rename it: readers see the old or the complete new file."""
+    save(f'{path}.tmp')
+    os.replace(f'{path}.tmp', path)
+
+
+def write_atomically(text, path):
+    """As save_atomically, for a string."""
+    def save(tmp_path):
+        with open(tmp_path, 'w', encoding='utf-8') as file:
+            file.write(text)
+    save_atomically(save, path)
+
+
+class Settings(SimpleNamespace):
+    """The settings of a run, as attributes."""
+
+    def replace(self, **changes):
+        """A copy with some settings changed."""
+        return Settings(**{**vars(self), **changes})
+
+    def without_secrets(self):
+        """The settings as a dict of plain values, for checkpoints and logs."""
+        return {key: as_plain(value) for key, value in vars(self).items() if not is_secret(key)}
+
+
+def as_plain(value):
+    """Convert dataclasses, enums and tuples to values that JSON can hold."""
+    if is_dataclass(value):
+        return asdict(value)
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {key: as_plain(v) for key, v in value.items()}
+    return [as_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def load_settings(arguments, given=None):
     """
-    The settings of a run, as a dict: train.py's defaults, then `given` (those of a checkpoint), then each of the
-    arguments from left to right, a config file's path or --key=value. UserError where one of them is wrong.
+    The Settings of a run: train.py's defaults, then `given` (a checkpoint's, as a dict), then each argument from left
+    to right, a config file's path or --key=value. UserError if one of them is wrong.
     """
     settings, comments = defaults_and_comments()
     for key, value in (given or {}).items():
-        if key in settings:  # a checkpoint of another version may know others
+        if key in settings:  # a checkpoint of another version may have others
             settings[key] = check_type(key, value, settings[key], 'the checkpoint')
     for argument in arguments:
         if argument in ('-h', '--help'):
@@ -58,11 +92,11 @@ def load_settings(arguments, given=None):
             sys.exit(0)
         override = parse_flag(argument, settings) if argument.startswith('-') else run_config(argument, settings)
         settings.update(override)
-    return settings
+    return Settings(**settings)
 
 
 def defaults_and_comments():
-    """{key: default} and {key: comment} of the assignments at the top of train.py, which is read and not imported."""
+    """{key: default} and {key: comment} of the assignments at the top of train.py, which is parsed, not imported."""
     with open(TRAIN_SCRIPT, encoding='utf-8') as file:
         source = file.read().split(END_OF_SETTINGS)[0]
     lines = source.splitlines()
@@ -75,34 +109,28 @@ def defaults_and_comments():
 
 
 def run_config(path, settings):
-    """Run a config file and return what it sets."""
+    """Execute a config file and return what it sets, as a dict."""
     if not os.path.isfile(path):
         raise UserError(f'no config file {path.partition("=")[0]!r}: give the path of a Python file, such as '
                         f'config/quickstart.py, or --key=value')
     names = {'__file__': os.path.abspath(path), '__name__': 'config'}
     with open(path, encoding='utf-8') as file:
-        try:
-            code = compile(file.read(), path, 'exec')
-        except SyntaxError as error:
-            raise UserError(f'config file {path}, line {error.lineno}: {error.msg}') from error
+        source = file.read()
+    try:
+        tree = ast.parse(source, path)
+        code = compile(tree, path, 'exec')
+    except SyntaxError as error:
+        raise UserError(f'config file {path}, line {error.lineno}: {error.msg}') from error
     exec(code, names)
-    imported = set(imported_names(code))
+    imported = {(alias.asname or alias.name).split('.')[0] for node in ast.walk(tree)
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
     found = {key: value for key, value in names.items() if not key.startswith('_') and key not in imported}
     return {check_key(key, settings, path): check_type(key, value, settings[key], path)
             for key, value in found.items()}
 
 
-def imported_names(code):
-    """The names that a config file binds by import, which are no settings."""
-    with open(code.co_filename, encoding='utf-8') as file:
-        for node in ast.walk(ast.parse(file.read())):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                for alias in node.names:
-                    yield (alias.asname or alias.name).split('.')[0]
-
-
 def parse_flag(argument, settings):
-    """`--key=value` to {key: value}. The value is a Python literal; a setting that is a string takes it as it is."""
+    """`--key=value` to {key: value}. The value is a Python literal; a string setting takes the text as it is."""
     match = re.fullmatch(r'--([A-Za-z_]\w*)=(.*)', argument, re.DOTALL)
     if not match:
         raise UserError(f'argument {argument.partition("=")[0]!r} is neither a config file nor --key=value: write '
@@ -114,13 +142,18 @@ def parse_flag(argument, settings):
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            pass  # stays a string, and check_type says what was expected
+            pass  # stays a string, which check_type reports
     return {key: check_type(key, value, settings[key], 'the command line')}
 
 
 def is_secret(key):
     """Settings that are never printed, logged or saved."""
     return key.endswith('_token')
+
+
+def drop_secrets_from_argv():
+    """Remove secrets from sys.argv, which wandb logs."""
+    sys.argv = [argument for argument in sys.argv if not is_secret(argument.partition('=')[0])]
 
 
 def check_key(key, settings, where):
@@ -132,7 +165,7 @@ def check_key(key, settings, where):
 
 
 def check_type(key, value, default, where):
-    """The value, if it is of its default's type. An int is also a float."""
+    """The value, if it has its default's type. An int is also a float."""
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if type(value) is not type(default):
@@ -143,8 +176,8 @@ def check_type(key, value, default, where):
 
 
 def print_help(settings, comments):
-    print('usage: [config/FILE.py] [--key=value ...]\n\nA config file is Python that sets some of these keys; '
-          'a later argument wins. Keys, values, meaning:\n')
+    print('usage: [config/FILE.py] [--key=value ...]\n\nA config file is Python that sets some of these keys. '
+          'Later arguments win. Keys, values, meaning:\n')
     for key, comment in comments.items():
         shown = '(hidden)' if is_secret(key) and settings[key] else repr(settings[key])
         print(f'  --{key}={shown}\n        {comment}')
