@@ -1,30 +1,31 @@
 """The network: masks, causality, equality with references. Tiny models with large random weights, so that whatever
 should reach a logit does."""
+import atexit
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from configurator import defaults_and_comments
 from model import (
     RETRO,
     ChunkedCrossAttention,
+    NeighborContext,
     RETROConfig,
     attend,
     count_matches,
     default_retrieval_layers,
-    load_checkpoint,
-    to_attend,
 )
 
 C, L, K, V = 4, 3, 2, 50
 R, T = 2 * C, C * L
 
-
 # the paper's model, and those that copy, with and without an encoder
+PAPER = dict(bias=True, token_mix=False, retrieval_copy=False, retrieval_encoder_layers=2)
 OPTIONS = [{}, dict(token_mix=True, retrieval_copy=True, retrieval_encoder_layers=0),
            dict(token_mix=True, retrieval_copy=True), dict(retrieval_copy=True, retrieval_longest_match=0),
-           dict(token_mix=True)]
+           dict(token_mix=True)]  # beside PAPER
 with_an_encoder = pytest.mark.parametrize('options', [OPTIONS[0], *OPTIONS[2:]],
                                           ids=['paper', 'copy+encoder', 'no match', 'mix'])
 with_all_options = pytest.mark.parametrize('options', OPTIONS, ids=['paper', 'copy', 'copy+encoder', 'no match', 'mix'])
@@ -32,8 +33,9 @@ with_all_options = pytest.mark.parametrize('options', OPTIONS, ids=['paper', 'co
 
 def make_model(seed=0, **changes):
     torch.manual_seed(seed)
-    config = RETROConfig(**{**dict(block_size=T, vocab_size=V, n_layer=3, n_head=2, n_embd=16, retrieval_layers=[2, 3],
-                                   retrieval_chunk_size=C, retrieval_k_neighbors=K), **changes})
+    config = RETROConfig(**{**PAPER, **dict(block_size=T, vocab_size=V, n_layer=3, n_head=2, n_embd=16,
+                                            retrieval_layers=[2, 3], retrieval_chunk_size=C, retrieval_k_neighbors=K),
+                            **changes})
     model = RETRO(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -46,13 +48,21 @@ def make_batch(B=2, seed=1):
     return torch.randint(V, (B, T)), torch.randint(V, (B, L, K, R)), torch.ones(B, L, K, R, dtype=torch.bool)
 
 
-def logits_and_embeddings(model, tokens, neighbors, mask, documents=None):
+def logits_and_embeddings(model, tokens, neighbors, mask, doc_ids=None):
     """Logits, and the embeddings of tokens and neighbors that they were computed from."""
-    embeddings = []
-    handle = model.transformer.wte.register_forward_hook(lambda _, __, out: embeddings.append(out))
-    logits, _ = model(tokens, None, neighbors, mask, documents)
+    embeddings = {}
+    wte = model.transformer.wte
+    handle = wte.register_forward_hook(lambda _, inputs, output: embeddings.update({inputs[0].dim(): output}))
+    logits, _ = model(tokens, None, neighbors, mask, doc_ids)
     handle.remove()
-    return logits, *embeddings[:2]
+    return logits, embeddings[2], embeddings[3]
+
+
+def as_context(encoded, mask):
+    """Encoded neighbors (B, L, K * R, D) and their mask as the paper's cross-attention reads them."""
+    B, L = encoded.shape[:2]
+    mask = mask.reshape(B * L, K, R)
+    return NeighborContext(mask.flatten(1).any(-1).view(B, L), mask, None, encoded.flatten(0, 1), None, None)
 
 
 def reached_from(model, tokens, neighbors, mask, documents=None):
@@ -94,7 +104,7 @@ def test_neighbors_reach_no_position_before_their_chunks_last_token_and_that_one
     logits, _, neighbors = logits_and_embeddings(model, *make_batch(B=1))
     for t in range(T):
         gradient, = torch.autograd.grad(logits[0, t].square().sum(), neighbors, retain_graph=True)
-        reached = gradient[0].abs().sum((-1, -2, -3)) > 0  # (L,)
+        reached = gradient.view(L, -1).abs().sum(-1) > 0  # (L,)
         assert reached.tolist() == [t >= (u + 1) * C - 1 for u in range(L)]
 
 
@@ -109,7 +119,7 @@ def test_cross_attention_hands_a_chunks_neighbors_to_its_last_token_and_the_next
     cca = make_model().transformer.h[1].cca
     _, _, mask = make_batch(B=1)
     x, encoded = torch.randn(1, T, 16), torch.randn(1, L, K * R, 16, requires_grad=True)
-    y = cca(x, *to_attend(encoded, mask))
+    y = cca(x, as_context(encoded, mask))
     for t in range(T):
         gradient, = torch.autograd.grad(y[0, t].sum(), encoded, retain_graph=True)
         reached = gradient[0].abs().sum((-1, -2)) > 0
@@ -174,7 +184,7 @@ def test_chunked_cross_attention_equals_the_papers_equations(length):
     x, encoded = torch.randn(2, length, 16), torch.randn(2, length // C, K * R, 16)
     mask = torch.rand(2, length // C, K * R) < 0.6
     mask[0, 1] = False
-    torch.testing.assert_close(cca(x, *to_attend(encoded, mask)), slow_chunked_cross_attention(cca, x, encoded, mask),
+    torch.testing.assert_close(cca(x, as_context(encoded, mask)), slow_chunked_cross_attention(cca, x, encoded, mask),
                                rtol=1e-4, atol=1e-5)
 
 
@@ -217,6 +227,7 @@ def test_absent_neighbors_and_absent_tokens_carry_no_gradient(options):
     mask[0, 0, 1] = mask[1, 1] = mask[0, 1, 0, C:] = False
     logits, _, embeddings = logits_and_embeddings(make_model(**options), tokens, neighbors, mask)
     gradient, = torch.autograd.grad(logits.square().sum(), embeddings)
+    gradient = gradient.view(*mask.shape, -1)
     assert gradient[~mask].abs().max() == 0
     assert gradient[mask].abs().max() > 0
 
@@ -265,7 +276,7 @@ def test_use_retrieval_false_equals_a_gpt2_of_transformers_with_the_same_weights
         torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)
         targets = torch.cat([tokens[:, 1:], torch.full((2, 1), -1)], dim=1)
         torch.testing.assert_close(ours(tokens, targets)[1], expected.loss, rtol=1e-4, atol=1e-4)
-        retro = RETRO.from_pretrained(str(tmp_path), use_retrieval=True, retrieval_layers=[3],
+        retro = RETRO.from_pretrained(str(tmp_path), **PAPER, use_retrieval=True, retrieval_layers=[3],
                                       retrieval_chunk_size=C).eval()
         torch.testing.assert_close(retro(tokens)[0], expected.logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(retro(tokens, None, neighbors, mask)[0], expected.logits)
@@ -313,8 +324,7 @@ def test_what_matches_is_copied_from_the_first_step_on():
     tokens, neighbors, mask = make_batch(B=1)
     neighbors = torch.full_like(neighbors, V - 1)
     neighbors[0, 1, 1, 1:6] = torch.tensor([*tokens[0, 2 * C - 3:2 * C].tolist(), 7, V - 1])
-    plain = model.transformer.wte(neighbors)
-    y = cca(torch.randn(1, T, 16), *model.to_copy(plain, plain, tokens, neighbors, mask))
+    y = cca(torch.randn(1, T, 16), model.read_neighbors(tokens, neighbors, mask))
     expected = torch.nn.functional.layer_norm(model.transformer.wte.weight[7], (16,))
     torch.testing.assert_close(y[0, 2 * C - 1, 8:], expected[8:], rtol=0.1, atol=0.1)  # the second head
 
@@ -337,11 +347,12 @@ def test_default_retrieval_layers_are_the_papers(n_layer, expected):
 
 def test_residual_projections_start_smaller_the_deeper_the_model():
     torch.manual_seed(0)
-    model = RETRO(RETROConfig(block_size=64, vocab_size=64, n_layer=8, n_head=2, n_embd=64, retrieval_chunk_size=16))
+    model = RETRO(RETROConfig(block_size=64, vocab_size=64, n_layer=8, n_head=2, n_embd=64, retrieval_chunk_size=16,
+                              **PAPER))
     std = {name: p.std().item() for name, p in model.named_parameters()}
     assert std['transformer.h.0.mlp.c_proj.weight'] == pytest.approx(0.02 / 4, rel=0.1)
     assert std['transformer.h.7.cca.attn.c_proj.weight'] == pytest.approx(0.02 / 4, rel=0.1)
-    assert std['encoder.h.0.attn.c_proj.weight'] == pytest.approx(0.02 / 2, rel=0.1)
+    assert std['transformer.h.5.encoder.h.0.attn.c_proj.weight'] == pytest.approx(0.02 / 2, rel=0.1)
     assert std['transformer.h.0.mlp.c_fc.weight'] == pytest.approx(0.02, rel=0.1)
 
 
@@ -357,9 +368,10 @@ def test_optimizer_decays_matrices_alone_and_holds_every_parameter_once():
 def test_flops_per_token_counts_what_the_profiler_counts(use_retrieval):
     """Attention is counted by its shapes; the fused kernel that the profiler knows no count for is left out."""
     from torch.utils.flop_counter import FlopCounterMode
-    model = RETRO(RETROConfig(block_size=128, vocab_size=512, n_layer=2, n_head=2, n_embd=64, bias=False,
-                              use_retrieval=use_retrieval is not False, retrieval_chunk_size=32,
-                              retrieval_layers=[] if use_retrieval is False else [2], **(use_retrieval or {}))).train()
+    model = RETRO(RETROConfig(**PAPER | dict(block_size=128, vocab_size=512, n_layer=2, n_head=2, n_embd=64, bias=False,
+                                             use_retrieval=use_retrieval is not False, retrieval_chunk_size=32,
+                                             retrieval_layers=[] if use_retrieval is False else [2])
+                              | (use_retrieval or {}))).train()
     tokens, neighbors = torch.randint(512, (2, 128)), torch.randint(512, (2, 4, 2, 64))
     given = (neighbors, torch.ones_like(neighbors, dtype=torch.bool)) if use_retrieval is not False else ()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -385,6 +397,13 @@ def test_generate_takes_the_most_likely_token_of_the_full_forward_with_each_comp
     logits, _ = model(tokens, None, neighbors, mask)
     assert tokens.shape == (2, T)
     assert (logits[:, 2:-1].argmax(-1) == tokens[:, 3:]).all()
+
+
+@with_all_options
+@pytest.mark.parametrize('length', [1, 2, 3])
+def test_the_shortest_inputs_have_the_logits_of_the_beginning_of_a_longer_one(options, length):
+    model, (tokens, _, _) = make_model(**options), make_batch()
+    torch.testing.assert_close(model(tokens[:, :length])[0], model(tokens)[0][:, :length])
 
 
 def test_generate_goes_on_beyond_the_block_and_keeps_to_the_grid():
@@ -421,12 +440,44 @@ def test_a_config_that_makes_no_model_is_refused_by_name(changes, said):
         make_model(**changes)
 
 
-def test_a_foreign_checkpoint_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match='no checkpoint'):
-        load_checkpoint(str(tmp_path / 'ckpt.pt'))
-    torch.save({'model_args': dict(n_layer=2, rotary=True), 'model': {}}, tmp_path / 'ckpt.pt')
-    with pytest.raises(ValueError, match='another architecture'):
-        load_checkpoint(str(tmp_path / 'ckpt.pt'))
+def test_the_defaults_of_the_architecture_are_those_of_the_settings():
+    settings, _ = defaults_and_comments()
+    for name, default in vars(RETROConfig(use_retrieval=False)).items():
+        if name not in ('vocab_size', 'use_retrieval'):
+            assert settings[name] == default, name
+
+
+@with_all_options
+def test_a_wrapped_block_computes_the_same(options):
+    """Recomputed in the backward pass, as activation checkpointing does, and sharded, as FSDP does."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    tokens, neighbors, mask = make_batch()
+    mask[0, 0, 1] = False
+    doc_ids = torch.tensor([[7, 7, 8], [9, 9, 9]])
+    gradients = []
+    for wrap in (lambda block: block, checkpoint_wrapper, fully_sharded):
+        model = make_model(**options).train()
+        for number, block in enumerate(model.transformer.h):
+            model.transformer.h[number] = wrap(block)
+        loss = model(tokens, tokens, neighbors, mask, doc_ids)[1]
+        loss.backward()
+        gradients.append({name.replace('_checkpoint_wrapped_module.', ''):
+                          getattr(p.grad, 'full_tensor', lambda p=p: p.grad)() for name, p in model.named_parameters()
+                          if p.grad is not None})
+    for other in gradients[1:]:
+        assert gradients[0].keys() == other.keys()
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradient, other[name], rtol=1e-5, atol=1e-6)
+
+
+def fully_sharded(block):
+    """The block under FSDP2, in this process alone."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    if not dist.is_initialized():
+        dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
+    return fully_shard(block, mesh=dist.init_device_mesh('cpu', (1,)))
 
 
 @pytest.mark.parametrize('options', OPTIONS[:2], ids=['paper', 'copy'])
@@ -465,9 +516,10 @@ def test_encoder_gives_the_same_for_a_neighbor_wherever_it_stands():
     model = make_model()
     _, neighbors, mask = make_batch()
     chunks = torch.randn(2, L, C, 16)
-    encoded = model.encoder(model.transformer.wte(neighbors), mask, chunks).unflatten(2, (K, R))
-    swapped = model.encoder(model.transformer.wte(neighbors.flip(2)), mask, chunks).unflatten(2, (K, R))
-    torch.testing.assert_close(encoded.flip(2), swapped)
+    encoder, mask, chunks = model.transformer.h[1].encoder, mask.flatten(0, 1), chunks.flatten(0, 1)
+    encoded, swapped = (encoder(model.transformer.wte(n.flatten(0, 1)), mask, chunks).unflatten(1, (K, R))
+                        for n in (neighbors, neighbors.flip(2)))
+    torch.testing.assert_close(encoded.flip(1), swapped)
 
 
 def test_chunked_cross_attention_is_one_attention_call(monkeypatch):
@@ -475,5 +527,5 @@ def test_chunked_cross_attention_is_one_attention_call(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention',
                         lambda *a, **k: calls.append(a[0].shape) or attend(*a, **k))
     cca = ChunkedCrossAttention(make_model().config)
-    cca(torch.randn(2, T, 16), *to_attend(torch.randn(2, L, K * R, 16), torch.ones(2, L, K * R, dtype=torch.bool)))
+    cca(torch.randn(2, T, 16), as_context(torch.randn(2, L, K * R, 16), torch.ones(2, L, K * R, dtype=torch.bool)))
     assert calls == [torch.Size([2 * L, 2, C, 8])]
