@@ -39,8 +39,8 @@ def with_continuation(chunks, lengths):
     """
     tokens = np.concatenate([chunks, np.roll(chunks, -1, axis=0)], axis=1)
     tokens[-1, chunks.shape[1]:] = chunks[-1, -1]
-    following = np.append(lengths[1:], 0).astype(lengths.dtype)
-    return tokens, lengths + following
+    next_lengths = np.append(lengths[1:], 0).astype(lengths.dtype)
+    return tokens, lengths + next_lengths
 
 
 def document_hash(source, document_id):

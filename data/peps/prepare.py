@@ -1,6 +1,6 @@
 """
-A second small corpus, of English prose: the Python Enhancement Proposals, from a file with a document {"id", "text"} a
-line. Writes train.parquet, val.parquet and tokenizer.json beside this file.
+A second small corpus, of English prose: the Python Enhancement Proposals, from a file with a document {"id", "text"}
+per line. Writes train.parquet, val.parquet, tokenizer.json and corpus.json beside this file.
 
     python data/peps/prepare.py peps.jsonl.gz
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError, user_errors_as_one_line
+from data.documents import DatasetConfig, load_documents
 from data.python_source.prepare import write_corpus
-from data.stream import DatasetConfig, load_documents
 
 FOLDER = Path(__file__).resolve().parent
 

@@ -1,7 +1,8 @@
 """
 The quickstart's corpus: the Python source that is already on this machine, the standard library and the installed
-packages. Writes train.parquet and val.parquet (columns id, text) and tokenizer.json, a byte-level BPE fitted on the
-train documents, beside this file.
+packages. Writes beside this file train.parquet and val.parquet (columns id, text), tokenizer.json, a byte-level BPE
+fitted on the train documents, and corpus.json, the fingerprint. Another machine or other versions of the packages give
+another corpus, so figures compare only between equal fingerprints.
 
     python data/python_source/prepare.py [--max_mb=40]
 """
@@ -22,15 +23,17 @@ import pyarrow.parquet as pq
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from configurator import UserError, user_errors_as_one_line
+from configurator import UserError, save_atomically, user_errors_as_one_line
 from data.chunking import chunk_document, hash64
+from data.fingerprint import FILE as FINGERPRINT
+from data.fingerprint import fingerprint, write_fingerprint
 from data.tokenizer import END_OF_TEXT, load_tokenizer
 
 FOLDER = Path(__file__).resolve().parent
 VOCABULARY = 8192
-CHUNK_SIZE = 64  # only for what is printed at the end
+CHUNK_SIZE = 64  # for the table that is printed
 VAL_SHARE = 0.02
-# letters with the space, underscore or bracket before them; digits by three; symbols; line ends; indentation
+# letters with a preceding space, underscore or bracket; digits by three; symbols; line ends; indentation
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 TESTS = re.compile(r'(^|/)(tests?|testing|idle_test|conftest\.py|test_[^/]*\.py|[^/]*_tests?\.py)(/|$)')
@@ -40,7 +43,7 @@ GENERATED_NAME = re.compile(r'(_pb2|_pb2_grpc|_parsetab|lextab|yacctab)\.py$')
 
 
 def source_files():
-    """(module path, file) of every Python file that is neither test nor vendored, sorted."""
+    """(module path, file) of every Python file that is neither a test nor vendored, sorted."""
     paths = sysconfig.get_paths()
     found = {}
     for root in (paths['stdlib'], paths['purelib'], paths['platlib']):
@@ -56,12 +59,12 @@ def source_files():
 
 
 def looks_generated(text):
-    """A header that says so, or lines so long that the file is a table."""
+    """Whether a header says so, or the lines are so long that the file is a table."""
     return bool(GENERATED.search(text[:1000])) or len(text) > 100 * (text.count('\n') + 1)
 
 
 def read_documents(max_bytes):
-    """Documents [(id, text)], in an order that mixes the packages, up to max_bytes, and what was left out by reason."""
+    """Documents [(id, text)] up to max_bytes, in an order that mixes the packages; and counts of what was left out."""
     documents, seen, size = [], set(), 0
     left_out = dict(undecodable=0, generated=0, duplicate=0, empty=0)
     files = sorted(source_files(), key=lambda item: hash64('order', item[0]))
@@ -90,7 +93,7 @@ def is_val(name):
 
 
 def train_tokenizer(texts, vocabulary=VOCABULARY):
-    """A byte-level BPE of so many entries, of which the last is the end of text."""
+    """A byte-level BPE with `vocabulary` entries, the last of which is the end of text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(PATTERN), behavior='isolated'),
@@ -103,16 +106,9 @@ def train_tokenizer(texts, vocabulary=VOCABULARY):
     return tokenizer
 
 
-def write(path, save):
-    """Write beside and rename, so that a file is either the old one or the whole new one."""
-    beside = path.with_suffix('.tmp')
-    save(str(beside))
-    beside.replace(path)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--max_mb', type=float, default=40, help='stop at this many MB of source (default: 40)')
+    parser.add_argument('--max_mb', type=float, default=40, help='stop after this many MB of source (default: 40)')
     arguments = parser.parse_args()
     start = time.time()
     documents, left_out = read_documents(arguments.max_mb * 1e6)
@@ -122,25 +118,29 @@ def main():
 
 
 def write_corpus(documents, folder, source):
-    """Write documents [(id, text)] as train.parquet and val.parquet, and tokenizer.json, fitted on the former."""
+    """Write documents [(id, text)] as train.parquet and val.parquet, with their tokenizer.json and corpus.json."""
     split = {'train': [d for d in documents if not is_val(d[0])], 'val': [d for d in documents if is_val(d[0])]}
     if not split['train'] or not split['val']:
         raise UserError(f'{source} {len(split["train"])} train and {len(split["val"])} val documents: ask for more')
     print(f'fitting a tokenizer of {VOCABULARY:,} entries', flush=True)
     fitted = train_tokenizer(text for _, text in split['train'])
-    write(folder / 'tokenizer.json', fitted.save)
+    save_atomically(fitted.save, str(folder / 'tokenizer.json'))
     tokenizer = load_tokenizer(str(folder / 'tokenizer.json'))
 
     print(f'{"":6} {"documents":>10} {"bytes":>12} {"tokens":>12} {"chunks":>9} {"padding":>8}')
-    for name, rows in sorted(split.items(), reverse=True):  # train last: that it is there says that all is
+    (folder / FINGERPRINT).unlink(missing_ok=True)  # it must not name other files than it is of
+    for name, rows in sorted(split.items(), reverse=True):  # train last: make takes it for all of them
         ids, texts = zip(*rows, strict=True)
-        write(folder / f'{name}.parquet', lambda path, i=ids, t=texts: pq.write_table(
-            pa.table({'id': list(i), 'text': list(t)}), path, row_group_size=256))
+        save_atomically(lambda path, i=ids, t=texts: pq.write_table(
+            pa.table({'id': list(i), 'text': list(t)}), path, row_group_size=256), str(folder / f'{name}.parquet'))
         encoded = tokenizer.encode_ordinary_batch(list(texts), num_threads=os.cpu_count())
         lengths = [chunk_document(np.asarray(e), CHUNK_SIZE, tokenizer.eot_token)[1] for e in encoded]
         tokens, chunks = sum(int(n.sum()) for n in lengths), sum(len(n) for n in lengths)
         print(f'{name:6} {len(rows):10,} {sum(len(t.encode()) for t in texts):12,} {tokens:12,} {chunks:9,} '
               f'{1 - tokens / (chunks * CHUNK_SIZE):8.1%}')
+    found = fingerprint(split)
+    write_fingerprint(found, folder)
+    print(f'fingerprint {found["hash"]}')
 
 
 if __name__ == '__main__':
