@@ -22,26 +22,20 @@ class EmbedderInfo:
     dimension: int
 
 
-def pick_device(device):
-    """'auto' is the first GPU, or else the CPU."""
-    import torch
-    return device if device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-
-
 class Embedder:
-    """A sentence embedding model. `fingerprint` is the hash of its weights: the same for copies of it elsewhere."""
+    """A sentence embedding model. `fingerprint` is a hash of its weights, the same for a copy elsewhere."""
 
     def __init__(self, name, device='cpu'):
         import torch
         from sentence_transformers import SentenceTransformer  # takes seconds to import
-        offline = os.path.isdir(name)
+        is_folder = os.path.isdir(name)
         try:
             with quiet('huggingface_hub'), quiet('sentence_transformers'):
-                self.model = SentenceTransformer(name, device=device, local_files_only=offline)
+                self.model = SentenceTransformer(name, device=device, local_files_only=is_folder)
         except Exception as error:  # a hub's refusals come as several unrelated classes
             raise UserError(f'no embedding model {name!r}: it is no folder that holds a SentenceTransformer, and the '
-                            f'hub did not give it ({type(error).__name__}). Fit the offline one with python -m '
-                            f'retrieval.static_embedding CONFIG, or name a model that is there in '
+                            f'hub did not provide it ({type(error).__name__}). Fit the offline one with python -m '
+                            f'retrieval.static_embedding CONFIG, or name an existing model in '
                             f'retrieval_embedding_model') from error
         self.name = name
         self.dimension = self.model.get_embedding_dimension()
@@ -61,7 +55,7 @@ class Embedder:
 
 @contextlib.contextmanager
 def quiet(name):
-    """Hold back a library's warnings while our own error message says what happened."""
+    """Silence a library's warnings: our own error message says what happened."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.CRITICAL)

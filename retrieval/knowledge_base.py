@@ -1,7 +1,7 @@
 """
 The Milvus collection that a model retrieves from. A row is whole: a chunk's id, document, position, embedding, text,
-and its tokens with those of its continuation. The collection's properties say what made it, and in which state it is.
-The only file that talks to Milvus: a local file by Milvus Lite, or any server by its URI.
+and its tokens with those of its continuation. The collection's properties say what made it, and name its revision.
+The only file that talks to Milvus: to a local file through Milvus Lite, or to any server by its URI.
 """
 import json
 import logging
@@ -17,19 +17,19 @@ from configurator import UserError
 
 VERSION = 1  # of the layout of a row
 PROPERTY = 'nanoretro.metadata'
-STATE = 'nanoretro.state'  # property that changes with the rows, and is CHANGING while they do
-CHANGING = 'changing'
+REVISION = 'nanoretro.state'  # property, named so in existing collections: a new value at each change of the rows
+CHANGING = 'changing'  # its value while they change
 FIELDS = ('id', 'doc_id', 'position', 'document', 'text', 'tokens')
 HIT = np.dtype([('id', np.int64), ('doc_id', np.int64), ('score', np.float32)])  # the score is the cosine
-INDEXES = {  # setting: parameters of the build, of a search, and of a search with a filter, which has to look further
+INDEXES = {  # parameters of the build, of a search, and of a filtered search, which has to look further
     'FLAT': ({}, {}, {}),
     'IVF_FLAT': ({'nlist': 1024}, {'nprobe': 16}, {'nprobe': 1024}),
     'HNSW': ({'M': 16, 'efConstruction': 200}, {'ef': 128}, {'ef': 1024}),
     'AUTOINDEX': ({}, {}, {}),
 }
-REQUEST = 2048  # rows, ids or queries of one request: servers take no message over 64 MB
+REQUEST = 2048  # rows, ids or queries per request: servers accept no message over 64 MB
 ANSWER_TIMEOUT = 10  # seconds that a server may take to answer the first call
-RETRIES = 1  # of pymilvus, which says nothing while it retries: who trains must hear of it and wait (retriever.py)
+RETRIES = 1  # by pymilvus, which retries in silence; we wait ourselves, and say so (waiting.py)
 
 
 @dataclass
@@ -46,22 +46,27 @@ class Metadata:
 
 
 class Unreachable(UserError):
-    """No Milvus answers, or it can't serve yet. It may come back."""
+    """No Milvus answers, or it cannot serve yet. It may come back."""
 
 
 def open_knowledge_base(settings, vocabulary_hash, embedder, create=False, address=None):
     """The collection that the settings name, filled or read with their tokenizer, chunk size and embedding model."""
-    metadata = Metadata(settings['tokenizer'], vocabulary_hash, settings['retrieval_chunk_size'], embedder.name,
-                        embedder.fingerprint, embedder.dimension, settings['retrieval_index'])
-    return KnowledgeBase(settings['retrieval_milvus_uri'], settings['retrieval_milvus_token'],
-                         settings['retrieval_collection'], metadata, create, address)
+    metadata = Metadata(settings.tokenizer, vocabulary_hash, settings.retrieval_chunk_size, embedder.name,
+                        embedder.fingerprint, embedder.dimension, settings.retrieval_index)
+    return KnowledgeBase(settings.retrieval_milvus_uri, settings.retrieval_milvus_token,
+                         settings.retrieval_collection, metadata, create, address)
+
+
+def is_local(uri):
+    """Whether a retrieval_milvus_uri is a local file."""
+    return '://' not in uri
 
 
 class KnowledgeBase:
     """
     One collection. `uri` is a path that ends in .db (Milvus Lite) or a server's http(s) address; the token is used
-    and never shown. With `create` a collection that is not there is made, else that is a UserError. A local database
-    that a process serves (local_server.py) is reached at its `address`.
+    and never shown. `create` makes a missing collection, which is a UserError otherwise. A local database that a
+    process serves (local_server.py) is reached at its `address`.
     """
 
     def __init__(self, uri, token, collection, metadata, create=False, address=None):
@@ -69,14 +74,14 @@ class KnowledgeBase:
             raise UserError(f'retrieval_index {metadata.index!r} is not one of {", ".join(INDEXES)}')
         self.uri, self.token, self.collection, self.metadata, self.address = uri, token, collection, metadata, address
         # Milvus Lite keeps a search's parameters in the index, where another thread's search would change them
-        self.searching = nullcontext() if '://' in uri else threading.Lock()
+        self.search_lock = threading.Lock() if is_local(uri) else nullcontext()
         self.client = None
         self.open(create)
 
     def open(self, create=False, timeout=None):
-        """Connect, also anew after the server has been away; within `timeout` seconds, where that is given."""
+        """Connect, or reconnect after the server was unreachable; within `timeout` seconds, if that is given."""
         self.close()
-        longest = 6 * ANSWER_TIMEOUT if self.address else ANSWER_TIMEOUT  # ours yields to all else
+        longest = 6 * ANSWER_TIMEOUT if self.address else ANSWER_TIMEOUT  # the local server runs at low priority
         self.client = connect(self.uri, self.address, self.token, self.collection, create,
                               min(timeout or longest, longest))
         try:
@@ -108,30 +113,30 @@ class KnowledgeBase:
         schema.add_field('embedding', DataType.FLOAT_VECTOR, dim=self.metadata.dimension)
         index = self.client.prepare_index_params()
         index.add_index('embedding', index_type=self.metadata.index, metric_type='IP',
-                        params={'params': INDEXES[self.metadata.index][0]})  # nested: Milvus Lite reads only those
-        self.client.create_collection(self.collection, schema=schema, index_params=index,
-                                      properties={PROPERTY: json.dumps(asdict(self.metadata)), STATE: new_state()})
+                        params={'params': INDEXES[self.metadata.index][0]})  # Milvus Lite reads only nested ones
+        properties = {PROPERTY: json.dumps(asdict(self.metadata)), REVISION: new_revision()}
+        self.client.create_collection(self.collection, schema=schema, index_params=index, properties=properties)
 
     def _properties(self):
         return self.client.describe_collection(self.collection, retry_times=RETRIES).get('properties', {})
 
-    def state(self):
+    def revision(self):
         """
-        A name of what the collection holds at present, for those who remember its answers; None while it is being
-        changed, or where the change was broken off. Only what this class writes changes it.
+        Identifier of the collection's current contents, the key of caches; None while they are changing, or if a
+        change was interrupted. Only what this class writes changes it.
         """
         with self._errors():
-            state = self._properties().get(STATE, CHANGING)
-        return None if state == CHANGING else state
+            revision = self._properties().get(REVISION, CHANGING)
+        return None if revision == CHANGING else revision
 
-    def _set_state(self, state):
-        for _ in range(2):  # Milvus 2.3 writes down what was there before the last alteration
+    def _set_revision(self, revision):
+        for _ in range(2):  # Milvus 2.3 stores the value of the alteration before the last
             with self._errors():
-                self.client.alter_collection_properties(self.collection, properties={STATE: state})
+                self.client.alter_collection_properties(self.collection, properties={REVISION: revision})
 
     def _announce_change(self):
-        if self.state() is not None:
-            self._set_state(CHANGING)
+        if self.revision() is not None:
+            self._set_revision(CHANGING)
 
     def _check_metadata(self):
         found = self._properties().get(PROPERTY)
@@ -139,8 +144,8 @@ class KnowledgeBase:
             raise UserError(f'collection {self.collection!r} in {self.uri} was not made by nanoRETRO: choose another '
                             f'name in retrieval_collection')
         found, wanted = json.loads(found), asdict(self.metadata)
-        same = {'tokenizer', 'embedding_model'}  # names may differ where the hashes agree
-        wrong = [key for key in wanted if key not in same and found.get(key) != wanted[key]]
+        names = {'tokenizer', 'embedding_model'}  # they may differ where the hashes agree
+        wrong = [key for key in wanted if key not in names and found.get(key) != wanted[key]]
         if wrong:
             named = {'vocabulary_hash': 'tokenizer', 'embedding_hash': 'embedding_model'}
             both = '; '.join(f'{named.get(key, key)}: it has {describe(found, key)}, the run {describe(wanted, key)}'
@@ -158,7 +163,7 @@ class KnowledgeBase:
     def rows(self, ids, fields, latest=False):
         """
         {id: row} of those of the ids (n,) that the collection has, each a dict of the fields. With `latest` the
-        answer waits for all that was written up to now, else it may be some seconds old.
+        answer includes all that was written up to now, else it may be some seconds old.
         """
         options = {'consistency_level': 'Strong'} if latest else {}
         found = {}
@@ -170,41 +175,41 @@ class KnowledgeBase:
         return found
 
     def upsert(self, rows):
-        """Add rows, dicts of the collection's fields, in place of those that have the same id. Then flush()."""
+        """Add rows, dicts of the collection's fields; rows with the same id are replaced. Call flush() at the end."""
         for start in range(0, len(rows), REQUEST):
             self._announce_change()
             with self._errors():
                 self.client.upsert(self.collection, rows[start:start + REQUEST])
 
     def delete_from(self, doc_id, position):
-        """Remove a document's rows from a position on. Then flush()."""
+        """Remove a document's rows from a position on. Call flush() at the end."""
         self._announce_change()
         with self._errors():
             self.client.delete(self.collection, filter=f'doc_id == {int(doc_id)} and position >= {int(position)}')
 
     def flush(self):
-        """Write to disk what was changed, and index it. From here on it may be remembered."""
+        """Write the changes to disk, index them, and begin a new revision, which may be cached."""
         with self._errors():
             self.client.flush(self.collection)
-        self._set_state(new_state())
+        self._set_revision(new_revision())
 
-    def search(self, vectors, limit, not_in_documents=(), latest=False):
+    def search(self, vectors, limit, excluded=(), latest=False):
         """
-        The up to `limit` rows nearest to each of the vectors (n, D): (n, limit) of HIT, nearest first, of equally
-        near ones (to 1e-5) the lower id first; a line that is shorter ends in score -inf. None is from a document
-        whose doc_id is in `not_in_documents`. `latest` as in rows().
+        Up to `limit` rows nearest to each of the vectors (n, D): (n, limit) of HIT, nearest first, of equally near
+        ones (to 1e-5) the lower id first; missing ones have score -inf. None is of a document whose doc_id is in
+        `excluded`. `latest` as in rows().
         """
         options = {'consistency_level': 'Strong'} if latest else {}
-        filtered = len(not_in_documents) > 0
-        expression = f'doc_id not in {sorted(int(d) for d in not_in_documents)}' if filtered else ''
-        params = dict(INDEXES[self.metadata.index][1 + filtered])
+        is_filtered = len(excluded) > 0
+        expression = f'doc_id not in {sorted(int(d) for d in excluded)}' if is_filtered else ''
+        params = dict(INDEXES[self.metadata.index][1 + is_filtered])
         if 'ef' in params:
-            params['ef'] = max(params['ef'], limit)  # Milvus refuses to return more rows than it looks at
+            params['ef'] = max(params['ef'], limit)  # Milvus refuses a limit above ef
         found = np.zeros((len(vectors), limit), dtype=HIT)
         found['score'] = -np.inf
         for start in range(0, len(vectors), REQUEST):
             data = list(np.asarray(vectors[start:start + REQUEST], dtype=np.float32))
-            with self._errors(), self.searching:
+            with self._errors(), self.search_lock:
                 answer = self.client.search(self.collection, data=data, anns_field='embedding', limit=limit,
                                             filter=expression, output_fields=['doc_id'],
                                             search_params={'metric_type': 'IP', 'params': params}, retry_times=RETRIES,
@@ -212,8 +217,8 @@ class KnowledgeBase:
             for line, hits in zip(found[start:], answer, strict=False):
                 line['id'][:len(hits)], line['score'][:len(hits)] = hits.ids, hits.distances
                 line['doc_id'][:len(hits)] = [hit['entity']['doc_id'] for hit in hits]
-        # equal texts have equal scores but for rounding, and would come in another order from another server or index
-        order = np.lexsort((found['id'], -found['score'].round(5)))  # by line: the score, then the id
+        # equal texts have equal scores but for rounding, whose order depends on the server and the index
+        order = np.lexsort((found['id'], -found['score'].round(5)))  # by score, then by id
         return np.take_along_axis(found, order, axis=1)
 
     def close(self):
@@ -222,23 +227,22 @@ class KnowledgeBase:
             self.client = None
 
 
-def new_state():
+def new_revision():
     return uuid.uuid4().hex
 
 
 def connect(uri, address, token, collection, create, timeout):
-    """A client. UserError where nothing answers, where it refuses the token, or where there is no local file yet."""
-    local = '://' not in uri
+    """A client. UserError if nothing answers, if the token is refused, or if there is no local file yet."""
     if '@' in uri.partition('://')[2]:
         raise UserError('retrieval_milvus_uri holds a user or a password: give them as user:password in '
-                        'retrieval_milvus_token, or in MILVUS_TOKEN in the environment, where they are kept secret')
-    if local:
+                        'retrieval_milvus_token, or as MILVUS_TOKEN in the environment, where they are kept secret')
+    if is_local(uri):
         check_local_path(uri, collection, create)
     from pymilvus import MilvusClient  # takes a second to import
     for name in ('milvus_lite', 'pymilvus'):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # their tracebacks: our error gives the reason
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # no tracebacks: our error gives the reason
     with milvus_errors(uri, bool(token)):
-        if local and not address:
+        if is_local(uri) and not address:
             return MilvusClient(uri)
         client = MilvusClient(address or uri, token=token, timeout=timeout)
         client.list_collections(timeout=timeout)
@@ -254,13 +258,13 @@ def check_local_path(uri, collection, create):
     try:
         os.makedirs(os.path.dirname(os.path.abspath(uri)), exist_ok=True)
     except OSError as error:
-        raise UserError(f'retrieval_milvus_uri {uri!r} can not be made there ({error.strerror}): name a path in a '
+        raise UserError(f'retrieval_milvus_uri {uri!r} cannot be created there ({error.strerror}): name a path in a '
                         f'folder that you may write to') from error
 
 
 @contextmanager
 def milvus_errors(uri, has_token):
-    """Turn the errors that a user can put right into UserErrors; let the others through."""
+    """Turn the errors that a user can correct into UserErrors; let the others through."""
     try:
         yield
     except UserError:
@@ -269,23 +273,23 @@ def milvus_errors(uri, has_token):
         status = getattr(error.__cause__ or error, 'code', None)
         status = getattr(status() if callable(status) else status, 'name', '')
         if status in ('UNAUTHENTICATED', 'PERMISSION_DENIED'):
-            given = 'the token was refused' if has_token else 'no token was given'
-            raise UserError(f'Milvus at {uri} asks for authentication and {given}: set retrieval_milvus_token, or '
+            reason = 'the token was refused' if has_token else 'no token was given'
+            raise UserError(f'Milvus at {uri} asks for authentication and {reason}: set retrieval_milvus_token, or '
                             f'MILVUS_TOKEN in the environment, to user:password or an API key') from error
         if (status in ('UNAVAILABLE', 'DEADLINE_EXCEEDED') or 'Fail connecting to server' in str(error)
                 or (isinstance(error, ValueError) and 'URL' in str(error))):
-            raise Unreachable(f'no Milvus answers at {uri} ({status or type(error).__name__}): start it, for one with '
+            raise Unreachable(f'no Milvus answers at {uri} ({status or type(error).__name__}): start it, e.g. with '
                               f'docker compose up -d, or correct retrieval_milvus_uri') from error
         if 'Open local milvus failed' in str(error):
-            raise can_not_open(uri) from error
+            raise cannot_open(uri) from error
         from pymilvus.exceptions import MilvusException, ParamError
         if isinstance(error, MilvusException) and not isinstance(error, ParamError):
             raise Unreachable(f'Milvus at {uri} refuses: {error.message}') from error
         raise
 
 
-def can_not_open(path):
-    return UserError(f'Milvus Lite can not open {path}: another process has it open (a local file serves one run at a '
+def cannot_open(path):
+    return UserError(f'Milvus Lite cannot open {path}: another process has it open (a local file serves one run at a '
                      f'time), or it is no Milvus Lite database; wait for that process, or name another '
                      f'retrieval_milvus_uri')
 

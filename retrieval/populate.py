@@ -4,8 +4,8 @@ Fills a collection with the chunks of the train documents:
     python -m retrieval.populate config/quickstart.py
 
 Reading, embedding and inserting run at the same time, the first two in processes of their own. Chunks that the
-collection already has are left as they are, so a second run adds none and one that was interrupted is completed;
-where a document has changed since, its chunks are replaced.
+collection already has are left as they are, so a second run adds none, and completes one that was interrupted. The
+chunks of a document that has changed since are replaced.
 """
 import multiprocessing
 import queue
@@ -15,18 +15,20 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
+from system import pick_device
+
 import numpy as np
 from tqdm import tqdm
 
 from configurator import load_settings, user_errors_as_one_line
-from data.chunking import chunk_document, chunk_hashes, document_hash, with_continuation
-from data.stream import as_dataset_configs, load_documents
+from data.chunking import with_continuation
+from data.documents import as_dataset_configs, chunk, load_documents
 from data.tokenizer import load_tokenizer, vocabulary_hash
-from retrieval.embedding import Embedder, EmbedderInfo, pick_device
+from retrieval.embedding import Embedder, EmbedderInfo
 from retrieval.knowledge_base import open_knowledge_base
 
-BATCH = 2048  # chunks that go from stage to stage together
-AHEAD = 4  # batches that may wait before a stage
+BATCH = 2048  # chunks that pass from stage to stage together
+AHEAD = 4  # batches that may queue before a stage
 
 
 @dataclass
@@ -40,10 +42,10 @@ class Rows:
     tokens: np.ndarray  # (n, 2C) int32: the chunk and its continuation
     length: np.ndarray  # (n,) how many of the tokens are real
 
-    def take(self, which):
-        """The rows at the places `which`, as a Rows."""
-        return Rows(self.id[which], self.doc_id[which], self.position[which], [self.document[i] for i in which],
-                    [self.text[i] for i in which], self.tokens[which], self.length[which])
+    def take(self, indices):
+        """The rows at the indices, as a Rows."""
+        return Rows(self.id[indices], self.doc_id[indices], self.position[indices], [self.document[i] for i in indices],
+                    [self.text[i] for i in indices], self.tokens[indices], self.length[indices])
 
     def to_dicts(self, vectors):
         """The collection's rows, with their embeddings (n, D)."""
@@ -54,19 +56,18 @@ class Rows:
 
 
 def read_batches(documents, tokenizer, chunk_size):
-    """Rows of all the documents, batch after batch."""
+    """Yields Rows of whole documents, batch after batch."""
     parts, size = [], 0
     for document in documents:
-        tokens = document.tokens(tokenizer)
-        if not len(tokens):
+        chunked = chunk(document, tokenizer, chunk_size)
+        if chunked is None:
             continue
-        chunks, lengths = chunk_document(tokens, chunk_size, tokenizer.eot_token)
-        count = len(chunks)
-        together, real = with_continuation(chunks, lengths)
-        texts = [tokenizer.decode(row[:length]) for row, length in zip(chunks.tolist(), lengths.tolist(), strict=True)]
-        parts.append((chunk_hashes(document.source, document.id, 0, count),
-                      np.full(count, document_hash(document.source, document.id), dtype=np.int64),
-                      np.arange(count), [f'{document.source}/{document.id}'[:256]] * count, texts, together, real))
+        count = len(chunked.tokens)
+        tokens, lengths = with_continuation(chunked.tokens, chunked.lengths)
+        texts = [tokenizer.decode(row[:length]) for row, length in
+                 zip(chunked.tokens.tolist(), chunked.lengths.tolist(), strict=True)]
+        parts.append((chunked.chunk_ids, np.full(count, chunked.doc_id, dtype=np.int64), np.arange(count),
+                      [document.name[:256]] * count, texts, tokens, lengths))
         size += count
         if size >= BATCH:
             yield join(parts)
@@ -82,11 +83,11 @@ def join(parts):
 
 
 def read_into(batches, settings):
-    """The reading process: puts (Rows, seconds that they took), and at the end None or what went wrong."""
+    """The reading process: puts (Rows, seconds that they took), and at the end None or the exception."""
     try:
-        tokenizer = load_tokenizer(settings['tokenizer'])
-        documents = load_documents(as_dataset_configs(settings['train_datasets'], 'train_datasets'))
-        reading = read_batches(documents, tokenizer, settings['retrieval_chunk_size'])
+        tokenizer = load_tokenizer(settings.tokenizer)
+        documents = load_documents(as_dataset_configs(settings.train_datasets, 'train_datasets'))
+        reading = read_batches(documents, tokenizer, settings.retrieval_chunk_size)
         while True:
             start = time.perf_counter()
             rows = next(reading, None)
@@ -100,40 +101,40 @@ def read_into(batches, settings):
 
 
 def load_embedder(name, device):
-    """The embedding process keeps its model in a global, to be loaded once."""
+    """In the embedding process: load the model once, into a global."""
     global embedder
     embedder = Embedder(name, device)
     return EmbedderInfo(embedder.name, embedder.fingerprint, embedder.dimension)
 
 
 def embed(texts):
-    """Vectors (n, D), and the seconds that they took."""
+    """In the embedding process: vectors (n, D), and the seconds that they took."""
     start = time.perf_counter()
     return embedder.embed(texts), time.perf_counter() - start
 
 
 def missing_rows(knowledge_base, rows):
     """
-    The rows that the collection lacks or holds with other tokens. Of documents that have changed, the chunks beyond
-    their new end are removed.
+    The rows that the collection lacks or holds with other tokens, and how many documents have changed. Chunks beyond a
+    changed document's new end are removed.
     """
     found = knowledge_base.rows(rows.id, ['tokens'], latest=True)
-    places, changed = [], set()
-    for place, (row_id, length) in enumerate(zip(rows.id.tolist(), rows.length.tolist(), strict=True)):
+    missing, changed = [], set()
+    for i, (row_id, length) in enumerate(zip(rows.id.tolist(), rows.length.tolist(), strict=True)):
         old = found.get(row_id)
-        if old is None or list(old['tokens']) != rows.tokens[place, :length].tolist():
-            places.append(place)
+        if old is None or list(old['tokens']) != rows.tokens[i, :length].tolist():
+            missing.append(i)
             if old is not None:
-                changed.add(int(rows.doc_id[place]))
+                changed.add(int(rows.doc_id[i]))
     for doc_id in changed:
         knowledge_base.delete_from(doc_id, rows.position[rows.doc_id == doc_id].max() + 1)
-    return rows.take(places), len(changed)
+    return rows.take(missing), len(changed)
 
 
 def populate(settings, show_progress):
-    """Fill the collection. Returns what it did: chunks, added, changed documents, and seconds by stage."""
-    tokenizer = load_tokenizer(settings['tokenizer'])
-    as_dataset_configs(settings['train_datasets'], 'train_datasets')  # a wrong one is told before a model is loaded
+    """Fill the collection. Returns counts (chunks, added, changed, before, after) and seconds by stage."""
+    tokenizer = load_tokenizer(settings.tokenizer)
+    as_dataset_configs(settings.train_datasets, 'train_datasets')  # validate before loading a model
     context = multiprocessing.get_context('spawn')
     batches = context.Queue(maxsize=AHEAD)
     reader = context.Process(target=read_into, args=(batches, settings), daemon=True)
@@ -144,13 +145,13 @@ def populate(settings, show_progress):
     progress = tqdm(desc='chunks', unit=' chunks', unit_scale=True, disable=not show_progress)
     knowledge_base = None
     try:
-        first = next_rows(batches, reader)  # a missing corpus is told before a collection is made
-        info = embedders.submit(load_embedder, settings['retrieval_embedding_model'],
-                                pick_device(settings['device'])).result()
+        first = next_rows(batches, reader)  # report a missing corpus before making a collection
+        info = embedders.submit(load_embedder, settings.retrieval_embedding_model,
+                                pick_device(settings.device)).result()
         knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), info, create=True)
         done['before'] = knowledge_base.count()
         start, waiting = time.perf_counter(), deque()
-        progress.reset()  # its rate is of the filling, not of what came before
+        progress.reset()  # its rate excludes the start-up
         rows_and_seconds = first
         while rows_and_seconds or waiting:
             while rows_and_seconds and len(waiting) < AHEAD:
@@ -173,7 +174,7 @@ def populate(settings, show_progress):
             progress.n = done['chunks'] - sum(len(r.id) for r, _ in waiting)
             progress.refresh()
         began = time.perf_counter()
-        if done['added'] or knowledge_base.state() is None:  # the latter: an earlier run was broken off
+        if done['added'] or knowledge_base.revision() is None:  # the latter: an earlier run was interrupted
             knowledge_base.flush()
         seconds['insert'] += time.perf_counter() - began
         seconds['all'] = time.perf_counter() - start
@@ -203,10 +204,10 @@ def next_rows(batches, reader):
 
 def main():
     settings = load_settings(sys.argv[1:])
-    print(f'filling collection {settings["retrieval_collection"]!r}', flush=True)
+    print(f'filling collection {settings.retrieval_collection!r}', flush=True)
     done, seconds = populate(settings, sys.stderr.isatty())
-    print(f'collection {settings["retrieval_collection"]!r} in {settings["retrieval_milvus_uri"]}: '
-          f'{done["after"]:,} chunks, {done["added"]:,} of them written now, {done["changed"]:,} changed documents')
+    print(f'collection {settings.retrieval_collection!r} in {settings.retrieval_milvus_uri}: {done["after"]:,} chunks, '
+          f'{done["added"]:,} of them written now, {done["changed"]:,} changed documents')
     if done['added']:
         rates = {stage: done['added' if stage != 'read' else 'chunks'] / max(seconds[stage], 1e-9) for stage in seconds}
         slowest = max(('read', 'embed', 'insert'), key=seconds.get)

@@ -4,8 +4,8 @@ Fits the offline embedding on the train documents and saves it as an ordinary Se
 
     python -m retrieval.static_embedding config/quickstart.py
 
-Latent semantic analysis (Deerwester et al. 1990): chunks as tf-idf over BPE tokens, reduced by a truncated SVD. That
-projection is linear in the token counts, so the chunk's vector is a sum of one vector a token, which is just what
+Latent semantic analysis (Deerwester et al. 1990): chunks as tf-idf over BPE tokens, reduced by a truncated SVD. The
+projection is linear in the token counts, so a chunk's vector is a sum of one vector per token. That is what
 sentence-transformers' StaticEmbedding computes, at over 10,000 chunks a second on a CPU.
 """
 import json
@@ -17,20 +17,19 @@ import time
 import numpy as np
 
 from configurator import UserError, load_settings, user_errors_as_one_line
-from data.chunking import chunk_document
-from data.stream import as_dataset_configs, load_documents
+from data.documents import as_dataset_configs, chunk, load_documents
 from data.tokenizer import load_tokenizer
 
 DIMENSION = 192
-FIT_CHUNKS = 60_000  # more changes the vectors little and takes longer
+FIT_CHUNKS = 60_000  # more change the vectors little and take longer
 
 
 def count_tokens(chunks, vocabulary, end_of_text):
-    """chunks (N, C) to a sparse matrix of token counts (N, V); end-of-text and padding don't count."""
+    """chunks (N, C) to a sparse matrix of token counts (N, V), without end-of-text and padding."""
     from scipy.sparse import csr_matrix
     rows = np.repeat(np.arange(len(chunks)), chunks.shape[1])
     counts = csr_matrix((np.ones(chunks.size, dtype=np.float32), (rows, chunks.reshape(-1))),
-                        shape=(len(chunks), vocabulary))  # repeated entries are added up
+                        shape=(len(chunks), vocabulary))  # sums repeated entries
     keep = np.ones(vocabulary, dtype=np.float32)
     keep[end_of_text] = 0
     return counts.multiply(keep).tocsr()
@@ -48,17 +47,17 @@ def fit(counts, seed=0):
 
 
 def save(vectors, tokenizer_path, folder):
-    """Write the token vectors (V, D) as a SentenceTransformer folder, beside and renamed."""
+    """Save the token vectors (V, D) as a SentenceTransformer folder, complete or not at all."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
     from tokenizers import Tokenizer
     model = SentenceTransformer(modules=[StaticEmbedding(Tokenizer.from_file(tokenizer_path),
                                                          embedding_weights=vectors), Normalize()], device='cpu')
-    beside = folder.rstrip('/') + '.tmp'
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save(beside, create_model_card=False)
+    tmp_folder = folder.rstrip('/') + '.tmp'
+    shutil.rmtree(tmp_folder, ignore_errors=True)
+    model.save(tmp_folder, create_model_card=False)
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
+    os.replace(tmp_folder, folder)
 
 
 def is_static_embedding(folder):
@@ -71,28 +70,30 @@ def is_static_embedding(folder):
 
 def main():
     settings = load_settings(sys.argv[1:])
-    folder = settings['retrieval_embedding_model']
-    if not settings['tokenizer'].endswith('.json'):
-        raise UserError(f'the static embedding needs a tokenizer.json of this machine, but tokenizer is '
-                        f'{settings["tokenizer"]!r}: use an embedding model of the hub with it')
-    if folder == load_settings([])['retrieval_embedding_model']:
+    folder = settings.retrieval_embedding_model
+    if not settings.tokenizer.endswith('.json'):
+        raise UserError(f'the static embedding needs a local tokenizer.json, but tokenizer is {settings.tokenizer!r}: '
+                        f'use an embedding model of the hub with it')
+    if folder == load_settings([]).retrieval_embedding_model:
         raise UserError(f'retrieval_embedding_model is {folder!r}, a model of the hub: name a folder to save the '
                         f'static embedding in, such as out/static_embedding')
     if os.path.exists(folder) and not is_static_embedding(folder):
-        raise UserError(f'retrieval_embedding_model {folder!r} is there and was not made by this command: name a new '
+        raise UserError(f'retrieval_embedding_model {folder!r} exists and was not made by this command: name a new '
                         f'folder')
     start = time.time()
-    tokenizer = load_tokenizer(settings['tokenizer'])
+    tokenizer = load_tokenizer(settings.tokenizer)
     chunks, total, rng = [], 0, np.random.default_rng(0)
-    for document in load_documents(as_dataset_configs(settings['train_datasets'], 'train_datasets'), rng):
-        chunks.append(chunk_document(document.tokens(tokenizer), settings['retrieval_chunk_size'],
-                                     tokenizer.eot_token)[0])
-        total += len(chunks[-1])
+    for document in load_documents(as_dataset_configs(settings.train_datasets, 'train_datasets'), rng):
+        chunked = chunk(document, tokenizer, settings.retrieval_chunk_size)
+        if chunked is None:
+            continue
+        chunks.append(chunked.tokens)
+        total += len(chunked.tokens)
         if total >= FIT_CHUNKS:
             break
     counts = count_tokens(np.concatenate(chunks), tokenizer.n_vocab, tokenizer.eot_token)
     vectors = fit(counts)
-    save(vectors, settings['tokenizer'], folder)
+    save(vectors, settings.tokenizer, folder)
     print(f'fitted {vectors.shape[0]:,} token vectors of {vectors.shape[1]} dimensions on {len(chunks):,} documents, '
           f'{total:,} chunks: {folder} | {time.time() - start:.0f} s')
 

@@ -1,0 +1,179 @@
+"""
+Runs the streams and the retriever ahead of the training step, in a process of its own: reading, tokenizing, embedding,
+searching and assembling never hold the training process's GIL, and on a shared CPU they yield to it.
+"""
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import threading
+import time
+import traceback
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, islice
+from multiprocessing.pool import RemoteTraceback
+
+import torch
+
+from data.stream import SequenceStream
+from data.tokenizer import load_tokenizer
+from retrieval.local_server import NICENESS
+from retrieval.retriever import open_retriever
+
+
+class Loader:
+    """
+    An iterator of Batches on `device`, over the `streams` one after another: pairs of SequenceStream's arguments and
+    how many batches to take of it (None: without end). Neighbors are fetched for several batches at once, first one,
+    then up to retrieval_prefetch_batches, as a search costs much the same for few chunks as for many; without
+    `retrieve` there are none. As many batches are kept ready, or `keep_ready` if that is more. `say` receives news,
+    such as that Milvus is unreachable. An exception of the process is raised here, with its traceback.
+    """
+
+    def __init__(self, settings, streams, device='cpu', address=None, say=print, retrieve=True, keep_ready=1):
+        self.device, self.say = torch.device(device), say
+        self.waited = 0.0  # seconds that callers waited in all
+        self.size = None  # of the knowledge base, once there was a batch
+        context = multiprocessing.get_context('spawn')
+        self.ready, ready = context.Pipe(duplex=False)
+        self.news, news = context.Pipe(duplex=False)
+        self.process = context.Process(
+            target=run, name='loader', daemon=True,
+            args=(settings, streams, str(device), address, retrieve, keep_ready, ready, news))
+        self.process.start()
+        ready.close()  # our copy of the child's end, so that we see EOF when the child dies
+        news.close()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return self.next()
+
+    def next(self, give_up=lambda: False):
+        """The next batch. While it waits it calls give_up() now and then, and returns None if that is true."""
+        start = time.perf_counter()
+        try:
+            while True:
+                try:
+                    if self.ready.poll(0.2):
+                        item = pickle.loads(self.ready.recv_bytes())
+                        break
+                    has_ended = False
+                except (EOFError, OSError):
+                    self.process.join()
+                    has_ended = True
+                self._pass_on_news()
+                if give_up():
+                    return None
+                if has_ended:
+                    raise RuntimeError(f'the loader process ended with code {self.process.exitcode}')
+        finally:
+            self.waited += time.perf_counter() - start
+        self._pass_on_news()
+        if item is None:
+            raise StopIteration
+        if isinstance(item, Failure):
+            raise item.error from RemoteTraceback(item.text)
+        batch, self.size = item
+        return batch.to(self.device)
+
+    def _pass_on_news(self):
+        try:
+            while self.news.poll():
+                self.say(self.news.recv())
+        except (EOFError, OSError):
+            pass  # the process has ended
+
+    def close(self):
+        """End the process. Ready batches that were not taken are dropped; the stream's state excludes them."""
+        self.ready.close()
+        try:
+            self.process.join(timeout=2)
+        finally:
+            if self.process.is_alive():  # searching or waiting; nothing on disk can be half written
+                self.process.kill()
+                self.process.join()
+            self.news.close()
+
+
+@dataclass
+class Failure:
+    """An exception of the process, and its traceback as text."""
+    error: BaseException
+    text: str
+
+
+def run(settings, streams, device, address, retrieve, keep_ready, ready, news):
+    """The process: sends (Batch, size of the knowledge base), and at the end None, or the Failure that ended it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ignore Ctrl-C: the parent shuts us down
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    outbox = queue.Queue(max(keep_ready, settings.retrieval_prefetch_batches))
+    is_closed = threading.Event()
+    sender = threading.Thread(target=send, args=(outbox, ready, is_closed), daemon=True)
+    sender.start()
+    if device == 'cpu':
+        torch.set_num_threads(1)
+        os.nice(NICENESS)
+    with ExitStack() as cleanup:
+        try:
+            tokenizer = load_tokenizer(settings.tokenizer)
+            # open all streams before reading any, so that an error in one is reported at once
+            opened = [(SequenceStream(tokenizer=tokenizer, **options), count) for options, count in streams]
+            retriever = None
+            if retrieve:
+                retriever = cleanup.enter_context(open_retriever(settings, tokenizer, device, address, news.send))
+            for item in chain(load(opened, retriever, settings.retrieval_prefetch_batches), [None]):
+                if not put(outbox, item, is_closed):
+                    break
+        except BaseException as error:  # next() raises it in the parent
+            put(outbox, Failure(as_picklable(error), traceback.format_exc()), is_closed)
+    sender.join()
+
+
+def load(streams, retriever, most):
+    """Yields (Batch, size of the knowledge base) for the streams' batches, fetching neighbors for up to `most`."""
+    for stream, count in streams:
+        remaining, together = islice(stream, count), 1
+        while batches := list(islice(remaining, together)):
+            for batch in retriever.add_neighbors(batches) if retriever else batches:
+                yield batch, retriever and retriever.size
+            together = min(2 * together, most)
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def put(outbox, item, is_closed):
+    """Queue an item to be sent. False if the receiver has closed."""
+    while not is_closed.is_set():
+        try:
+            outbox.put(item, timeout=0.2)
+            return True
+        except queue.Full:
+            pass
+    return False
+
+
+def send(outbox, ready, is_closed):
+    """A thread: sends the items through the pipe, up to the last one."""
+    try:
+        while True:
+            item = outbox.get()
+            ready.send_bytes(pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL))
+            if item is None or isinstance(item, Failure):
+                return
+    except OSError:  # the other end is closed
+        is_closed.set()
+
+
+def as_picklable(error):
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f'{type(error).__name__}: {error}')

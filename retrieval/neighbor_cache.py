@@ -1,0 +1,96 @@
+"""
+The neighbor cache: what retrieval has fetched, on disk: chunks' hits and rows' tokens, in an LMDB environment. Several
+processes of a node may read and write it at once, and a crash leaves it whole. A second epoch, a resumed run, or a run
+of another model over the same data finds its neighbors here, and neither embeds nor searches.
+
+Entries belong to one revision of one collection: when the collection changes, all of them are dropped. A full cache
+adds nothing more and evicts nothing: an epoch larger than the cache would evict each entry just before it is needed.
+"""
+import contextlib
+import os
+
+import lmdb
+
+from configurator import UserError
+
+VERSION = 1  # of how neighbors are found and stored; what another version stored is dropped
+USABLE = 0.75  # of the file: LMDB writes a page anew before it frees the old one, even to drop entries
+
+
+class NeighborCache:
+    """
+    Byte strings by key, in a file of up to `gigabytes` in the folder, for a collection named by the string
+    `collection`. Entries of different `kinds`, strings, are separate. UserError if the folder cannot be used.
+    """
+
+    def __init__(self, folder, gigabytes, collection, kinds):
+        self.size, self.collection, self.kinds, self.is_full = int(gigabytes * 2**30), collection, kinds, False
+        self.revision, self.databases = None, {}
+        try:
+            os.makedirs(folder, exist_ok=True)
+            self.environment = lmdb.open(folder, map_size=self.size, max_dbs=256, max_readers=1024)
+            self.environment.reader_check()  # killed readers would keep old pages from being reused
+        except (OSError, lmdb.Error) as error:
+            raise UserError(f'retrieval_cache_dir {folder!r} cannot be used ({error}): name a folder on a local disk '
+                            f'that you may write to, or set retrieval_cache_gb to 0') from error
+
+    def use_revision(self, revision):
+        """Read and write entries of this revision, a string, and drop those of others. None: neither read nor write."""
+        if revision == self.revision and (self.databases or revision is None):
+            return
+        self.revision, self.databases, self.is_full = revision, {}, False
+        if revision is None:
+            return
+        prefix = f'{self.collection} | '
+        current = f'{prefix}{VERSION} {revision} '
+        names = []
+        with self._tolerating_others(), self.environment.begin() as reading:
+            names = [bytes(key) for key, _ in reading.cursor()]
+        for name in names:
+            if name.startswith(prefix.encode()) and not name.startswith(current.encode()):
+                with self._tolerating_others(), self.environment.begin(write=True) as writing:
+                    writing.drop(self.environment.open_db(name, writing))
+        with self._tolerating_others():
+            self.databases = {kind: self.environment.open_db(f'{current}{kind}'.encode()) for kind in self.kinds}
+
+    def get(self, kind, keys):
+        """{key: value} of those of the keys that are cached."""
+        if kind in self.databases:
+            with self._tolerating_others(), self.environment.begin(self.databases[kind]) as reading:
+                return dict(reading.cursor().getmulti(keys))
+        return {}
+
+    def put(self, kind, items):
+        """Add (key, value) pairs, all of them, or none if there is no room."""
+        if kind not in self.databases or not items:
+            return
+        with self._tolerating_others(), self.environment.begin(self.databases[kind], write=True) as writing:
+            self.is_full = self._used(writing) > USABLE * self.size
+            if not self.is_full:
+                writing.cursor().putmulti(items)
+
+    def _used(self, transaction):
+        """Bytes that all entries take, other collections' included."""
+        names = [bytes(key) for key, _ in transaction.cursor(self.environment.open_db(None, transaction))]
+        stats = [transaction.stat(self.environment.open_db(name, transaction)) for name in names]
+        return sum(s['psize'] * (s['branch_pages'] + s['leaf_pages'] + s['overflow_pages']) for s in stats)
+
+    @contextlib.contextmanager
+    def _tolerating_others(self):
+        """Tolerate that other runs fill, resize or drop what is shared: lookups miss, additions are skipped."""
+        try:
+            yield
+        except lmdb.MapFullError:
+            self.is_full = True
+        except lmdb.MapResizedError:  # another run has made it larger than this one may fill
+            self.environment.set_mapsize(0)
+        except lmdb.BadDbiError:  # another run saw the collection change first, and dropped these entries
+            self.databases = {}
+
+    def count(self, kind):
+        """Number of entries of a kind."""
+        with self.environment.begin() as reading:
+            return reading.stat(self.databases[kind])['entries'] if kind in self.databases else 0
+
+    def close(self):
+        self.environment.close()
