@@ -1,7 +1,7 @@
 # make quickstart   from an empty machine to a trained RETRO and a sample of it
 # make test         the tests
 # make lint         ruff
-# make clean        remove all that the above made: .venv, the quickstart's corpus, database and run
+# make clean        remove all that these made: .venv, the quickstart's corpus, database and run
 
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -11,7 +11,7 @@ RUN = out/quickstart
 .DELETE_ON_ERROR:
 .PHONY: quickstart test lint clean
 
-# Set-up: one stamp a requirements file, so that a second call does nothing and a changed file is installed.
+# Set-up: one stamp per requirements file, so a second call does nothing and a changed file is installed.
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || { \
 	    $(PYTHON) --version; echo "error: nanoRETRO needs Python 3.10 to 3.12; name one: make PYTHON=python3.12 ..."; exit 2; }
@@ -24,7 +24,7 @@ RUN = out/quickstart
 	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-# The quickstart, step by step; each is done once. An interrupted training goes on from its checkpoint.
+# The quickstart's steps, each done once. An interrupted training resumes from its checkpoint.
 $(CORPUS)/train.parquet: | .venv/installed
 	$(PY) $(CORPUS)/prepare.py
 
@@ -35,12 +35,12 @@ out/populated: out/static_embedding/modules.json
 	$(PY) -m retrieval.populate config/quickstart.py
 	@touch $@
 
-$(RUN)/done: config/quickstart.py out/populated
+$(RUN)/trained: config/quickstart.py out/populated
 	$(PY) train.py config/quickstart.py \
-	    $$(test -e $(RUN)/done -o ! -e $(RUN)/ckpt.pt || echo --init_from=resume)
+	    $$(test -e $(RUN)/trained -o ! -e $(RUN)/checkpoints/latest || echo --init_from=resume)
 	@touch $@
 
-quickstart: $(RUN)/done
+quickstart: $(RUN)/trained
 	@$(PY) sample.py --out_dir=$(RUN) --start=FILE:config/quickstart_prompt.txt --max_new_tokens=96 --show_neighbors
 
 test: .venv/installed-dev
@@ -51,5 +51,5 @@ lint: .venv/installed-dev
 
 clean:
 	rm -rf .venv $(RUN) out/static_embedding out/milvus.db out/populated out/neighbors \
-	    $(CORPUS)/train.parquet $(CORPUS)/val.parquet $(CORPUS)/tokenizer.json .pytest_cache .ruff_cache
+	    $(CORPUS)/train.parquet $(CORPUS)/val.parquet $(CORPUS)/tokenizer.json $(CORPUS)/corpus.json .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

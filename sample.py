@@ -4,20 +4,21 @@ Prompts a trained model, which retrieves live whenever a chunk of its text is co
     python sample.py --out_dir=out/quickstart --start="import numpy" --show_neighbors
     python sample.py --out_dir=out/quickstart --start=FILE:prompt.txt --num_samples=3 --max_new_tokens=200
 
-The checkpoint knows its settings. To reach its knowledge base elsewhere: --retrieval_milvus_uri=..., and MILVUS_TOKEN
-in the environment.
+The checkpoint holds its settings. To reach its knowledge base elsewhere, give --retrieval_milvus_uri=..., and
+MILVUS_TOKEN in the environment.
 """
 import argparse
 import contextlib
+
+import system  # noqa: F401  before torch, whose thread library reads the environment
 
 import numpy as np
 import torch
 
 from configurator import UserError, user_errors_as_one_line
-from evaluation.checkpoint import load_run
-from evaluation.samples import neighbors_of
 from retrieval.knowledge_base import FIELDS
-from retrieval.retriever import Retriever
+from retrieval.retriever import neighbor_function, open_retriever
+from training.checkpoint import load_run
 
 
 def read_start(start):
@@ -28,27 +29,28 @@ def read_start(start):
             with open(path, encoding='utf-8') as file:
                 start = file.read()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f'prompt file {path!r} can not be read ({getattr(error, "strerror", None) or error}): give '
+            raise UserError(f'prompt file {path!r} cannot be read ({getattr(error, "strerror", None) or error}): give '
                             f'--start=FILE: and the path of a text file') from error
         if not start.strip():
             raise UserError(f'prompt file {path!r} is empty: write a prompt into it')
     if not start:
-        raise UserError('--start is empty: give some text to go on from, or FILE: and the path of a text file')
+        raise UserError('--start is empty: give some text to continue, or FILE: and the path of a text file')
     return start
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument('--out_dir', default='out', help='folder of the checkpoint (default: %(default)s)')
-    parser.add_argument('--start', default='\n', help='the prompt, or FILE:path of one (default: a line end)')
-    parser.add_argument('--num_samples', type=int, default=1, help='how many (default: %(default)s)')
-    parser.add_argument('--max_new_tokens', type=int, default=256, help='tokens of each (default: %(default)s)')
-    parser.add_argument('--temperature', type=float, default=0.8, help='0 takes the likeliest (default: %(default)s)')
-    parser.add_argument('--top_k', type=int, default=200, help='choose among so many; 0: all (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=1337, help='of the random choices (default: %(default)s)')
+    parser.add_argument('--out_dir', default='out',
+                        help='out_dir of the run, or the folder of a checkpoint (default: %(default)s)')
+    parser.add_argument('--start', default='\n', help='the prompt, or FILE: and the path of one (default: a line end)')
+    parser.add_argument('--num_samples', type=int, default=1, help='samples to draw (default: %(default)s)')
+    parser.add_argument('--max_new_tokens', type=int, default=256, help='tokens per sample (default: %(default)s)')
+    parser.add_argument('--temperature', type=float, default=0.8, help='0: the likeliest token (default: %(default)s)')
+    parser.add_argument('--top_k', type=int, default=200, help='of the k likeliest; 0: of all (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=1337, help='random seed (default: %(default)s)')
     parser.add_argument('--show_neighbors', action='store_true', help='print what each chunk retrieved')
-    parser.add_argument('--retrieval', choices=('on', 'off'), default='on', help='off: without neighbors')
+    parser.add_argument('--retrieval', choices=('on', 'off'), default='on', help='off: without neighbors (default: on)')
     arguments, overrides = parser.parse_known_args()
     for name, least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0)):
         if getattr(arguments, name) < least:
@@ -60,18 +62,18 @@ def main():
     arguments, overrides = parse_arguments()
     start = read_start(arguments.start)
     settings, tokenizer, model, device = load_run(arguments.out_dir, overrides)
-    settings['retrieval_cache_gb'] = 0.0  # prompts don't come again
-    retriever = Retriever(settings, tokenizer) if model.config.use_retrieval and arguments.retrieval == 'on' else None
-    with contextlib.closing(retriever) if retriever else contextlib.nullcontext():
+    settings = settings.replace(retrieval_cache_gb=0.0)  # prompts are not repeated
+    use_retrieval = model.config.use_retrieval and arguments.retrieval == 'on'
+    with open_retriever(settings, tokenizer) if use_retrieval else contextlib.nullcontext() as retriever:
         sample(arguments, start, model, tokenizer, retriever, device)
 
 
 def sample(arguments, start, model, tokenizer, retriever, device):
     prompt = torch.tensor(tokenizer.encode_ordinary(start), device=device)
     tokens = prompt.repeat(arguments.num_samples, 1)  # (B, T)
-    retrieved = []  # for each chunk the hits of each sample, (B, K)
+    retrieved = []  # by chunk, the hits of each sample, (B, K)
     generator = torch.Generator(device).manual_seed(arguments.seed)
-    tokens = model.generate(tokens, arguments.max_new_tokens, neighbors_of(retriever, device, retrieved),
+    tokens = model.generate(tokens, arguments.max_new_tokens, neighbor_function(retriever, device, retrieved),
                             arguments.temperature, arguments.top_k, tokenizer.eot_token, tokenizer.n_vocab, generator)
     for number, sequence in enumerate(tokens.tolist()):
         new = sequence[len(prompt):]
@@ -84,13 +86,13 @@ def sample(arguments, start, model, tokenizer, retriever, device):
 
 
 def show_neighbors(tokens, retrieved, retriever, config, tokenizer):
-    """Print each complete chunk, and indented below it the neighbors that the text after it was written with."""
+    """Print each complete chunk, and below it the neighbors that the text after it was written with."""
     C = config.retrieval_chunk_size
     print('\n--- what was retrieved')
     if not retrieved:
         print(f'nothing: no chunk of {C} tokens was completed, or retrieval is off')
-    for place, hits in enumerate(retrieved[:len(tokens) // C]):
-        print(f'\nchunk {place + 1}: {one_line(tokenizer.decode(tokens[place * C:(place + 1) * C]))}')
+    for number, hits in enumerate(retrieved[:len(tokens) // C]):
+        print(f'\nchunk {number + 1}: {one_line(tokenizer.decode(tokens[number * C:(number + 1) * C]))}')
         hits = hits[hits['score'] > -np.inf]
         rows = retriever.knowledge_base.rows(hits['id'], FIELDS)
         for rank, hit in enumerate(hits, start=1):

@@ -1,5 +1,5 @@
 # The quickstart on English prose, after data/peps/prepare.py: python train.py config/quickstart.py config/peps.py
-from data.stream import DatasetConfig
+from data.documents import DatasetConfig
 
 out_dir = 'out/peps'
 train_datasets = [DatasetConfig('data/peps/train.parquet')]

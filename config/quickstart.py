@@ -1,5 +1,5 @@
 # A small RETRO on the Python source of this machine: two CPU cores, a few minutes. `make quickstart` runs it.
-from data.stream import DatasetConfig
+from data.documents import DatasetConfig
 
 out_dir = 'out/quickstart'
 eval_interval = 200

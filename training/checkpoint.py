@@ -1,0 +1,264 @@
+"""
+Checkpoints. Each is a folder, whole before the pointer names it, so a run can die at any time:
+
+    out_dir/checkpoints/step-600/model.safetensors   weights, by parameter name
+                                 optimizer.pt        AdamW's state, by parameter name
+                                 rank-0.pt           per rank: position in the data, random state, losses to log
+                                 tokenizer.json      the tokenizer that the model needs
+                                 meta.json           step, architecture, settings
+    out_dir/checkpoints/latest                       the pointer: the name of the newest whole folder
+
+The .pt files hold tensors and plain values, and are loaded with weights_only=True. Commands that use a model take an
+out_dir, or such a folder wherever it was copied to.
+"""
+import glob
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+
+from system import get_rng_state, pick_device, say
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from configurator import UserError, load_settings, write_atomically
+from data.tokenizer import load_tokenizer, vocabulary_hash
+from model import RETRO, RETROConfig
+
+VERSION = 1  # of the layout
+LATEST = 'latest'
+EARLIER_RUN = ('checkpoints', 'ckpt.pt', 'metrics.jsonl', 'loss.png')  # what a new run in the same out_dir sets aside
+MAY_DIFFER = {'dropout', 'retrieval_k_neighbors'}  # fields of RETROConfig that may change after training
+
+
+@dataclass
+class RunState:
+    """Training state beside model and optimizer, as of the last finished step."""
+    step: int = 0
+    best_val_loss: float = math.inf
+    stream: dict | None = None  # position in the training data
+    rng: dict = field(default_factory=get_rng_state)
+    losses: list = field(default_factory=list)  # scalar tensors, of the steps since the last line of metrics.jsonl
+    saved_steps: list = field(default_factory=list)  # of this run's checkpoints, ascending
+
+    def finish_step(self, loss, stream):
+        self.step += 1
+        self.losses.append(loss)
+        self.stream, self.rng = stream, get_rng_state()
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint's folder and its meta.json. The large parts are loaded on demand."""
+    folder: str
+    step: int
+    model: dict  # fields of RETROConfig
+    settings: dict
+    vocabulary_hash: str
+    best_val_loss: float
+    scaler: dict
+    world_size: int
+
+    @property
+    def tokenizer_path(self):
+        return os.path.join(self.folder, 'tokenizer.json')
+
+    def load_model(self, model):
+        """Load the weights into a RETRO. UserError if they are not of its architecture."""
+        with as_user_error(self.folder):
+            weights = load_file(os.path.join(self.folder, 'model.safetensors'))
+            wanted = dict(model.named_parameters())
+            if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in wanted.items()}:
+                raise ValueError('its weights are not those of its architecture')
+            model.load_state_dict(weights, strict=False)  # the tied lm_head is saved once
+
+    def load_optimizer(self, optimizer, model):
+        """Load AdamW's moments. Learning rate, betas and weight decay stay those of the run."""
+        with as_user_error(self.folder):
+            states = torch.load(os.path.join(self.folder, 'optimizer.pt'), map_location='cpu', weights_only=True)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        parameters = itertools.chain(*(group['params'] for group in optimizer.param_groups))
+        numbered = {number: states[names[parameter]] for number, parameter in enumerate(parameters)
+                    if names[parameter] in states}
+        optimizer.load_state_dict(dict(state=numbered, param_groups=optimizer.state_dict()['param_groups']))
+
+    def load_state(self, rank, device):
+        """The RunState to resume from on a rank; with None only what all ranks have in common, to evaluate."""
+        state = RunState(self.step, self.best_val_loss, saved_steps=[self.step])
+        if rank is not None:
+            with as_user_error(self.folder):
+                saved = torch.load(os.path.join(self.folder, f'rank-{rank}.pt'), weights_only=True)
+            state.stream, state.rng = saved['stream'], saved['rng']
+            state.losses = [torch.tensor(loss, device=device) for loss in saved['losses']]
+            state.saved_steps = [step for step in list_steps(os.path.dirname(self.folder)) if step <= self.step]
+        return state
+
+
+def save_checkpoint(settings, ranks, tokenizer, tokenizer_text, model, optimizer, scaler, state):
+    """
+    Write a checkpoint of the RunState's step, point to it, and remove all but the newest settings.keep_checkpoints.
+    All ranks call it, and return when it is complete. A step that has been saved is not saved again.
+    """
+    if state.step in state.saved_steps:
+        return
+    losses = [loss.item() for loss in state.losses]
+    rank_states = ranks.gather(dict(stream=state.stream, rng=state.rng, losses=losses))
+    state.saved_steps.append(state.step)
+    if ranks.is_master:
+        parent = os.path.join(settings.out_dir, 'checkpoints')
+        folder = os.path.join(parent, f'step-{state.step}')
+        tmp_folder = f'{folder}.tmp'
+        for leftover in glob.glob(f'{glob.escape(parent)}/step-*.tmp'):  # of a run that was killed while saving
+            shutil.rmtree(leftover, ignore_errors=True)
+        os.makedirs(tmp_folder)
+        parameters = dict(model.named_parameters())
+        save_file({name: p.detach() for name, p in parameters.items()}, f'{tmp_folder}/model.safetensors')
+        torch.save({name: optimizer.state[p] for name, p in parameters.items() if p in optimizer.state},
+                   f'{tmp_folder}/optimizer.pt')
+        for rank, rank_state in enumerate(rank_states):
+            torch.save(rank_state, f'{tmp_folder}/rank-{rank}.pt')
+        write_atomically(tokenizer_text, f'{tmp_folder}/tokenizer.json')
+        meta = dict(version=VERSION, step=state.step, model=asdict(model.config), settings=settings.without_secrets(),
+                    vocabulary_hash=vocabulary_hash(tokenizer), scaler=scaler.state_dict(), world_size=ranks.world_size,
+                    best_val_loss=state.best_val_loss if math.isfinite(state.best_val_loss) else None)
+        write_atomically(json.dumps(meta, indent=1) + '\n', f'{tmp_folder}/meta.json')
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed before it updated the pointer
+        os.replace(tmp_folder, folder)
+        write_atomically(f'step-{state.step}\n', os.path.join(parent, LATEST))
+        if settings.keep_checkpoints:
+            remove_checkpoints(parent, state.step, keep=state.saved_steps[-settings.keep_checkpoints:])
+    ranks.barrier()  # torchrun kills all ranks when one exits
+
+
+def remove_checkpoints(parent, step, keep):
+    """Remove the checkpoints up to a step that are not among those to keep. Later steps have not been reached again."""
+    for old in list_steps(parent):
+        if old <= step and old not in keep:
+            folder = os.path.join(parent, f'step-{old}')
+            try:
+                os.replace(folder, f'{folder}.tmp')  # a folder without .tmp is always whole
+                shutil.rmtree(f'{folder}.tmp')
+            except OSError as error:  # the new checkpoint is complete: no reason to end the run
+                say(f'could not remove the old checkpoint {folder} ({error})')
+
+
+def list_steps(parent):
+    """The steps of the checkpoints in a folder, ascending."""
+    found = [re.fullmatch(r'step-(\d+)', name) for name in os.listdir(parent)]
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def find_checkpoint(out_dir, for_resume=False):
+    """
+    The folder of the newest checkpoint in out_dir, or, unless for_resume, out_dir if it is one itself. UserError if
+    there is none.
+    """
+    if os.path.isfile(os.path.join(out_dir, 'meta.json')):
+        if for_resume:
+            raise UserError(f'out_dir {out_dir!r} is the folder of a checkpoint, and a run resumes in the out_dir that '
+                            f'holds checkpoints/: name that one')
+        return out_dir
+    pointer = os.path.join(out_dir, 'checkpoints', LATEST)
+    if not os.path.isfile(pointer):
+        if os.path.isfile(os.path.join(out_dir, 'ckpt.pt')):
+            raise UserError(f'{os.path.join(out_dir, "ckpt.pt")!r} is a checkpoint of an earlier version of nanoRETRO, '
+                            f'which this one cannot read: train again, or use the version that made it')
+        raise UserError(f'no checkpoint in {out_dir!r}: train first, or name the out_dir of a trained run')
+    with open(pointer, encoding='utf-8') as file:
+        name = file.read().strip()
+    folder = os.path.join(out_dir, 'checkpoints', name)
+    if not re.fullmatch(r'step-\d+', name) or not os.path.isfile(os.path.join(folder, 'meta.json')):
+        raise UserError(f'{pointer!r} names {name!r}, which is no checkpoint: write the name of another folder beside '
+                        f'it into that file; there are steps {list_steps(os.path.dirname(pointer))}')
+    return folder
+
+
+def load_checkpoint(out_dir, for_resume=False):
+    """The Checkpoint that find_checkpoint finds. UserError if there is none, or if it is something else."""
+    folder = find_checkpoint(out_dir, for_resume)
+    with as_user_error(folder):
+        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
+            meta = json.load(file)
+        if meta.pop('version') != VERSION:
+            raise ValueError('its layout is of another version')
+        if meta['best_val_loss'] is None:
+            meta['best_val_loss'] = math.inf
+        RETROConfig(**meta['model'])
+        return Checkpoint(folder, **meta)
+
+
+class as_user_error:
+    """Turn whatever a damaged or foreign checkpoint raises into a UserError."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, _, error, __):
+        if isinstance(error, Exception):
+            raise UserError(f'{self.folder!r} is of another architecture, damaged, or no checkpoint of nanoRETRO '
+                            f'({type(error).__name__}: {str(error)[:300]}): name the out_dir of a run of train.py'
+                            ) from error
+
+
+def check_resumable(checkpoint, config, tokenizer, world_size):
+    """UserError if a run of this RETROConfig, tokenizer and number of processes cannot go on from the Checkpoint."""
+    saved = checkpoint.model | {'vocabulary': checkpoint.vocabulary_hash}
+    wanted = asdict(config) | {'vocabulary': vocabulary_hash(tokenizer)}
+    differing = [f'{key}: it has {saved.get(key)!r}, the run {wanted[key]!r}' for key in wanted
+                 if key not in MAY_DIFFER and saved.get(key) != wanted[key]]
+    if differing:
+        raise UserError(f'the checkpoint {checkpoint.folder!r} is of another architecture ({"; ".join(differing)}): '
+                        f'resume with the settings that made it, or start another out_dir')
+    if checkpoint.world_size != world_size:
+        raise UserError(f'the checkpoint {checkpoint.folder!r} was made by {checkpoint.world_size} processes, and '
+                        f'there are {world_size}: resume with as many')
+
+
+def load_run(out_dir, overrides=()):
+    """
+    The Settings, tokenizer, model in evaluation mode and device of a trained run: what sampling and evaluating start
+    from. `overrides` (--key=value) change its settings, but not its architecture. UserError if there is no such run.
+    """
+    checkpoint = load_checkpoint(out_dir)
+    settings = load_settings(overrides, given=checkpoint.settings)
+    fixed = (checkpoint.model.keys() | {'tokenizer'}) - MAY_DIFFER
+    changed = [key for key in sorted(fixed) if key in checkpoint.settings
+               and getattr(settings, key) != checkpoint.settings[key]]
+    if changed:
+        raise UserError(f'{", ".join(changed)} cannot be changed after training: leave it out')
+    device = pick_device(settings.device)
+    with as_user_error(checkpoint.folder):
+        tokenizer = load_tokenizer(checkpoint.tokenizer_path)
+        if vocabulary_hash(tokenizer) != checkpoint.vocabulary_hash:
+            raise ValueError('its tokenizer.json is not the one that it was trained with')
+    model = RETRO(RETROConfig(**checkpoint.model))
+    checkpoint.load_model(model)
+    return settings, tokenizer, model.eval().to(device), device
+
+
+def check_writable(out_dir):
+    """UserError if out_dir cannot be written. It is not made yet."""
+    existing = os.path.abspath(out_dir)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
+        raise UserError(f'out_dir {out_dir!r} cannot be written ({existing} is not a writable folder): name another')
+
+
+def set_earlier_run_aside(out_dir):
+    """Move what an earlier run left in out_dir into a folder of its own. Returns that folder, or None."""
+    earlier = [name for name in EARLIER_RUN if os.path.exists(os.path.join(out_dir, name))]
+    if not earlier:
+        return None
+    folder = next(name for name in (f'{out_dir}/previous-{n}' for n in itertools.count(1)) if not os.path.exists(name))
+    os.makedirs(folder)
+    for name in earlier:
+        os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
+    return folder

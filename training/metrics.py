@@ -1,0 +1,148 @@
+"""
+What a run reports: metrics.jsonl, Weights & Biases, the plot of the loss curves, and the table at the end.
+"""
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from system import peak_flops, say
+
+import torch
+
+from configurator import save_atomically, write_atomically
+
+
+@dataclass
+class Interval:
+    """What happened since the last line of metrics.jsonl."""
+    first_step: int
+    waited_before: float  # seconds that the loader was waited for until then
+    started: float = field(default_factory=time.perf_counter)
+    paused: float = 0.0  # seconds for evaluations
+    counts: Counter = field(default_factory=Counter)  # of chunks, by how their neighbors were found
+
+
+class Metrics:
+    """
+    Reports a run on the terminal, in metrics.jsonl, and to wandb if wandb_log is set. All ranks call it and the master
+    reports. `cleanup`, an ExitStack, finishes the wandb run.
+    """
+
+    def __init__(self, settings, ranks, model, precision, bar, cleanup):
+        self.settings, self.ranks, self.model, self.bar = settings, ranks, model, bar
+        self.path, self.wandb_run = metrics_path(settings.out_dir), None
+        if ranks.is_master:
+            self.peak_flops = peak_flops(ranks.device, precision) * ranks.world_size
+        if ranks.is_master and settings.wandb_log:
+            import wandb  # takes a second to import
+            self.wandb_run = wandb.init(project=settings.wandb_project, name=settings.wandb_run_name,
+                                        config=settings.without_secrets())
+            cleanup.callback(self.wandb_run.finish)
+
+    def log(self, step, **values):
+        """Append a line to metrics.jsonl, and log it to wandb. Writes nothing with eval_only."""
+        if self.settings.eval_only:
+            return
+        line = dict(iter=step, tokens=step * tokens_per_step(self.settings), **values)
+        with open(self.path, 'a', encoding='utf-8') as file:
+            file.write(json.dumps(line) + '\n')
+        if self.wandb_run:
+            self.wandb_run.log(line, step=step)
+
+    def log_evaluation(self, step, values):
+        if self.ranks.is_master:
+            say(f'step {step}: ' + ', '.join(f'{key} {value:.4f}' for key, value in values.items()))
+            self.log(step, **values)
+
+    def log_steps(self, state, interval, lr, waited):
+        """The steps of the Interval; `waited` is the loader's total."""
+        # reading the loss waits for the device, so it comes before the clock
+        loss = self.ranks.sum(torch.stack(state.losses).mean().cpu().double()).item() / self.ranks.world_size
+        seconds = time.perf_counter() - interval.started - interval.paused
+        counts = self.ranks.sum(torch.tensor(list(interval.counts.values()))).tolist()
+        if not self.ranks.is_master:
+            return
+        rate = tokens_per_step(self.settings) * (state.step - interval.first_step) / seconds
+        waited, mfu = waited - interval.waited_before, self.model.estimate_mfu(rate, self.peak_flops)
+        self.log(state.step, loss=loss, lr=lr, tokens_per_s=rate, retrieval_wait_s=waited, mfu=mfu,
+                 **{f'chunks_{name}': count for name, count in zip(interval.counts, counts, strict=True)})
+        self.bar.set_postfix_str(f'loss {loss:.3f}, {rate:,.0f} tokens/s, waited {waited:.1f} s')
+        if self.bar.disable:
+            say(f'step {state.step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tokens/s, mfu {mfu:.1%}, waited for '
+                f'retrieval {waited:.2f} s')
+
+    def log_table(self, name, columns, rows, step):
+        """Log a table to wandb only."""
+        import wandb
+        self.wandb_run.log({name: wandb.Table(columns, rows)}, step=step)
+
+
+def tokens_per_step(settings):
+    return settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
+
+
+def metrics_path(out_dir):
+    return os.path.join(out_dir, 'metrics.jsonl')
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl, as dicts. A run may be writing the last one."""
+    with open(path, encoding='utf-8') as file:
+        return [json.loads(line) for line in file if line.endswith('}\n')]
+
+
+def drop_metrics_after(path, step):
+    """Remove the lines after a step: a resumed run writes them anew."""
+    if os.path.exists(path):
+        kept = [line for line in read_metrics(path) if line['iter'] <= step]
+        write_atomically(''.join(json.dumps(line) + '\n' for line in kept), path)
+
+
+def summary(path, corpus):
+    """The final results of a run as a table, from its metrics.jsonl; `corpus` names what it was trained on."""
+    lines = read_metrics(path)
+    last = [line for line in lines if 'val_bpb_off' in line][-1]
+    steps = [line for line in lines if 'loss' in line]
+    rows = [('corpus', corpus), ('steps', f'{last["iter"]:,}'), ('tokens', f'{last["tokens"]:,}')]
+    if 'val_bpb_on' in last:
+        gain = 1 - last['val_bpb_on'] / last['val_bpb_off']
+        rows += [('val bpb, retrieval on', f'{last["val_bpb_on"]:.4f}'),
+                 ('val bpb, retrieval off', f'{last["val_bpb_off"]:.4f}'), ('on is below off by', f'{gain:.2%}')]
+    else:
+        rows += [('val bpb', f'{last["val_bpb_off"]:.4f}')]
+    if steps:
+        rows += [('training rate, tokens/s', f'{sorted(s["tokens_per_s"] for s in steps)[len(steps) // 2]:,.0f}'),
+                 ('waited for retrieval, s', f'{sum(s["retrieval_wait_s"] for s in steps):.1f}')]
+    return '\n'.join(f'{name:<26} {value:>12}' for name, value in rows)
+
+
+def plot_metrics(path, plot_path):
+    """Plot the loss curves of a metrics.jsonl as a PNG."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    lines = read_metrics(path)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
+    steps = [line for line in lines if 'loss' in line]
+    left.plot([line['iter'] for line in steps], [line['loss'] for line in steps], lw=1, color='0.5', label='train loss')
+    left.set(xlabel='step', ylabel='nats per token')
+    right.margins(y=0.12)
+    style = {'off': 'o-', 'on': 'o--'}  # on is drawn over off, and may coincide with it
+    for key, label, color in (('off', 'retrieval off', 'tab:orange'), ('on', 'retrieval on', 'tab:blue')):
+        points = [line for line in lines if f'val_bpb_{key}' in line]
+        left.plot([p['iter'] for p in points], [p[f'val_loss_{key}'] for p in points], style[key], ms=3, color=color,
+                  label=f'val loss, {label}')
+        right.plot([p['iter'] for p in points], [p[f'val_bpb_{key}'] for p in points], style[key], ms=3, color=color,
+                   label=f'val, {label}')
+        if points:
+            right.annotate(f'{points[-1][f"val_bpb_{key}"]:.3f}', (points[-1]['iter'], points[-1][f'val_bpb_{key}']),
+                           textcoords='offset points', xytext=(-4, 8 if key == 'off' else -14), ha='right', color=color)
+    right.set(xlabel='step', ylabel='bits per byte')
+    for axes in (left, right):
+        axes.legend(frameon=False)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(alpha=0.25)
+    save_atomically(lambda tmp_path: figure.savefig(tmp_path, dpi=130, format='png'), plot_path)
+    plt.close(figure)
