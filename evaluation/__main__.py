@@ -1,50 +1,58 @@
 """
 Evaluates a trained model on its val documents, or on any text: bits per byte with retrieval on and off and beside a
-GPT, what is left of the gain where nothing can be copied, and where in the text retrieval helps.
+GPT, what remains of the gain where nothing can be copied, and where in the text retrieval helps.
 
     python -m evaluation --out_dir=out/quickstart
     python -m evaluation --out_dir=out/quickstart --baseline=out/gpt --max_tokens=1000000
     python -m evaluation --out_dir=out/quickstart --data=my/documents.jsonl --results=out/mine
 
-Writes evaluation.json, leakage.png, similarity.png and report.html into out_dir. The checkpoint knows its settings; any
-of them can be given anew, such as --retrieval_milvus_uri=... or --multiple_choice_benchmarks="['LogiQA']".
+Writes evaluation.json, leakage.png, similarity.png and report.html into out_dir. The checkpoint holds its settings; any
+of them can be overridden, e.g. --retrieval_milvus_uri=... or --multiple_choice_benchmarks="['LogiQA']".
 """
 import argparse
 import json
 import os
-import sys
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
+
+from system import autocast, keep_freed_memory, pick_dtype
 
 import numpy as np
 
-from configurator import UserError, is_secret, save_atomically, user_errors_as_one_line
-from data.stream import Document, as_dataset_configs, load_documents
+from configurator import (
+    UserError,
+    drop_secrets_from_argv,
+    save_atomically,
+    user_errors_as_one_line,
+    write_atomically,
+)
+from data.documents import Document, as_dataset_configs, load_documents
+from data.fingerprint import describe_corpus
 from data.tokenizer import vocabulary_hash
-from evaluation.checkpoint import load_run
 from evaluation.figures import plot_overlap, plot_similarity, summarize, table
 from evaluation.losses import chunk_bytes, evaluate_corpus, read_corpus
 from evaluation.report import choose_passages, write_report
-from model import autocast, keep_freed_memory, pick_dtype
-from retrieval.local_server import local_server
-from retrieval.retriever import Retriever
+from retrieval.retriever import open_retriever
+from training.checkpoint import load_run
+from training.metrics import metrics_path
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(prog='python -m evaluation', description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out_dir', default='out', help='folder of the checkpoint (default: %(default)s)')
+    parser.add_argument('--out_dir', default='out',
+                        help='out_dir of the run, or the folder of a checkpoint (default: %(default)s)')
     parser.add_argument('--data', action='append', metavar='FILE',
-                        help='text to evaluate on: .jsonl, .parquet, .txt, ...; may be given several times (default: '
-                             'the val_datasets of the run)')
+                        help='text to evaluate on: .jsonl, .parquet, .txt, ...; can be repeated (default: the '
+                             'val_datasets of the run)')
     parser.add_argument('--baseline', metavar='OUT_DIR', help='a GPT of the same decoder to compare with')
     parser.add_argument('--retrieval', choices=('on', 'off'),
-                        help='off: only without neighbors (default: on and off, where the model has retrieval)')
+                        help='off: only without neighbors (default: on and off, if the model has retrieval)')
     parser.add_argument('--max_tokens', type=int, default=200_000,
-                        help='tokens to evaluate, of documents in a shuffled order; 0: all (default: %(default)s)')
+                        help='tokens to evaluate, of shuffled documents; 0: all (default: %(default)s)')
     parser.add_argument('--passages', type=int, default=12,
-                        help='passages that the report shows, of each kind (default: %(default)s)')
-    parser.add_argument('--results', metavar='DIR', help='where the results are written (default: out_dir)')
+                        help='passages of each kind that the report shows (default: %(default)s)')
+    parser.add_argument('--results', metavar='DIR', help='folder for the results (default: out_dir)')
     arguments, overrides = parser.parse_known_args()
     for name in ('max_tokens', 'passages'):
         if getattr(arguments, name) < 0:
@@ -57,59 +65,56 @@ def main(cleanup):
     settings, tokenizer, model, device = load_run(arguments.out_dir, overrides)
     use_retrieval = model.config.use_retrieval and arguments.retrieval != 'off'
     if arguments.retrieval == 'on' and not use_retrieval:
-        raise UserError(f'the model in {arguments.out_dir!r} was trained without retrieval: leave --retrieval=on out, '
-                        f'or name the out_dir of a RETRO')
+        raise UserError(f'the model in {arguments.out_dir!r} was trained without retrieval: leave out '
+                        f'--retrieval=on, or name the out_dir of a RETRO')
     baseline = None
     if arguments.baseline:
         baseline = load_run(arguments.baseline, [o for o in overrides if o.startswith(('--device=', '--dtype='))])
     benchmarks = []
-    if settings['multiple_choice_benchmarks']:
+    if settings.multiple_choice_benchmarks:
         from evaluation.benchmarks import prepare_benchmarks  # imports DeepEval, which takes seconds
-        benchmarks = prepare_benchmarks(settings['multiple_choice_benchmarks'], settings['benchmark_data_dir'])
-    try:
-        context = autocast(pick_dtype(settings['dtype'], device), device)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if settings['batch_size'] < 1:
-        raise UserError(f'batch_size must be at least 1, but is {settings["batch_size"]}')
-    # a file that the run knows keeps its name there: its documents must not be handed to themselves
+        benchmarks = prepare_benchmarks(settings.multiple_choice_benchmarks, settings.benchmark_data_dir)
+    context = autocast(pick_dtype(settings.dtype, device), device)
+    if settings.batch_size < 1:
+        raise UserError(f'batch_size must be at least 1, but is {settings.batch_size}')
+    # a file that the run knows keeps its source, or the leak rule would not recognize its documents
     known = {config.path: config for name in ('train_datasets', 'val_datasets')
-             for config in as_dataset_configs(settings[name], name)}
-    configs = as_dataset_configs([known.get(path, path) for path in arguments.data or []] or settings['val_datasets'],
+             for config in as_dataset_configs(getattr(settings, name), name)}
+    configs = as_dataset_configs([known.get(path, path) for path in arguments.data or []] or settings.val_datasets,
                                  '--data')
     results = arguments.results or arguments.out_dir
     try:
         os.makedirs(results, exist_ok=True)
     except OSError as error:
-        raise UserError(f'--results {results!r} can not be written ({error.strerror}): name another folder') from error
+        raise UserError(f'--results {results!r} cannot be written ({error.strerror}): name another folder') from error
     if not os.access(results, os.W_OK):
-        raise UserError(f'--results {results!r} can not be written: name another folder')
+        raise UserError(f'--results {results!r} cannot be written: name another folder')
     documents = load_documents(configs, np.random.default_rng(0))
-    corpus = read_corpus(documents, tokenizer, settings['retrieval_chunk_size'], arguments.max_tokens)
-    retriever = open_retriever(settings, tokenizer, device, cleanup) if use_retrieval else None
+    corpus = read_corpus(documents, tokenizer, settings.retrieval_chunk_size, arguments.max_tokens)
+    retriever = cleanup.enter_context(open_retriever(settings, tokenizer, device)) if use_retrieval else None
 
     keep_freed_memory()
     started = time.perf_counter()
-    nats, retrieved = evaluate_corpus(model, corpus, settings['batch_size'], device, context, retriever)
+    nats, retrieved = evaluate_corpus(model, corpus, settings.batch_size, device, context, retriever)
     report = dict(out_dir=arguments.out_dir, data=', '.join(config.path for config in configs),
-                  baseline=arguments.baseline, notes=[])
-    apart = {}
+                  corpus=describe_corpus(configs), baseline=arguments.baseline, notes=[])
+    separate = {}
     if baseline:
         if baseline[2].config.use_retrieval:
             report['notes'].append(f'{arguments.baseline} is a RETRO, and was evaluated without retrieval')
-        aligned, apart = evaluate_baseline(baseline, corpus, tokenizer)
+        aligned, separate = evaluate_baseline(baseline, corpus, tokenizer)
         nats |= aligned
-    report |= summarize(corpus, chunk_bytes(corpus, tokenizer), nats, retrieved) | apart
-    if apart:
+    report |= summarize(corpus, chunk_bytes(corpus, tokenizer), nats, retrieved) | separate
+    if separate:
         report['notes'].append(f'{arguments.baseline} has another tokenizer or chunk size: bits per byte and '
-                               f'perplexity a word compare, losses and perplexities a token do not')
+                               f'perplexity per word compare, losses and perplexities per token do not')
     report['benchmarks'] = {}
     for benchmark in benchmarks:
         report['benchmarks'][benchmark.name] = benchmark.run(model, tokenizer, device, context, retriever,
-                                                             settings['batch_size'], show_progress=True)
+                                                             settings.batch_size, show_progress=True)
     report['seconds'] = time.perf_counter() - started
 
-    save_atomically(lambda path: write_json(report, path), f'{results}/evaluation.json')
+    write_atomically(json.dumps(report, indent=1), f'{results}/evaluation.json')
     written = ['evaluation.json']
     if retrieved:
         for name, plot in (('leakage.png', plot_overlap), ('similarity.png', plot_similarity)):
@@ -117,47 +122,38 @@ def main(cleanup):
             written.append(name)
     passages = choose_passages(corpus, nats, retrieved, arguments.passages) if retrieved else []
     write_report(f'{results}/report.html', report, passages, corpus, nats, retrieved, retriever, tokenizer,
-                 f'{arguments.out_dir}/metrics.jsonl')
+                 metrics_path(arguments.out_dir))
     print(f'{table(report)}\n\n{", ".join(written)} and report.html are in {results}')
-    if settings['wandb_log']:
+    if settings.wandb_log:
         log_to_wandb(settings, report, results, [*written, 'report.html'])
-
-
-def open_retriever(settings, tokenizer, device, cleanup):
-    """A Retriever, with a local database served by a process of its own."""
-    address = None
-    if '://' not in settings['retrieval_milvus_uri']:
-        address, _ = cleanup.enter_context(local_server(settings['retrieval_milvus_uri'],
-                                                        settings['retrieval_collection']))
-    return cleanup.enter_context(closing(Retriever(settings, tokenizer, device, address)))
 
 
 def evaluate_baseline(run, corpus, tokenizer):
     """
-    The nats of another run's model on the corpus, by arm 'baseline'; or, where its tokens or chunks are others, none,
-    and its figures on the same documents.
+    The nats of another run's model on the corpus, as {'baseline': (N, C)}, and {}. If it has another tokenizer or chunk
+    size, {} and its figures on the same documents.
     """
-    settings, own_tokenizer, model, device = run
-    context = autocast(pick_dtype(settings['dtype'], device), device)
-    same = (vocabulary_hash(own_tokenizer) == vocabulary_hash(tokenizer)
-            and settings['retrieval_chunk_size'] == corpus.chunks.shape[1])
-    if not same:
+    settings, baseline_tokenizer, model, device = run
+    context = autocast(pick_dtype(settings.dtype, device), device)
+    is_aligned = (vocabulary_hash(baseline_tokenizer) == vocabulary_hash(tokenizer)
+                  and settings.retrieval_chunk_size == corpus.chunks.shape[1])
+    if not is_aligned:
         documents = [Document(*name.split('/', 1), text) for name, text in zip(corpus.names, corpus.texts, strict=True)]
-        corpus = read_corpus(documents, own_tokenizer, settings['retrieval_chunk_size'])
-    nats, _ = evaluate_corpus(model, corpus, settings['batch_size'], device, context, label='evaluating the baseline')
+        corpus = read_corpus(documents, baseline_tokenizer, settings.retrieval_chunk_size)
+    nats, _ = evaluate_corpus(model, corpus, settings.batch_size, device, context, label='evaluating the baseline')
     nats = {'baseline': nats['off']}
-    if same:
+    if is_aligned:
         return nats, {}
-    figures = summarize(corpus, chunk_bytes(corpus, own_tokenizer), nats)
+    figures = summarize(corpus, chunk_bytes(corpus, baseline_tokenizer), nats)
     return {}, {key: figures[key] for key in ('bpb_baseline', 'bpb_baseline_interval', 'word_perplexity_baseline')}
 
 
 def log_to_wandb(settings, report, folder, names):
-    """The figures, the plots, and all files as an artifact, as a run of its own beside the training's."""
+    """Log the figures, the plots, and all files as an artifact, as a run of its own beside the training's."""
     import wandb
-    sys.argv = [a for a in sys.argv if not is_secret(a.partition('=')[0])]  # wandb would log it
-    with wandb.init(project=settings['wandb_project'], name=f'{settings["wandb_run_name"]} evaluation',
-                    job_type='evaluation', config=dict(out_dir=report['out_dir'], data=report['data'])) as run:
+    drop_secrets_from_argv()
+    with wandb.init(project=settings.wandb_project, name=f'{settings.wandb_run_name} evaluation',
+                    job_type='evaluation', config={key: report[key] for key in ('out_dir', 'data', 'corpus')}) as run:
         figures = {key: value for key, value in report.items() if not isinstance(value, (str, type(None)))}
         pictures = {name[:-len('.png')]: wandb.Image(f'{folder}/{name}') for name in names if name.endswith('.png')}
         run.log(figures | pictures | {'report': wandb.Html(f'{folder}/report.html')})
@@ -167,18 +163,13 @@ def log_to_wandb(settings, report, folder, names):
         run.log_artifact(artifact)
 
 
-def write_json(report, path):
-    with open(path, 'w') as file:
-        json.dump(report, file, indent=1)
-
-
 def save_figure(report, plot, path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
     plot(report, axes)
-    save_atomically(lambda beside: figure.savefig(beside, dpi=130, format='png'), path)
+    save_atomically(lambda tmp_path: figure.savefig(tmp_path, dpi=130, format='png'), path)
     plt.close(figure)
 
 

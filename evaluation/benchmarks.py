@@ -1,11 +1,10 @@
 """
-DeepEval's multiple-choice benchmarks on a model, with retrieval on and off. Where a question has a closed set of
-answers, the likeliest of them is the model's answer; to others it writes one.
+DeepEval's multiple-choice benchmarks on a model, with retrieval on and off (deepeval_adapter.py answers).
 
     multiple_choice_benchmarks = ['LogiQA', ('MMLU', dict(tasks=['ANATOMY'], n_shots=2))]     # in a config file
     python -m evaluation.benchmarks data/benchmarks LogiQA MMLU      # fetch their data, for machines without the hub
 
-Where benchmark_data_dir has a benchmark's data, it is read from there: DIR/LogiQA.jsonl, or LogiQA.txt as its authors
+A benchmark's data is read from benchmark_data_dir if it is there: DIR/LogiQA.jsonl, or LogiQA.txt as its authors
 publish it, and for the others the folders that `datasets` saves, DIR/cais/mmlu/anatomy and the like.
 """
 import contextlib
@@ -19,221 +18,23 @@ import re
 import sys
 from dataclasses import dataclass
 from enum import Enum
+from importlib.metadata import version
 from itertools import pairwise
-from typing import Literal, get_args, get_origin
-
-os.environ.setdefault('DEEPEVAL_TELEMETRY_OPT_OUT', '1')
-os.environ.setdefault('DEEPEVAL_DISABLE_DOTENV', '1')
+from typing import get_origin
 
 import deepeval.benchmarks
 import numpy as np
-import torch
-import torch.nn.functional as F
 from deepeval.models import DeepEvalBaseLLM
-from tqdm import tqdm
 
 from configurator import UserError, user_errors_as_one_line
-from data.chunking import hash64
-from evaluation.samples import neighbors_of
+from evaluation.deepeval_adapter import Prompt, RETROForDeepEval, closed_answers, read_answer
 
 BENCHMARKS = ('ARC', 'BBQ', 'BoolQ', 'HellaSwag', 'LogiQA', 'MMLU', 'MathQA', 'TruthfulQA', 'Winogrande')
-WRITTEN = 32  # tokens at most of an answer that is written
-RETRIEVED_TOGETHER = 256  # prompts that are retrieved for by one request
-
-
-class Prompt(str):
-    """A prompt that knows its parts: what stands before the examples, the examples, and the question."""
-    parts = ('', (), None)
-
-
-class RETROForDeepEval(DeepEvalBaseLLM):
-    """
-    A model as DeepEval asks it: a prompt and the schema of its answer (a pydantic model, or None for text). With a
-    retriever it reads the neighbors of each complete chunk of the prompt. It counts the prompts that were too long:
-    `shortened` ones lost examples, `cut` ones the beginning of their question, which alone was longer than the block.
-    """
-
-    def __init__(self, model, tokenizer, device='cpu', context=None, retriever=None, batch_size=8, label=None):
-        self.network, self.tokenizer, self.device, self.retriever = model, tokenizer, device, retriever
-        self.context = context or contextlib.nullcontext()
-        self.batch_size, self.label = batch_size, label
-        self.shortened = self.cut = 0
-        super().__init__('nanoRETRO')
-
-    def load_model(self):
-        return self.network
-
-    def get_model_name(self):
-        return 'nanoRETRO'
-
-    async def a_generate(self, prompt, schema=None):
-        return self.generate(prompt, schema)
-
-    def generate(self, prompt, schema=None):
-        return self.batch_generate([prompt], [schema])[0]
-
-    def batch_generate(self, prompts, schemas=None):
-        """The answers: instances of the schemas, or text where there is none."""
-        self.network.eval()
-        schemas = schemas or [None] * len(prompts)
-        answers = [None] * len(prompts)
-        closed = [i for i, schema in enumerate(schemas) if closed_answers(schema)]
-        for i, answer in zip(closed, self._choose([(prompts[i], closed_answers(schemas[i])) for i in closed]),
-                             strict=True):
-            answers[i] = schemas[i](answer=answer)
-        others = [i for i in range(len(prompts)) if answers[i] is None]
-        for i in tqdm(others, desc=self.label, disable=None if self.label and others else True, leave=False):
-            answers[i] = read_answer(self._write(prompts[i]), schemas[i])
-        return answers
-
-    def _choose(self, questions):
-        """
-        The likeliest of each question's answers, questions being pairs of a prompt and its answers. Which of equally
-        likely ones depends on the prompt, so that a model that knows nothing scores by chance, not by one letter.
-        """
-        options = []  # (tokens, from where on they are scored)
-        for prompt, answers in questions:
-            encoded = self._fit(prompt, [answer_separator(prompt) + answer for answer in answers],
-                                self.network.config.block_size + 1)  # the last token is not read
-            shortest = min(map(len, encoded))
-            same = next((i for i, column in enumerate(zip(*encoded, strict=False)) if len(set(column)) > 1), shortest)
-            options += [(tokens, min(same, shortest - 1)) for tokens in encoded]
-        scores, chosen = iter(self._log_likelihoods(options)), []
-        for prompt, answers in questions:
-            of_answers = np.array([next(scores) for _ in answers])
-            likeliest = np.flatnonzero(of_answers >= of_answers.max() - 1e-6)
-            chosen.append(answers[likeliest[hash64(prompt) % len(likeliest)]])
-        return chosen
-
-    def _fit(self, prompt, answers, room):
-        """
-        The tokens of the prompt with each of the answers. Where they are more than room, the prompt loses whole
-        examples from the front, and what stands before the examples last; where its question alone is still too long,
-        the beginning of that.
-        """
-        before, examples, question = getattr(prompt, 'parts', Prompt.parts)
-        shorter = [before + ''.join(examples[i:]) + question for i in range(1, len(examples) + 1)] + [question] \
-            if question is not None else []
-        for number, text in enumerate([str(prompt), *shorter]):
-            encoded = self._encode(text.rstrip(), answers)
-            if max(map(len, encoded)) <= room:
-                self.shortened += number > 0
-                return encoded
-        self.shortened += bool(shorter)
-        self.cut += 1
-        spare = max(map(len, encoded)) - room
-        return [tokens[spare:] for tokens in encoded]
-
-    def _encode(self, text, answers):
-        """
-        The tokens of the text with each of the answers. Where ' A' is one token and ' B' two, A would be the likelier
-        for that alone, so the answers are tokens of their own then.
-        """
-        encode = self.tokenizer.encode_ordinary
-        encoded = [encode(text + answer) for answer in answers]
-        if len(set(map(len, encoded))) > 1:
-            gap = answers[0][:len(answers[0]) - len(answers[0].lstrip())]
-            encoded = [encode(text + gap) + encode(answer[len(gap):]) for answer in answers]
-        return encoded
-
-    @torch.no_grad()
-    def _log_likelihoods(self, options):
-        """
-        Log-probability of tokens[start:] after tokens[:start], for each of the options (tokens, start). Options that
-        differ in their last token alone are one row of the model's batch.
-        """
-        rows = {}  # what is read, to the options that read it
-        for i, (tokens, _) in enumerate(options):
-            rows.setdefault(tuple(tokens[:-1]), []).append(i)
-        inputs = sorted(rows, key=len)
-        scores = [0.0] * len(options)
-        bar = tqdm(total=len(inputs), unit='prompt', desc=self.label, disable=None if self.label else True, leave=False)
-        for group in range(0, len(inputs), RETRIEVED_TOGETHER):
-            some = inputs[group:group + RETRIEVED_TOGETHER]
-            neighbors, mask = self._retrieve(some)
-            for start in range(0, len(some), self.batch_size):
-                own = slice(start, start + self.batch_size)
-                tokens = self._padded(some[own])  # (B, T)
-                complete = tokens.shape[1] // self.network.config.retrieval_chunk_size
-                read = (None, None)
-                if neighbors is not None:
-                    read = (torch.from_numpy(neighbors[own, :complete]).long().to(self.device),
-                            torch.from_numpy(mask[own, :complete]).to(self.device))
-                with self.context:
-                    hidden = self.network.hidden(torch.from_numpy(tokens).to(self.device), *read)
-                for x, of_row in zip(hidden, some[own], strict=True):
-                    for i in rows[of_row]:
-                        whole, first = options[i]  # in float32: in bfloat16 many answers would be equally likely
-                        logits = F.linear(x[first - 1:len(whole) - 1].float(), self.network.lm_head.weight.float())
-                        likely = logits[:, :self.tokenizer.n_vocab].log_softmax(-1)  # (n, V)
-                        targets = torch.tensor(whole[first:], device=self.device)
-                        scores[i] = likely.gather(1, targets[:, None]).sum().item()
-                bar.update(len(tokens))
-        bar.close()
-        return scores
-
-    def _padded(self, rows):
-        tokens = np.full((len(rows), max(map(len, rows))), self.tokenizer.eot_token)
-        for line, row in zip(tokens, rows, strict=True):
-            line[:len(row)] = row
-        return tokens
-
-    def _retrieve(self, rows):
-        """Neighbors (n, L, K, R) of the complete chunks of the rows, and their mask; or twice None."""
-        if self.retriever is None:
-            return None, None
-        C = self.network.config.retrieval_chunk_size
-        tokens = self._padded(rows)
-        L = max(1, tokens.shape[1] // C)
-        chunks = np.full((len(rows), L * C), self.tokenizer.eot_token)
-        chunks[:, :tokens.shape[1]] = tokens[:, :L * C]
-        complete = np.arange(1, L + 1) * C <= np.array([len(row) for row in rows])[:, None]  # (n, L)
-        nowhere = np.zeros(complete.shape, dtype=np.int64)  # these chunks are of no document of the collection
-        found = self.retriever.retrieve(chunks.reshape(len(rows), L, C), nowhere, ~complete, nowhere)
-        return found.tokens, found.mask
-
-    def _write(self, prompt):
-        """What the model writes after the prompt, to the end of the line."""
-        tokens, = self._fit(prompt, [''], self.network.config.block_size - WRITTEN)
-        with self.context:
-            whole = self.network.generate(torch.tensor([tokens], device=self.device), WRITTEN,
-                                          neighbors_of(self.retriever, self.device, []), temperature=0,
-                                          end_of_text=self.tokenizer.eot_token, vocabulary=self.tokenizer.n_vocab)
-        written = [token for token in whole[0, len(tokens):].tolist() if token != self.tokenizer.eot_token]
-        return self.tokenizer.decode(written).strip().partition('\n')[0]
-
-
-def closed_answers(schema):
-    """The answers that a schema allows, or None where it allows any."""
-    annotation = schema.model_fields['answer'].annotation if schema and 'answer' in schema.model_fields else None
-    return list(get_args(annotation)) if get_origin(annotation) is Literal else None
-
-
-def answer_separator(prompt):
-    """
-    What stands between the end of a prompt ('Answer:') and its answer: what does so in the prompt's own examples, or a
-    space.
-    """
-    last = str(prompt).rstrip().rpartition('\n')[2]
-    found = re.search(re.escape(last) + r'(\s*)\S', str(prompt).rstrip()[:-1]) if last else None
-    return found.group(1) if found else ' '
-
-
-def read_answer(text, schema):
-    """Written text as an instance of the schema; numbers are those that stand in it."""
-    if schema is None:
-        return text
-    annotation = schema.model_fields['answer'].annotation
-    numbers = list(dict.fromkeys(int(number) for number in re.findall(r'\d+', text)))  # DeepEval counts each
-    if annotation is int:
-        return schema(answer=numbers[0] if numbers else 0)
-    if get_origin(annotation) is list:
-        return schema(answer=numbers if get_args(annotation)[0] is int else [text])
-    return schema(answer=text)
+WRITTEN_FOR = '4.3.1'  # version of DeepEval whose internals separate_examples and benchmark_data rely on
 
 
 class Exam(DeepEvalBaseLLM):
-    """Stands for the model while a benchmark runs: writes down what is asked, and gives the answers that there are."""
+    """Stands in for the model while a benchmark runs: records what is asked, and returns known answers."""
 
     def __init__(self):
         self.asked, self.answers = {}, {}  # (prompt, schema) to the prompt; to its answer
@@ -261,7 +62,7 @@ class Exam(DeepEvalBaseLLM):
 
 @dataclass
 class Benchmark:
-    """A benchmark whose data is here, and what it asks."""
+    """A benchmark with its data, and what it asks."""
     name: str
     benchmark: object  # DeepEval's
     exam: Exam
@@ -281,14 +82,14 @@ class Benchmark:
         return scores
 
     def ask(self):
-        """Let DeepEval run it, and give what it made of each answer, (n,), 1 for a right one."""
-        with benchmark_data(self.data_dir), examples_told_apart(self.benchmark), quiet():
+        """Let DeepEval run it; its verdict on each answer, (n,), 1 for a correct one."""
+        with benchmark_data(self.data_dir), separate_examples(self.benchmark), quiet():
             self.benchmark.evaluate(self.exam)
         correct = self.benchmark.predictions['Correct'].to_numpy(dtype=float)
         return correct / 100 if self.benchmark.predictions['Correct'].max() > 1 else correct  # TruthfulQA's MC2
 
     def chance(self):
-        """The score of guessing; None where what can be guessed isn't known."""
+        """The score of guessing; None if the number of possible answers is unknown."""
         shares = []
         for (_, schema), prompt in self.exam.asked.items():
             answers = closed_answers(schema)
@@ -302,9 +103,13 @@ class Benchmark:
 
 def prepare_benchmarks(entries, data_dir=''):
     """
-    The setting multiple_choice_benchmarks as Benchmarks, by their names. UserError where one is unknown, its arguments
-    are wrong, or its data can't be had.
+    The setting multiple_choice_benchmarks as Benchmarks. UserError if one is unknown, its arguments are wrong, or its
+    data is unavailable.
     """
+    if entries and version('deepeval') != WRITTEN_FOR:
+        print(f'DeepEval is version {version("deepeval")}, and evaluation/benchmarks.py was written for {WRITTEN_FOR}: '
+              f'prompts that are too long lose their beginning, not whole examples, and benchmark_data_dir is read for '
+              f'LogiQA alone', file=sys.stderr)
     prepared = []
     for entry in entries:
         try:
@@ -322,7 +127,7 @@ def prepare_benchmarks(entries, data_dir=''):
         try:
             made.ask()
         except Exception as error:  # whatever the network, the hub or the files raise
-            raise UserError(f'the data of benchmark {name} can not be had ({type(error).__name__}: '
+            raise UserError(f'the data of benchmark {name} is unavailable ({type(error).__name__}: '
                             f'{str(error)[:200]}): on a machine that reaches the hub, python -m evaluation.benchmarks '
                             f'DIR {name} fetches it; copy DIR here and set benchmark_data_dir to it (it is '
                             f'{data_dir!r})') from error
@@ -331,7 +136,7 @@ def prepare_benchmarks(entries, data_dir=''):
 
 
 def make_benchmark(name, arguments, data_dir):
-    """DeepEval's object. Tasks and modes may be named by their enum's names or values."""
+    """DeepEval's object. Tasks and modes may be given as their enum's names or values."""
     cls = getattr(deepeval.benchmarks, name)
     takes = inspect.signature(cls.__init__).parameters
     if 'n_problems_per_task' in arguments and 'n_problems_per_task' not in takes:
@@ -366,7 +171,7 @@ def make_benchmark(name, arguments, data_dir):
 
 
 def local_logiqa(data_dir, tasks):
-    """Arguments for DeepEval's LogiQA where data_dir has its data, which DeepEval does not take from `datasets`."""
+    """Arguments for DeepEval's LogiQA if data_dir has its data, which DeepEval does not load through `datasets`."""
     if not data_dir:
         return {}
     if os.path.isfile(f'{data_dir}/LogiQA.jsonl'):
@@ -391,6 +196,9 @@ def load_once(load, name, config, options):
 @contextlib.contextmanager
 def benchmark_data(data_dir, save=False):
     """Have `datasets` read from data_dir what is saved there, or save there what it loads."""
+    if version('deepeval') != WRITTEN_FOR and not save:
+        yield
+        return
     import datasets
     original = datasets.load_dataset
 
@@ -410,8 +218,11 @@ def benchmark_data(data_dir, save=False):
 
 
 @contextlib.contextmanager
-def examples_told_apart(benchmark):
-    """Have a benchmark's prompts be Prompts: its template is asked for one example more at a time."""
+def separate_examples(benchmark):
+    """Have a benchmark's prompts be Prompts, by asking its template for one more example at a time."""
+    if version('deepeval') != WRITTEN_FOR:
+        yield
+        return
     module = sys.modules[type(benchmark).__module__]
     template, = (value for name, value in vars(module).items() if name.endswith('Template'))
     original = template.generate_output
@@ -420,7 +231,7 @@ def examples_told_apart(benchmark):
         whole = Prompt(original(input=input, **given))
         if 'n_shots' in given:
             prefixes = [original(input=input, **given | dict(n_shots=n)) for n in range(given['n_shots'] + 1)]
-        else:  # examples that are always there, with an empty line after each
+        else:  # a fixed number of examples, with an empty line after each
             prefixes = [whole[:end.end()] + input for end in re.finditer(r'\n\s*\n', whole[:-len(input)])]
         if prefixes and all(prefix.endswith(input) for prefix in prefixes):
             ends = [len(prefix) - len(input) for prefix in prefixes]
@@ -435,7 +246,7 @@ def examples_told_apart(benchmark):
 
 @contextlib.contextmanager
 def quiet():
-    """DeepEval prints its scores and draws bars of its own."""
+    """Silence DeepEval, which prints scores and draws progress bars of its own."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 

@@ -1,15 +1,14 @@
 """
-The evaluation as one HTML page that needs nothing but itself: the curves, the leakage plot, and passages in which each
-token is tinted by what retrieval did to it, beside the neighbors that they were read with.
+The evaluation as one self-contained HTML page: metrics, curves, the leakage plots, and passages in which each token is
+tinted by the gain of retrieval, beside the neighbors that the passage was predicted with.
 """
 import io
-import json
 import os
 from html import escape
 
 import numpy as np
 
-from configurator import save_atomically
+from configurator import write_atomically
 from evaluation.figures import (
     ARMS,
     COLORS,
@@ -20,21 +19,24 @@ from evaluation.figures import (
     interval,
     plot_overlap,
     plot_similarity,
+    source,
 )
 from evaluation.leakage import shared_tokens
 from retrieval.knowledge_base import FIELDS
+from training.metrics import read_metrics
 
-SHORTEST_SHARED = 4  # tokens of a run that is marked as shared
+SHORTEST_SHARED = 4  # tokens in the shortest run marked as shared
 
 
 def choose_passages(corpus, nats, retrieved, count):
     """
-    The chunks that the report shows: of those that were read with neighbors, `count` each that these helped most, hurt
-    most, and that are spread evenly between. Pairs of a kind and a chunk's number.
+    Passages for the report, as [(kind, chunk index)]: up to `count` chunks each that retrieval helped most, hurt most,
+    and that are evenly spaced between. Only chunks predicted with neighbors are considered. `nats` has the arms 'on'
+    and 'off', each (N, C).
     """
     gains = (nats['off'] - nats['on']).sum(1)  # (N,)
-    there = np.flatnonzero((retrieved.read >= 0) & (retrieved.hits['score'][retrieved.read, 0] > -np.inf))
-    order = there[np.argsort(-gains[there], kind='stable')]
+    candidates = np.flatnonzero((retrieved.read >= 0) & (retrieved.hits['score'][retrieved.read, 0] > -np.inf))
+    order = candidates[np.argsort(-gains[candidates], kind='stable')]
     count = min(count, len(order) // 3)
     helped, hurt = order[:count], order[::-1][:count]
     between = order[np.linspace(count, len(order) - count - 1, count).astype(int)] if count else []
@@ -43,27 +45,26 @@ def choose_passages(corpus, nats, retrieved, count):
 
 
 def write_report(path, report, passages, corpus, nats, retrieved, retriever, tokenizer, metrics_path):
-    """Write the page. `passages` are from choose_passages; metrics_path is the training's, if it is there."""
-    parts = [heading(report), figures(report), curves(metrics_path)]
+    """
+    Write the page to `path`. `report` is the dict of evaluation.json, `passages` comes from choose_passages, and
+    metrics_path is the metrics.jsonl of the training run, which may be missing.
+    """
+    parts = [heading(report), metrics_table(report), curves(metrics_path)]
     if 'bpb_by_overlap' in report:
         parts += [leakage(report)]
     if report['benchmarks']:
-        parts += [scores(report['benchmarks'])]
+        parts += [benchmark_scores(report['benchmarks'])]
     if passages:
         rows = neighbor_rows(passages, retrieved, retriever)
-        shown = [i for _, i in passages]
-        strongest = max(0.01, float(f'{np.quantile(abs(nats["off"] - nats["on"])[shown], 0.99):.1g}'))
+        indices = [i for _, i in passages]
+        strongest = max(0.01, float(f'{np.quantile(abs(nats["off"] - nats["on"])[indices], 0.99):.1g}'))
         parts += [passages_heading(strongest), *(passage(kind, i, corpus, nats, retrieved, rows, tokenizer, strongest)
                                                  for kind, i in passages), '</section>']
     page = (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title(report)}</title>\n'
             f'<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n'
             + '\n'.join(parts) + f'\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n')
-
-    def save(beside):
-        with open(beside, 'w', encoding='utf-8') as file:
-            file.write(page)
-    save_atomically(save, path)
+    write_atomically(page, path)
 
 
 def title(report):
@@ -71,54 +72,54 @@ def title(report):
 
 
 def heading(report):
-    return (f'<h1>{escape(report["out_dir"])}</h1>\n<p class="about">Evaluated on {escape(report["data"])}: '
+    return (f'<h1>{escape(report["out_dir"])}</h1>\n<p class="about">Evaluated on {escape(source(report))}: '
             f'{report["documents"]:,} documents, {report["tokens"]:,} tokens, {report["bytes"]:,} bytes.</p>')
 
 
-def figures(report):
-    """The main figures, as a table."""
+def metrics_table(report):
+    """The main metrics by arm, and the gains of retrieval."""
     arms = [arm for arm in ARMS if f'bpb_{arm}' in report]
-    rows = [('bits per byte', 'bpb', '{:.4f}'), ('loss, nats a token', 'loss', '{:.4f}'),
-            ('perplexity a token', 'perplexity', '{:,.2f}'), ('perplexity a word', 'word_perplexity', '{:,.4g}')]
+    rows = [('bits per byte', 'bpb', '{:.4f}'), ('loss, nats per token', 'loss', '{:.4f}'),
+            ('perplexity per token', 'perplexity', '{:,.2f}'), ('perplexity per word', 'word_perplexity', '{:,.4g}')]
     lines = []
     for name, key, style in rows:
         cells = []
         for arm in arms:
-            shown = figure(report.get(f'{key}_{arm}'), style)
+            cell = figure(report.get(f'{key}_{arm}'), style)
             if key == 'bpb':
-                shown += f'<small>{interval(report[f"bpb_{arm}_interval"], style)}</small>'
-            cells.append(f'<td>{shown}</td>')
+                cell += f'<small>{interval(report[f"bpb_{arm}_interval"], style)}</small>'
+            cells.append(f'<td>{cell}</td>')
         lines.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
     head = ''.join(f'<th scope="col"><i style="background:{COLORS[arm]}"></i>{ARMS[arm]}</th>' for arm in arms)
-    told = []
+    gains = []
     for other, name in (('off', 'without retrieval'), ('baseline', 'the GPT')):
         if f'gain_over_{other}' in report:
             gain = report[f'gain_over_{other}']
             bounds = report[f'gain_over_{other}_interval']
-            told.append(f'<p>With retrieval the model needs <b>{abs(gain):.2%} {"fewer" if gain >= 0 else "more"}</b> '
-                        f'bits than {name} (95 % interval of the gain: {interval(bounds, "{:.2%}")}'
-                        f'{", which holds zero: it can not be told apart from chance" if holds_zero(bounds) else ""}).'
-                        f'</p>')
-    if told:
-        told += [f'<p>{escape(note)}.</p>' for note in report['notes']]
-        told.append('<p class="about">Intervals are over documents: another training run would differ by more.</p>')
+            significance = ', not statistically significant' if holds_zero(bounds) else ''
+            gains.append(f'<p>With retrieval the model needs <b>{abs(gain):.2%} {"fewer" if gain >= 0 else "more"}</b> '
+                         f'bits than {name} (95% interval of the gain: {interval(bounds, "{:.2%}")}{significance}).'
+                         f'</p>')
+    if gains:
+        gains += [f'<p>{escape(note)}.</p>' for note in report['notes']]
+        gains.append('<p class="about">Intervals are bootstrapped over documents; the variance between training runs '
+                     'is larger.</p>')
     return (f'<section class="card">\n<table><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(lines)}</tbody>'
-            f'</table>\n{"".join(told)}\n</section>')
+            f'</table>\n{"".join(gains)}\n</section>')
 
 
 def curves(metrics_path):
-    """The training's val curves."""
+    """Train loss and val bits per byte of the training run; empty if metrics_path does not exist."""
     if not os.path.exists(metrics_path):
         return ''
-    with open(metrics_path) as file:
-        lines = [json.loads(line) for line in file if line.endswith('}\n')]  # a run may be writing the last one
+    lines = read_metrics(metrics_path)
 
     def plot(axes):
         steps = [line for line in lines if 'loss' in line]
         twin = axes.twinx()
         twin.plot([line['iter'] for line in steps], [line['loss'] for line in steps], lw=0.8, color=COLORS['baseline'],
                   alpha=0.6)
-        twin.set_ylabel('train loss, nats a token')
+        twin.set_ylabel('train loss, nats per token')
         twin.spines[['top']].set_visible(False)
         for arm, style in (('off', 'o-'), ('on', 'o--')):
             points = [line for line in lines if f'val_bpb_{arm}' in line]
@@ -131,7 +132,7 @@ def curves(metrics_path):
 
 
 def leakage(report):
-    """The leakage plot with its table, and the gain by similarity."""
+    """Bits per byte by overlap, as plot and table, and the plot of the gain by similarity."""
     arms = [arm for arm in ARMS if f'bpb_{arm}' in report['bpb_by_overlap'][0]]
     lines = []
     for line in report['bpb_by_overlap']:
@@ -144,103 +145,105 @@ def leakage(report):
                      f'<td>{gain}</td></tr>')
     head = ''.join(f'<th scope="col">{ARMS[arm]}</th>' for arm in arms)
     plots = svg(lambda axes: plot_overlap(report, axes)) + svg(lambda axes: plot_similarity(report, axes))
-    return (f'<section class="card">\n<h2>Is it more than copying?</h2>\n<p>Each chunk is classed by the longest run '
-            f'of tokens that it shares with its neighbors, as a share of its length. Towards the left are chunks of '
-            f'which less and less stands there word for word.</p>\n<div class="plots">{plots}</div>\n'
+    return (f'<section class="card">\n<h2>Is it more than copying?</h2>\n<p>Chunks are grouped by overlap: the longest '
+            f'run of tokens shared with a neighbor, as a fraction of the chunk length. The further left, the less can '
+            f'be copied verbatim.</p>\n<div class="plots">{plots}</div>\n'
             f'<div class="scroll"><table><thead><tr>'
             f'<th scope="col">overlap at most</th><th scope="col">share of bytes</th>{head}'
-            f'<th scope="col">on below off by</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>\n'
+            f'<th scope="col">gain over off</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>\n'
             f'<p>{report["share_with_neighbors"]:.1%} of the chunks have neighbors; '
-            f'{report["share_read_with_neighbors"]:.1%} are read with some.</p>\n</section>')
+            f'{report["share_read_with_neighbors"]:.1%} are predicted with neighbors.</p>\n</section>')
 
 
-def scores(benchmarks):
-    lines = ''.join(f'<li><b>{escape(name)}</b>: {escape(describe_scores(own))}</li>'
-                    for name, own in benchmarks.items())
+def benchmark_scores(benchmarks):
+    lines = ''.join(f'<li><b>{escape(name)}</b>: {escape(describe_scores(scores))}</li>'
+                    for name, scores in benchmarks.items())
     return f'<section class="card">\n<h2>Benchmarks</h2>\n<ul>{lines}</ul>\n</section>'
 
 
 def svg(plot):
-    """A plot as SVG that takes the page's text color, in light and in dark."""
+    """An inline SVG of what `plot` draws on the axes. Its fonts are those of the page."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    ink = '#7b8088'  # readable on white and on black
+    ink = '#7b8088'  # readable on light and on dark backgrounds
     style = {'svg.fonttype': 'none', 'text.color': ink, 'axes.labelcolor': ink, 'axes.edgecolor': ink,
              'xtick.color': ink, 'ytick.color': ink, 'svg.hashsalt': 'nanoRETRO'}
     with plt.rc_context(style):
-        figure, axes = plt.subplots(figsize=(6.4, 4), layout='constrained')
+        fig, axes = plt.subplots(figsize=(6.4, 4), layout='constrained')
         plot(axes)
-        text = io.StringIO()
-        figure.savefig(text, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
-        plt.close(figure)
-    return '<figure>' + text.getvalue()[text.getvalue().index('<svg'):] + '</figure>'
+        buffer = io.StringIO()
+        fig.savefig(buffer, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
+        plt.close(fig)
+    return '<figure>' + buffer.getvalue()[buffer.getvalue().index('<svg'):] + '</figure>'
 
 
 def neighbor_rows(passages, retrieved, retriever):
-    """{id: row} of the neighbors that the passages were read with."""
+    """{id: row} of the neighbors that the passages were predicted with."""
     hits = retrieved.hits[retrieved.read[[i for _, i in passages]]].ravel()
     ids = np.unique(hits['id'][hits['score'] > -np.inf])
     return retriever.knowledge_base.rows(ids, FIELDS)
 
 
 def passage(kind, i, corpus, nats, retrieved, rows, tokenizer, strongest):
-    """One passage: the chunk that retrieved, the chunk after it, tinted, and beside them the neighbors."""
-    before = retrieved.read[i]
+    """One passage: the query chunk, the chunk i after it, tinted, and beside them the neighbors."""
+    query = retrieved.read[i]
     gains = nats['off'] - nats['on']  # (N, C)
     chunk = corpus.chunks[i][:corpus.lengths[i]]
-    there = retrieved.hits[before]['score'] > -np.inf
-    neighbors = [retrieved.tokens[before, k][retrieved.mask[before, k]] for k in np.flatnonzero(there)]
+    is_hit = retrieved.hits[query]['score'] > -np.inf
+    neighbors = [retrieved.tokens[query, k][retrieved.mask[query, k]] for k in np.flatnonzero(is_hit)]
     marked = np.zeros(len(chunk), dtype=bool)
-    beside = []
-    for k, tokens in zip(np.flatnonzero(there), neighbors, strict=True):
-        hit = retrieved.hits[before][k]
-        row = rows.get(int(hit['id']), dict(document='a row that is gone', position=0))
+    neighbor_parts = []
+    for k, tokens in zip(np.flatnonzero(is_hit), neighbors, strict=True):
+        hit = retrieved.hits[query][k]
+        row = rows.get(int(hit['id']), dict(document='deleted row', position=0))
         marked |= shared_tokens(chunk, tokens, SHORTEST_SHARED)
         shared = shared_tokens(tokens, chunk, SHORTEST_SHARED)
         C = corpus.chunks.shape[1]
-        shown = (tokens_as_html(tokens[:C], tokenizer, marked=shared[:C])
-                 + '<span class="turn" title="here the neighbor\'s continuation begins"></span>'
-                 + tokens_as_html(tokens[C:], tokenizer, marked=shared[C:]))
-        beside.append(f'<div class="neighbor"><h4>{escape(row["document"])}, chunk {row["position"] + 1}'
-                      f'<span>similarity {hit["score"]:.2f}</span></h4><pre>{shown}</pre></div>')
+        text = (tokens_as_html(tokens[:C], tokenizer, marked=shared[:C])
+                + '<span class="turn" title="start of the neighbor\'s continuation"></span>'
+                + tokens_as_html(tokens[C:], tokenizer, marked=shared[C:]))
+        neighbor_parts.append(f'<div class="neighbor"><h4>{escape(row["document"])}, chunk {row["position"] + 1}'
+                              f'<span>similarity {hit["score"]:.2f}</span></h4><pre>{text}</pre></div>')
     total = float(gains[i].sum())
-    place = f'{escape(corpus.names[corpus.document[i]])}, chunk {corpus.position[i] + 1}'
-    return (f'<article class="card passage" data-kind="{kind}" data-gain="{total:.4f}">\n<h3>{place}'
+    location = f'{escape(corpus.names[corpus.document[i]])}, chunk {corpus.position[i] + 1}'
+    return (f'<article class="card passage" data-kind="{kind}" data-gain="{total:.4f}">\n<h3>{location}'
             f'<span>{"helped" if total >= 0 else "hurt"} by {abs(total):.1f} nats</span></h3>\n<div class="columns">'
-            f'<div><pre class="text"><span class="before">{tokens_as_html(corpus.chunks[before], tokenizer)}</span>'
+            f'<div><pre class="text"><span class="before">{tokens_as_html(corpus.chunks[query], tokenizer)}</span>'
             f'{tokens_as_html(chunk, tokenizer, gains[i][:len(chunk)], marked, strongest)}</pre></div>'
-            f'<div>{"".join(beside)}</div></div>\n</article>')
+            f'<div>{"".join(neighbor_parts)}</div></div>\n</article>')
 
 
 def tokens_as_html(tokens, tokenizer, gains=None, marked=None, strongest=1.0):
     """
-    Tokens (n,) as spans: tinted by their gains (n,) in nats, green where retrieval helped and red where it hurt, the
-    strongest from `strongest` nats on, and underlined where `marked` (n,). A character that several tokens make up is
-    shown with the first of them.
+    Tokens (n,) as HTML spans. `gains` (n,) in nats tint them, green where retrieval helped and red where it hurt; the
+    tint saturates at `strongest` nats. `marked` (n,) bool underlines them.
     """
-    shown = []
-    for place, text in enumerate(token_texts(tokens, tokenizer)):
-        gain = 0.0 if gains is None else float(gains[place])
+    spans = []
+    for i, text in enumerate(token_texts(tokens, tokenizer)):
+        gain = 0.0 if gains is None else float(gains[i])
         strength = min(1.0, abs(gain) / strongest)
-        classes = ' '.join(name for name, holds in (('up', gain > 0), ('down', gain < 0),
-                                                    ('shared', marked is not None and marked[place])) if holds)
+        classes = ' '.join(name for name, applies in (('up', gain > 0), ('down', gain < 0),
+                                                      ('shared', marked is not None and marked[i])) if applies)
         attributes = f' class="{classes}"' if classes else ''
         if gains is not None:
             attributes += f' style="--s:{strength:.2f}" data-gain="{gain:.3f}" title="{gain:+.2f} nats"'
-        shown.append(f'<span{attributes}>{escape(text)}</span>' if attributes else escape(text))
-    return ''.join(shown)
+        spans.append(f'<span{attributes}>{escape(text)}</span>' if attributes else escape(text))
+    return ''.join(spans)
 
 
 def token_texts(tokens, tokenizer):
-    """The text of each token, which together are the text of them all."""
+    """
+    The text of each of the tokens (n,), which joined are their decoded text. A character split across tokens belongs
+    to the first of them.
+    """
     texts, pending, start = [''] * len(tokens), b'', 0
-    for place, token in enumerate(tokens):
+    for i, token in enumerate(tokens):
         if token == tokenizer.eot_token:
-            texts[place] = '∎'
+            texts[i] = '∎'
             continue
         if not pending:
-            start = place
+            start = i
         pending += tokenizer.decode_single_token_bytes(int(token))
         try:
             texts[start] = pending.decode()
@@ -256,10 +259,11 @@ def token_texts(tokens, tokenizer):
 
 def passages_heading(strongest):
     return f'''<section>
-<h2>Where in the text retrieval helps</h2>
-<p>The faint text is the chunk that the neighbors were retrieved for; the text after it was read with them. Each of its
-tokens is tinted by its loss without retrieval less its loss with it. Underlined are runs of {SHORTEST_SHARED} tokens or
-more that the text and a neighbor share. ┊ is where a neighbor's continuation begins, ∎ the end of a document.</p>
+<h2>Where retrieval helps</h2>
+<p>The faint text is the query chunk; the text after it was predicted with the neighbors retrieved for that chunk. Each
+of its tokens is tinted by its loss without retrieval minus its loss with retrieval. Runs of {SHORTEST_SHARED} or more
+tokens shared with a neighbor are underlined. ┊ marks the start of a neighbor's continuation, ∎ the end of a
+document.</p>
 <p class="legend" data-strongest="{strongest:g}"><span class="down" style="--s:1">hurt by {strongest:g} nats or
 more</span><span class="down" style="--s:.4"></span><span></span><span class="up" style="--s:.4"></span><span class="up"
 style="--s:1">helped by {strongest:g} nats or more</span></p>

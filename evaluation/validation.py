@@ -1,0 +1,60 @@
+"""What train.py runs at each evaluation: the loss on the val batches, benchmarks, and samples for wandb."""
+import math
+import sys
+
+from system import get_rng_state, say, set_rng_state
+
+import torch
+
+from evaluation.figures import describe_scores
+from evaluation.samples import COLUMNS, write_samples
+
+
+@torch.no_grad()
+def evaluate(model, batches, token_bytes, context, ranks):
+    """Val loss (nats per token) and bits per byte over the batches of all ranks, with retrieval on and off."""
+    model.eval()
+    arms = ['off'] if batches[0].neighbors is None else ['on', 'off']
+    sums = torch.zeros(4, dtype=torch.float64)  # nats on, nats off, targets, bytes
+    for batch in batches:
+        real = batch.targets[batch.targets >= 0]
+        if not len(real):
+            continue
+        sums[2:] += torch.tensor([len(real), token_bytes[real].sum().item()])
+        for arm in arms:
+            neighbors = (batch.neighbors, batch.neighbor_mask) if arm == 'on' else (None, None)
+            with context:
+                _, loss = model(batch.tokens, batch.targets, *neighbors, batch.doc_ids)
+            sums[('on', 'off').index(arm)] += loss.item() * len(real)
+    model.train()
+    nats_on, nats_off, targets, size = ranks.sum(sums).tolist()
+    nats = {'on': nats_on, 'off': nats_off}
+    return ({f'val_loss_{arm}': nats[arm] / targets for arm in arms}
+            | {f'val_bpb_{arm}': nats[arm] / math.log(2) / size for arm in arms})
+
+
+def run_benchmarks(settings, benchmarks, metrics, step, prompts, model, tokenizer, device, context, open_retriever):
+    """
+    What the master alone does at an evaluation: the benchmarks and, for wandb, samples that continue the first chunks
+    of `prompts` (B, T). Returns the exception that ended it, or None; the caller raises it on all ranks.
+    """
+    if not benchmarks and not metrics.wandb_run:
+        return None
+    rng = get_rng_state()
+    try:
+        retriever = open_retriever()
+        scores = {benchmark.name: benchmark.run(model, tokenizer, device, context, retriever, settings.batch_size,
+                                                show_progress=sys.stderr.isatty()) for benchmark in benchmarks}
+        for name, score in scores.items():
+            say(f'step {step}: {name}, {describe_scores(score)}')
+        if scores:
+            metrics.log(step, benchmarks=scores)
+        if metrics.wandb_run:
+            prompts = prompts[:4, :2 * settings.retrieval_chunk_size]
+            rows = write_samples(model, prompts, tokenizer, device, context, retriever)
+            metrics.log_table('samples', COLUMNS, rows, step)
+    except Exception as error:  # the network's, wandb's, DeepEval's
+        return error
+    finally:
+        model.train()
+        set_rng_state(rng)
