@@ -1,7 +1,7 @@
 """
-A real Milvus server for benchmarks and tests: the PyPI package `milvus`, which holds the binary of Milvus 2.3.5. It
-listens on all addresses and on fixed ports, so it runs in a network of its own (Linux' unshare), and one free port of
-127.0.0.1 leads into it.
+A real Milvus server for benchmarks and tests, from the PyPI package `milvus`, which ships the binary of Milvus 2.3.5.
+The binary listens on fixed ports of all addresses. It therefore runs in its own network namespace (Linux only), and a
+free port of 127.0.0.1 is forwarded into it.
 
     with MilvusServer(folder) as server: ... server.uri, server.kill(), server.start() ...
 """
@@ -13,24 +13,24 @@ import sys
 import threading
 from importlib.util import find_spec
 
-PORT = 19530  # inside
-OUTSIDE = ['unshare', '--user', '--map-root-user', '--net', '--pid', '--mount-proc', '--fork', '--kill-child']
+PORT = 19530  # inside the namespace
+UNSHARE = ['unshare', '--user', '--map-root-user', '--net', '--pid', '--mount-proc', '--fork', '--kill-child']
 
 
 def why_not():
-    """Why no real server can run here, or ''."""
+    """Why the server cannot run on this machine; '' if it can."""
     if find_spec('milvus') is None:
         return 'the package milvus is not installed (requirements-dev.txt)'
     try:
-        if subprocess.run([*OUTSIDE, 'true'], capture_output=True).returncode:
-            return f'this system does not allow {" ".join(OUTSIDE)}'
+        if subprocess.run([*UNSHARE, 'true'], capture_output=True).returncode:
+            return f'this system does not allow {" ".join(UNSHARE)}'
     except FileNotFoundError:
-        return 'there is no unshare, which comes with Linux'
+        return 'unshare, which is part of util-linux, is not installed'
     return ''
 
 
 class MilvusServer:
-    """Its data is in the folder, so that a server that was killed can be started again."""
+    """A server with its data in `folder`. After kill(), start() restarts it on the same data and port."""
 
     def __init__(self, folder):
         self.folder, self.port, self.process = str(folder), 0, None
@@ -40,23 +40,23 @@ class MilvusServer:
         return f'http://127.0.0.1:{self.port}'
 
     def start(self):
-        """Start it and wait until it serves, some ten seconds. The port stays the same."""
-        with socket.socket() as listening:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(('127.0.0.1', self.port))
-            listening.listen(64)
-            self.port = listening.getsockname()[1]
+        """Start the server and wait until it is ready, about ten seconds. RuntimeError if it fails."""
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(('127.0.0.1', self.port))
+            listener.listen(64)
+            self.port = listener.getsockname()[1]
             self.process = subprocess.Popen(
-                [*OUTSIDE, sys.executable, __file__, str(listening.fileno()), self.folder], text=True,
-                pass_fds=[listening.fileno()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        said = self.process.stdout.readline()
-        if said != 'ready\n':
-            raise RuntimeError(f'the Milvus server did not start: {said}{self.process.stdout.read()}')
+                [*UNSHARE, sys.executable, __file__, str(listener.fileno()), self.folder], text=True,
+                pass_fds=[listener.fileno()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        line = self.process.stdout.readline()
+        if line != 'ready\n':
+            raise RuntimeError(f'the Milvus server did not start: {line}{self.process.stdout.read()}')
 
     def kill(self):
-        """Kill it without warning."""
-        self.process.kill()  # and with it all that runs inside
-        self.process.stdout.read()  # to its end, which is theirs
+        """Kill the server with SIGKILL."""
+        self.process.kill()  # --kill-child takes down the whole namespace
+        self.process.stdout.read()  # until EOF, when every process in the namespace has exited
         self.process.wait()
         self.process.stdout.close()
         self.process = None
@@ -71,25 +71,26 @@ class MilvusServer:
 
 
 def main():
-    """Inside: the server, and a relay from the socket that was made outside."""
+    """Inside the namespace: run the server and relay connections to it from the inherited listener."""
     request = array.array('B', b'lo'.ljust(16, b'\0') + (0x41).to_bytes(2, sys.byteorder) + bytes(22))
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, 0x8914, request)  # SIOCSIFFLAGS: the new network's loopback up
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, 0x8914, request)  # SIOCSIFFLAGS: the namespace starts with its loopback interface down
     from milvus import MilvusServer as Server
     server = Server(data_dir=sys.argv[2])
     server.config.set('proxy_port', PORT)
     server.start()
     print('ready', flush=True)
-    listening = socket.socket(fileno=int(sys.argv[1]))
+    listener = socket.socket(fileno=int(sys.argv[1]))
     while True:
-        outer = listening.accept()[0]
-        inner = socket.create_connection(('127.0.0.1', PORT))
-        for one, other in ((outer, inner), (inner, outer)):
-            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=pump, args=(one, other), daemon=True).start()
+        client = listener.accept()[0]
+        upstream = socket.create_connection(('127.0.0.1', PORT))
+        for source, sink in ((client, upstream), (upstream, client)):
+            source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=relay, args=(source, sink), daemon=True).start()
 
 
-def pump(source, sink):
+def relay(source, sink):
+    """Copy bytes from one socket to the other until either closes, then shut down both."""
     try:
         while data := source.recv(1 << 20):
             sink.sendall(data)

@@ -1,25 +1,25 @@
 """
-How fast the model trains: forward, loss and backward of our RETRO, of the GPT that is its decoder, and of the package
-retro-pytorch at the same shape, in float32 and in bfloat16 autocast, on the GPU where there is one. Prints a table and
-one JSON line.
+Training throughput of the paper's model: forward, loss and backward of our RETRO, of the GPT with the same decoder, and
+of the package retro-pytorch at the same shape. Precisions are float32 and bfloat16 autocast. Uses the GPU if there is
+one. Prints a table and one JSON line.
 
     python -m venv .venv-retro-pytorch
     .venv-retro-pytorch/bin/pip install -r bench/requirements-retro-pytorch.txt
     python bench/model.py [--quick] [--shapes=small,medium] [--retro-pytorch=.venv-retro-pytorch/bin/python]
 
-Each side is a process in its own environment that builds its models once and then waits to be asked for a round. The
-arms take turns, round by round (A B C D A B C D ...), and one alone runs at a time, so that whatever else the machine
-does falls on all of them alike. A step is zero_grad, forward with the loss, and backward; there is no optimizer.
+Each side is a worker process in its own environment that builds its models once and runs rounds on request. The arms
+alternate round by round (A B C D A B C D ...), and only one runs at a time, so that load from other processes affects
+all of them equally. A step is zero_grad, forward with the loss, and backward; there is no optimizer.
 
-The architectures are equal as far as retro-pytorch's options go: width, heads and their width, MLP, layers of decoder
-and encoder, where they cross-attend, chunk, neighbors, no dropout. What differs all the same, per side:
-- ours: a documents mask in the decoder, biases in all linear layers, learned positions in the encoder, LayerNorm.
-- theirs: rotary positions in every attention, a null key and value in the decoder's cross-attention, a linear layer of
-  D x D after the encoder, a bias on the logits, RMSNorm, exact GELU. It has no documents mask, and masks neighbors by
-  a padding token. It holds 8 heads whatever it is asked for, so 8 is what all arms have in the shapes 'small' and
-  'medium', and it has no part in the other shapes.
-'retro-pytorch with our loss' takes its logits and computes the loss as we do: on a CPU its own loss, over transposed
-logits, is slow, and this arm tells how much of the difference that is.
+The architectures match as far as retro-pytorch's options allow: width, number and width of heads, MLP, decoder and
+encoder layers, cross-attention layers, chunk size, neighbors, no dropout. Remaining differences:
+- ours: a document mask in the decoder, biases in all linear layers, learned positions in the encoder, LayerNorm.
+- theirs: rotary positions in every attention, a null key and value in the decoder's cross-attention, a D x D linear
+  layer after the encoder, a bias on the logits, RMSNorm, exact GELU. There is no document mask, and neighbors are
+  masked by a padding token. The number of heads is always 8, so all arms have 8 heads in the shapes 'small' and
+  'medium', and retro-pytorch is left out of the other shapes.
+'retro-pytorch with our loss' computes our loss from retro-pytorch's logits. Its own loss works on transposed logits,
+which is slow on a CPU; this arm shows how much of the difference that accounts for.
 """
 import argparse
 import json
@@ -45,13 +45,14 @@ SHAPES = {
                  vocab=50304),
 }
 ARMS = {'RETRO': 'ours', 'GPT': 'ours', 'retro-pytorch': 'theirs', 'retro-pytorch with our loss': 'theirs',
-        'RETRO compiled': 'ours'}  # the last one only where it is asked for: compiling takes minutes on a CPU
+        'RETRO compiled': 'ours'}  # not among the defaults: compiling takes minutes on a CPU
 
 
 def make_batch(shape, device):
     """
-    Tokens (B, T + 1), neighbors (B, L, K, R), their mask and documents (B, L). Two documents a sequence: the first
-    one's last chunk has no neighbors. Every fourth neighbor has no continuation. Absent tokens are 0, and no other is.
+    Random tokens (B, T + 1), neighbors (B, L, K, R), their mask (B, L, K, R) and doc_ids (B, L). Each sequence has two
+    documents, and the last chunk of the first has no neighbors. Every fourth neighbor has no continuation. Token 0 is
+    padding only.
     """
     import torch
     B, T = shape['batch'], shape['block_size']
@@ -62,35 +63,36 @@ def make_batch(shape, device):
     mask = torch.ones(B, L, K, R, dtype=torch.bool, device=device)
     mask[:, L // 2 - 1] = False
     mask.view(-1, R)[::4, C:] = False
-    documents = (torch.arange(L, device=device) >= L // 2).long().expand(B, L)
-    return tokens, neighbors.masked_fill(~mask, 0), mask, documents
+    doc_ids = (torch.arange(L, device=device) >= L // 2).long().expand(B, L)
+    return tokens, neighbors.masked_fill(~mask, 0), mask, doc_ids
 
 
 def make_step(arm, shape, device):
-    """The function that does one forward and backward of an arm, and the FLOPs that a token takes, where known."""
+    """A function that runs one forward and backward of an arm, and the FLOPs per token; None for retro-pytorch."""
     import torch
     from torch.nn import functional as F
-    tokens, neighbors, mask, documents = make_batch(shape, device)
+    tokens, neighbors, mask, doc_ids = make_batch(shape, device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if ARMS[arm] == 'ours':
         from model import RETRO, RETROConfig
         model = RETRO(RETROConfig(block_size=shape['block_size'], vocab_size=shape['vocab'], n_layer=shape['n_layer'],
-                                  n_head=shape['n_head'], n_embd=shape['n_embd'], use_retrieval=arm != 'GPT',
-                                  retrieval_layers=shape['cross'], retrieval_chunk_size=C, retrieval_k_neighbors=K,
-                                  retrieval_encoder_layers=shape['encoder']))
-        given = (neighbors, mask) if arm != 'GPT' else (None, None)
+                                  n_head=shape['n_head'], n_embd=shape['n_embd'], bias=True, token_mix=False,
+                                  use_retrieval=arm != 'GPT', retrieval_layers=shape['cross'], retrieval_chunk_size=C,
+                                  retrieval_k_neighbors=K, retrieval_encoder_layers=shape['encoder'],
+                                  retrieval_copy=False))
+        neighbor_inputs = (neighbors, mask) if arm != 'GPT' else (None, None)
         flops = model.flops_per_token()
         if arm == 'RETRO compiled':
             model.compile()
 
         def loss():
-            return model(inputs, targets, *given, documents)[1]
+            return model(inputs, targets, *neighbor_inputs, doc_ids)[1]
     else:
         from retro_pytorch import RETRO
         D = shape['n_embd']
         model = RETRO(num_tokens=shape['vocab'], max_seq_len=shape['block_size'], enc_dim=D, dec_dim=D,
                       enc_depth=shape['encoder'], enc_cross_attn_layers=(1,), dec_depth=shape['n_layer'],
-                      dec_cross_attn_layers=tuple(shape['cross']), dim_head=D // 8, chunk_size=C)  # of its 8 heads
+                      dec_cross_attn_layers=tuple(shape['cross']), dim_head=D // 8, chunk_size=C)  # 8 heads
         flops = None
 
         def loss():
@@ -102,17 +104,17 @@ def make_step(arm, shape, device):
     def step(context):
         model.zero_grad(set_to_none=True)
         with context:
-            forward = loss()
-        forward.backward()
+            value = loss()
+        value.backward()
         if device == 'cuda':
             torch.cuda.synchronize()
     return step, flops
 
 
 def serve():
-    """A worker: reads one request a line (arm, shape, precision, steps) and answers with the seconds that they took."""
+    """The worker: for each request (arm, shape, precision, steps), one JSON per line, answer with the seconds taken."""
     import torch
-    answers, sys.stdout = sys.stdout, sys.stderr  # a package that prints must not answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # keep output of packages out of the answers
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     torch.backends.cuda.matmul.allow_tf32 = True
     steps = {}
@@ -135,21 +137,22 @@ def serve():
 
 
 class Worker:
-    """This file as a process of another environment's python."""
+    """Runs serve() of this file in a process of the given python."""
 
     def __init__(self, python):
-        # train.py tells glibc to keep freed memory (keep_freed_memory): the same for every arm
-        keep = dict(MALLOC_MMAP_THRESHOLD_=str(1 << 30), MALLOC_TRIM_THRESHOLD_=str(1 << 30))
+        # the same allocator and thread settings for all arms: those of train.py (system.py)
+        settings = dict(MALLOC_MMAP_THRESHOLD_=str(1 << 30), MALLOC_TRIM_THRESHOLD_=str(1 << 30),
+                        OMP_WAIT_POLICY=os.environ.get('OMP_WAIT_POLICY', 'PASSIVE'))
         self.process = subprocess.Popen([python, __file__, '--serve'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, env=os.environ | keep)
+                                        text=True, env=os.environ | settings)
 
     def ask(self, **request):
         self.process.stdin.write(json.dumps(request) + '\n')
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise UserError(f'the worker of {request.get("arm")!r} ended with exit code {self.process.wait()}; what it '
-                            f'said is above')
+            raise UserError(f'the worker of {request.get("arm")!r} exited with code {self.process.wait()}: see its '
+                            f'output above')
         return json.loads(answer)
 
     def close(self):
@@ -158,10 +161,11 @@ class Worker:
 
 
 def show(shape, precision, results):
-    """Print the table of a shape and precision, and return its rows."""
+    """Print the table of a shape and precision. Returns its rows, as dicts."""
     s, ours = SHAPES[shape], results.get('RETRO')
-    print(f'\n{shape}: {s["n_embd"]} wide, {s["n_head"]} heads, {s["n_layer"]} layers, {s["block_size"]} tokens, batch '
-          f'{s["batch"]}, cross-attention in {s["cross"]}, encoder {s["encoder"]}, {precision}')
+    print(f'\n{shape}: n_embd {s["n_embd"]}, {s["n_head"]} heads, {s["n_layer"]} layers, {s["batch"]} x '
+          f'{s["block_size"]} tokens, cross-attention in layers {s["cross"]}, {s["encoder"]} encoder layers, '
+          f'{precision}')
     rows = []
     for arm, r in results.items():
         row = dict(shape=shape, precision=precision, arm=arm, tokens_per_s=round(r['median']),
@@ -169,28 +173,27 @@ def show(shape, precision, results):
         line = f'  {arm:<28}{r["median"]:>9,.0f} tokens/s   {r["lowest"]:>9,.0f} to {r["highest"]:,.0f}'
         if ours and arm != 'RETRO':
             row['retro_over_this'] = round(ours['median'] / r['median'], 3)
-            line += f'   RETRO is {ours["median"] / r["median"]:.2f} times that'
+            line += f'   RETRO runs at {ours["median"] / r["median"]:.2f} times this rate'
             if r['flops'] and r['flops'] != ours['flops']:
                 row['by_flops'] = round(r['flops'] / ours['flops'], 3)
-                line += f', by FLOPs {row["by_flops"]:.2f}'
+                line += f', {row["by_flops"]:.2f} expected from FLOPs'
         rows.append(row)
         print(line, flush=True)
     return rows
 
 
-def measure(workers, arms, shape, precision, rounds, seconds_a_round):
-    """{arm: dict(median, lowest, highest) of tokens/s, with flops}, the arms in turn."""
+def measure(workers, arms, shape, precision, rounds, seconds_per_round):
+    """{arm: dict(median, lowest, highest, flops)}, in tokens/s and FLOPs per token. The arms alternate."""
     tokens = SHAPES[shape]['batch'] * SHAPES[shape]['block_size']
     steps, rates, flops = {}, {arm: [] for arm in arms}, {}
     for arm in arms:
-        ask = dict(arm=arm, shape=shape, precision=precision)
-        warm = 0
-        for _ in range(6):  # until the memory that a step needs is there
-            one = workers[ARMS[arm]].ask(**ask, steps=1)
-            warm += one['seconds']
-            if warm > 10:
+        elapsed = 0
+        for _ in range(6):  # warm up the allocator
+            answer = workers[ARMS[arm]].ask(arm=arm, shape=shape, precision=precision, steps=1)
+            elapsed += answer['seconds']
+            if elapsed > 10:
                 break
-        steps[arm], flops[arm] = max(1, round(seconds_a_round / one['seconds'])), one['flops']
+        steps[arm], flops[arm] = max(1, round(seconds_per_round / answer['seconds'])), answer['flops']
     for _ in range(rounds):
         for arm in arms:
             seconds = workers[ARMS[arm]].ask(arm=arm, shape=shape, precision=precision, steps=steps[arm])['seconds']
@@ -201,40 +204,40 @@ def measure(workers, arms, shape, precision, rounds, seconds_a_round):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--quick', action='store_true', help='3 rounds of the small shape alone')
-    parser.add_argument('--shapes', help=f'of {", ".join(SHAPES)}; default: small,medium')
+    parser.add_argument('--quick', action='store_true', help='3 rounds of the small shape only')
+    parser.add_argument('--shapes', help=f'comma-separated, from {", ".join(SHAPES)} (default: small,medium)')
     parser.add_argument('--arms', default=','.join(list(ARMS)[:-1]),
-                        help=f'of {", ".join(ARMS)}; default: all but the last')
+                        help=f'comma-separated, from {", ".join(ARMS)} (default: all but the last)')
     parser.add_argument('--precisions', default='float32,bfloat16')
-    parser.add_argument('--rounds', type=int, help='default: 7, with --quick 3')
+    parser.add_argument('--rounds', type=int, help='rounds per arm (default: 7, or 3 with --quick)')
     parser.add_argument('--retro-pytorch', default=str(ROOT / '.venv-retro-pytorch/bin/python'), metavar='PYTHON',
-                        help='the python of the environment that has retro-pytorch')
+                        help='python of the environment with retro-pytorch (default: %(default)s)')
     arguments = parser.parse_args()
     arms, precisions = arguments.arms.split(','), arguments.precisions.split(',')
     shapes = (arguments.shapes or ('small' if arguments.quick else 'small,medium')).split(',')
     rounds = arguments.rounds or (3 if arguments.quick else 7)
-    for given, known in ((arms, ARMS), (shapes, SHAPES), (precisions, ('float32', 'bfloat16'))):
-        for name in given:
+    for names, known in ((arms, ARMS), (shapes, SHAPES), (precisions, ('float32', 'bfloat16'))):
+        for name in names:
             if name not in known:
-                raise UserError(f'{name!r} is none of {", ".join(known)}')
+                raise UserError(f'{name!r} is not one of {", ".join(known)}')
     pythons = {'ours': sys.executable, 'theirs': arguments.retro_pytorch}
     sides = {ARMS[arm] for arm in arms}
     if 'theirs' in sides and not os.path.exists(arguments.retro_pytorch):
-        raise UserError(f'no python at {arguments.retro_pytorch}: make the environment with "python -m venv '
+        raise UserError(f'no python at {arguments.retro_pytorch}: create the environment with "python -m venv '
                         f'.venv-retro-pytorch" and ".venv-retro-pytorch/bin/pip install -r '
-                        f'bench/requirements-retro-pytorch.txt", or measure without it by --arms=RETRO,GPT')
+                        f'bench/requirements-retro-pytorch.txt", or leave retro-pytorch out with --arms=RETRO,GPT')
     workers = {side: Worker(pythons[side]) for side in sides}
-    found = []
+    rows = []
     for shape in shapes:
         for precision in precisions:
-            # retro-pytorch can hold 8 heads alone
-            able = [arm for arm in arms if ARMS[arm] == 'ours' or SHAPES[shape]['n_head'] == 8]
-            results = measure(workers, able, shape, precision, rounds, 0.5 if arguments.quick else 2.0)
-            found += show(shape, precision, results)
-    about = {side: worker.ask(about=True) for side, worker in workers.items()}
+            # retro-pytorch always has 8 heads
+            supported = [arm for arm in arms if ARMS[arm] == 'ours' or SHAPES[shape]['n_head'] == 8]
+            results = measure(workers, supported, shape, precision, rounds, 0.5 if arguments.quick else 2.0)
+            rows += show(shape, precision, results)
+    environments = {side: worker.ask(about=True) for side, worker in workers.items()}
     for worker in workers.values():
         worker.close()
-    print(json.dumps(dict(results=found, rounds=rounds, **about)))
+    print(json.dumps(dict(results=rows, rounds=rounds, **environments)))
 
 
 if __name__ == '__main__':

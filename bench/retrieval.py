@@ -1,6 +1,6 @@
 """
-What live retrieval costs, stage by stage: milliseconds a batch, and chunks/s end to end, from Milvus Lite and from a
-real Milvus server (milvus_server.py), with nothing remembered and with all of it. The arms take turns over the same
+What live retrieval costs, stage by stage: milliseconds per batch, and chunks/s end to end, from Milvus Lite and from a
+real Milvus server (milvus_server.py), with an empty and a full neighbor cache. The arms take turns over the same
 batches. Prints a table and one JSON line.
 
     python bench/retrieval.py config/quickstart.py [--quick]
@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 
@@ -19,21 +19,23 @@ from milvus_lite.server_manager import server_manager_instance
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from system import pick_device
+
 from bench.milvus_server import MilvusServer, why_not
 from configurator import load_settings, user_errors_as_one_line
-from data.stream import SequenceStream, as_dataset_configs
+from data.documents import as_dataset_configs
+from data.fingerprint import describe_corpus
+from data.stream import INTERLEAVE, SequenceStream
 from data.tokenizer import load_tokenizer
-from retrieval.embedding import pick_device
 from retrieval.local_server import local_server
 from retrieval.populate import populate
-from retrieval.prefetch import with_neighbors
-from retrieval.retriever import Retriever
+from retrieval.retriever import open_retriever
 
 STAGES = ('read', 'recall', 'stored embeddings', 'embed', 'search', 'search again', 'rows', 'remember', 'rest')
 
 
 def time_stages(retriever):
-    """Have the retriever's parts add up their seconds by stage, in the dict that is returned."""
+    """Have the retriever's parts add up their seconds by stage; returns the dict that holds them."""
     seconds = defaultdict(float)
 
     def timed(owner, name, stage):
@@ -47,81 +49,76 @@ def time_stages(retriever):
                 seconds[stage(*args, **kwargs)] += time.perf_counter() - start
         setattr(owner, name, call)
 
-    timed(retriever.memory, 'get', lambda *_: 'recall')
-    timed(retriever.memory, 'put', lambda *_: 'remember')
+    timed(retriever.cache, 'get', lambda *_: 'recall')
+    timed(retriever.cache, 'put', lambda *_: 'remember')
     timed(retriever.embedder, 'embed', lambda *_: 'embed')
     timed(retriever.knowledge_base, 'rows', lambda _, fields, *rest: 'rows' if fields == ['tokens'] else
           'stored embeddings')
-    timed(retriever.knowledge_base, 'search', lambda _, limit, not_in_documents=(), latest=False:
-          'search again' if len(not_in_documents) or limit > retriever.candidates else 'search')
+    timed(retriever.knowledge_base, 'search', lambda _, limit, excluded=(), latest=False:
+          'search again' if len(excluded) or limit > retriever.candidates else 'search')
     return seconds
 
 
-def measure(arm, settings, tokenizer, grid, rounds, ahead):
-    """Yields, for round after round of `ahead` batches, milliseconds a batch by stage, and the chunks that asked."""
-    retriever = Retriever(settings, tokenizer, pick_device(settings['device']), arm['address'])
-    stream = SequenceStream(tokenizer=tokenizer, **grid)
-    try:
-        if arm['remembered']:
+def measure(settings, address, is_remembered, tokenizer, grid, rounds, together):
+    """Yields, for each round of `together` batches, milliseconds per batch by stage, and retrieving chunks/s."""
+    with open_retriever(settings, tokenizer, pick_device(settings.device), address) as retriever:
+        stream = SequenceStream(tokenizer=tokenizer, **grid)
+        if is_remembered:
             for _ in range(rounds):
-                list(with_neighbors(list(islice(stream, ahead)), retriever))
+                retriever.add_neighbors(list(islice(stream, together)))
             stream = SequenceStream(tokenizer=tokenizer, **grid)
         seconds = time_stages(retriever)
         for _ in range(rounds):
             seconds.clear()
             start = time.perf_counter()
-            batches = list(islice(stream, ahead))
+            batches = list(islice(stream, together))
             seconds['read'] = time.perf_counter() - start
-            list(with_neighbors(batches, retriever))
+            retriever.add_neighbors(batches)
             whole = time.perf_counter() - start
             seconds['rest'] = whole - sum(seconds.values())
-            yield ({stage: 1e3 * seconds[stage] / ahead for stage in STAGES} | {'all': 1e3 * whole / ahead},
-                   sum(int((~batch.ends).sum()) for batch in batches) / whole)
-    finally:
-        retriever.close()
+            yield ({stage: 1e3 * seconds[stage] / together for stage in STAGES} | {'all': 1e3 * whole / together},
+                   sum(int((~batch.is_last_chunk).sum()) for batch in batches) / whole)
 
 
 def main():
-    quick = '--quick' in sys.argv
+    is_quick = '--quick' in sys.argv
     settings = load_settings([a for a in sys.argv[1:] if a != '--quick'])
-    tokenizer = load_tokenizer(settings['tokenizer'])
-    ahead = 8 if quick else settings['retrieval_prefetch_batches']
-    rounds = 2 if quick else max(3, 192 // ahead)
-    documents = settings['val_datasets' if quick else 'train_datasets']
-    grid = dict(configs=as_dataset_configs(documents, 'train_datasets'), chunk_size=settings['retrieval_chunk_size'],
-                block_size=settings['block_size'], batch_size=settings['batch_size'], interleave=64)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    together = 8 if is_quick else settings.retrieval_prefetch_batches
+    rounds = 2 if is_quick else max(3, 192 // together)
+    settings = settings.replace(retrieval_cache_gb=4.0)
+    if is_quick:
+        settings.train_datasets = settings.val_datasets
+    configs = as_dataset_configs(settings.train_datasets, 'train_datasets')
+    grid = dict(configs=configs, chunk_size=settings.retrieval_chunk_size, block_size=settings.block_size,
+                batch_size=settings.batch_size, interleave=INTERLEAVE)
     arms = {}
     with ExitStack() as cleanup:
         folder = cleanup.enter_context(tempfile.TemporaryDirectory())
-        settings = settings | dict(train_datasets=documents, retrieval_cache_gb=4.0)
-        lite = settings | dict(retrieval_milvus_uri=f'{folder}/lite.db')
-        populate(lite, show_progress=sys.stderr.isatty())
-        server_manager_instance.release_server(lite['retrieval_milvus_uri'])  # a local file serves one process
-        address, _ = cleanup.enter_context(local_server(lite['retrieval_milvus_uri'],
-                                                            lite['retrieval_collection']))
-        places = {'Milvus Lite': (lite, address)}
+        databases = {'Milvus Lite': settings.replace(retrieval_milvus_uri=f'{folder}/lite.db')}
         if why_not():
             print(f'no real Milvus server: {why_not()}', file=sys.stderr)
         else:
             server = cleanup.enter_context(MilvusServer(f'{folder}/server'))
-            real = settings | dict(retrieval_milvus_uri=server.uri, retrieval_milvus_token='')
-            populate(real, show_progress=sys.stderr.isatty())
-            places['Milvus server'] = (real, None)
-        for name, (own, address) in places.items():
-            for remembered in (False, True):
-                arm = dict(address=address, remembered=remembered)
-                own = own | dict(retrieval_cache_dir=f'{folder}/{name} {remembered}')
-                arms[f'{name}, {"remembered" if remembered else "first time"}'] = measure(
-                    arm, own, tokenizer, grid, rounds, ahead)
+            databases['Milvus server'] = settings.replace(retrieval_milvus_uri=server.uri, retrieval_milvus_token='')
+        for database in databases.values():
+            populate(database, show_progress=sys.stderr.isatty())
+        lite, addresses = databases['Milvus Lite'], {}
+        server_manager_instance.release_server(lite.retrieval_milvus_uri)  # a local file serves one process
+        served = local_server(lite.retrieval_milvus_uri, lite.retrieval_collection)
+        addresses['Milvus Lite'], _ = cleanup.enter_context(served)
+        for name, database in databases.items():
+            for is_remembered, arm in ((False, 'first time'), (True, 'remembered')):
+                database = database.replace(retrieval_cache_dir=f'{folder}/{name} {arm}')
+                measured = measure(database, addresses.get(name), is_remembered, tokenizer, grid, rounds, together)
+                arms[f'{name}, {arm}'] = cleanup.enter_context(closing(measured))
         results = {name: [] for name in arms}
         for _ in range(rounds):
-            for name, rounds_of_arm in arms.items():
-                results[name].append(next(rounds_of_arm))
-        for rounds_of_arm in arms.values():
-            rounds_of_arm.close()
-    report = {}
-    print(f'milliseconds a batch of {settings["batch_size"]} x {settings["block_size"]} tokens, {ahead} batches by one '
-          f'search; medians of {rounds} rounds\n')
+            for name, measured in arms.items():
+                results[name].append(next(measured))
+    report = dict(corpus=describe_corpus(settings.train_datasets))
+    print(f'milliseconds per batch of {settings.batch_size} x {settings.block_size} tokens of {report["corpus"]}, '
+          f'{together} batches per search; medians of {rounds} rounds\n')
     print(f'{"":<20}' + ''.join(f'{name:>28}' for name in results))
     for stage in (*STAGES, 'all'):
         medians = {name: statistics.median(times[stage] for times, _ in measured) for name, measured in results.items()}
