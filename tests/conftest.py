@@ -1,5 +1,5 @@
 """
-What the tests share: a small corpus of real text (modules of the standard library), a tokenizer and a static embedding
+Shared by the tests: a small corpus of real text (modules of the standard library), a tokenizer and a static embedding
 fitted on it, and a populated Milvus Lite collection, each made once by the project's own commands.
 """
 import atexit
@@ -18,11 +18,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'
-CHUNK = 16  # tokens of a chunk, so that small documents have many
+CHUNK = 16  # tokens per chunk, so that small documents have many
 
 if (SHARED / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
-os.environ.update(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='2', DEEPEVAL_TELEMETRY_OPT_OUT='1')
+os.environ.update(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='2', OMP_WAIT_POLICY='PASSIVE', DEEPEVAL_TELEMETRY_OPT_OUT='1')
 os.environ.pop('MILVUS_TOKEN', None)
 
 TRAIN = ('json/decoder', 'json/encoder', 'json/scanner', 'textwrap', 'string', 'bisect', 'heapq', 'fnmatch', 'glob',
@@ -31,8 +31,8 @@ TRAIN = ('json/decoder', 'json/encoder', 'json/scanner', 'textwrap', 'string', '
 VAL = ('json/tool', 'tempfile', 'timeit', 'this')
 
 
-# Commands, and the processes that they spawn, are forks of a process that has imported the libraries once: a short
-# command's time is mostly that. What must be as in real life down to its processes (test_faults) starts them itself.
+# Commands, and the processes that they spawn, are forks of a process that has imported the libraries once: imports are
+# most of a short command's time. Tests that need real processes (test_faults) start them themselves.
 forks = multiprocessing.get_context('forkserver')
 forks.set_forkserver_preload(['tests.preloaded'])
 multiprocessing.get_context = lambda method=None, original=multiprocessing.get_context: original(
@@ -40,7 +40,7 @@ multiprocessing.get_context = lambda method=None, original=multiprocessing.get_c
 
 
 def run(*command, folder, check=True, timeout=300, env=None):
-    """Run a command of the project as its users do; the answer has stdout and stderr as text."""
+    """Run a command of the project as its users do; the result has stdout and stderr as text."""
     command, env = list(map(str, command)), {**os.environ, 'PYTHONPATH': str(ROOT), **(env or {})}
     if command[0] == '-c' or command[:2] == ['-m', 'torch.distributed.run']:
         answer = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True,
@@ -95,7 +95,7 @@ def release(folder):
 
 
 CONFIG = f'''
-from data.stream import DatasetConfig
+from data.documents import DatasetConfig
 
 out_dir = 'out'
 train_datasets = [DatasetConfig('train.parquet', source='stdlib')]

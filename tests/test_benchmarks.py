@@ -9,14 +9,8 @@ from deepeval.benchmarks.schema import ListOfNumbersSchema, MultipleChoiceSchema
 
 from configurator import UserError
 from data.tokenizer import load_tokenizer
-from evaluation.benchmarks import (
-    BENCHMARKS,
-    Prompt,
-    RETROForDeepEval,
-    answer_separator,
-    prepare_benchmarks,
-    read_answer,
-)
+from evaluation.benchmarks import BENCHMARKS, prepare_benchmarks
+from evaluation.deepeval_adapter import Prompt, RETROForDeepEval, answer_separator, read_answer
 from model import RETRO, RETROConfig
 from retrieval.retriever import Retriever
 from tests.conftest import CHUNK, SHARED, release, run
@@ -94,7 +88,7 @@ def test_an_oracle_scores_all_and_a_uniform_model_by_chance_batched_and_one_by_o
 
 
 def test_batches_give_the_answers_of_one_by_one_with_retrieval_on_and_off(logiqa, settings, workspace):
-    tokenizer = load_tokenizer(settings['tokenizer'])
+    tokenizer = load_tokenizer(settings.tokenizer)
     model = make_model(tokenizer, use_retrieval=True, retrieval_layers=[2], retrieval_encoder_layers=1)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -249,7 +243,7 @@ def test_all_known_benchmarks_are_tested():
     (('MMLU', dict(tasks=['ALCHEMY'])), "benchmark MMLU has no 'ALCHEMY'; it has "),
     (('LogiQA', dict(n_shot=1)), 'benchmark LogiQA does not take'),
     (('LogiQA', dict(n_shots=9)), 'LogiQA only supports n_shots <= 5'),
-    (('MMLU', dict(tasks=['astronomy'])), 'the data of benchmark MMLU can not be had'),
+    (('MMLU', dict(tasks=['astronomy'])), 'the data of benchmark MMLU is unavailable'),
 ])
 def test_what_can_not_be_asked_is_told(saved, entry, said):
     with pytest.raises(UserError, match=re.escape(said)):

@@ -23,16 +23,16 @@ def test_defaults_are_the_globals_of_train_py_and_every_one_is_documented():
 def test_a_later_argument_wins_and_integers_are_floats_too(tmp_path):
     path = config(tmp_path, 'n_layer = 3\nbatch_size = 2 * n_layer\nimport math\n_scratch = 1\n')
     settings = load_settings([path, '--n_layer=5', '--learning_rate=1', '--out_dir=7', '--retrieval_layers=[1, 2]'])
-    assert (settings['n_layer'], settings['batch_size'], settings['out_dir']) == (5, 6, '7')
-    assert settings['learning_rate'] == 1.0 and isinstance(settings['learning_rate'], float)
-    assert settings['retrieval_layers'] == [1, 2]
-    assert load_settings(['--n_layer=5', path])['n_layer'] == 3
+    assert (settings.n_layer, settings.batch_size, settings.out_dir) == (5, 6, '7')
+    assert settings.learning_rate == 1.0 and isinstance(settings.learning_rate, float)
+    assert settings.retrieval_layers == [1, 2]
+    assert load_settings(['--n_layer=5', path]).n_layer == 3
 
 
 def test_a_checkpoints_settings_lie_between_the_defaults_and_the_arguments():
     settings = load_settings(['--n_head=3'], given=dict(n_layer=7, n_head=7, from_another_version=1))
-    assert (settings['n_layer'], settings['n_head']) == (7, 3)
-    assert 'from_another_version' not in settings
+    assert (settings.n_layer, settings.n_head) == (7, 3)
+    assert not hasattr(settings, 'from_another_version')
 
 
 @pytest.mark.parametrize('arguments, said', [

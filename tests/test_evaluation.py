@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from data.stream import DatasetConfig, Document, SequenceStream, load_documents
+from data.documents import DatasetConfig, Document, load_documents
+from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
-from evaluation.checkpoint import load_run
 from evaluation.figures import summarize
 from evaluation.leakage import longest_shared_runs, overlap, shared_tokens
 from evaluation.losses import bits_per_byte, bootstrap, chunk_bytes, evaluate_corpus, read_corpus
-from retrieval.retriever import Retriever
-from tests.conftest import CHUNK, ROOT, SHARED, release, run
+from retrieval.retriever import open_retriever
+from tests.conftest import CHUNK, ROOT, SHARED, run
+from training.checkpoint import load_run
 
 
 @pytest.fixture(scope='module')
@@ -74,11 +75,9 @@ def losses_of_val(trained):
     os.chdir(trained)
     try:
         settings, tokenizer, model, device = load_run('out')
-        retriever = Retriever(settings, tokenizer)
         corpus = read_corpus(load_documents([DatasetConfig('val.parquet', source='stdlib')]), tokenizer, CHUNK, 6000)
-        nats, retrieved = evaluate_corpus(model, corpus, 4, device, nullcontext(), retriever)
-        retriever.close()
-        release(trained)
+        with open_retriever(settings, tokenizer) as retriever:
+            nats, retrieved = evaluate_corpus(model, corpus, 4, device, nullcontext(), retriever)
         return corpus, nats, retrieved, tokenizer, model
     finally:
         os.chdir(before)
@@ -244,15 +243,15 @@ def test_the_last_document_is_cut_on_the_grid_at_max_tokens(prepared):
 
 
 @pytest.mark.parametrize('arguments, said', [
-    (['--out_dir=nowhere'], "no checkpoint 'nowhere/ckpt.pt'"),
+    (['--out_dir=nowhere'], "no checkpoint in 'nowhere'"),
     (['--out_dir=gpt', '--retrieval=on'], "the model in 'gpt' was trained without retrieval"),
     (['--data=empty.jsonl'], 'there is no text to evaluate: all documents are empty'),
     (['--data=nowhere.jsonl'], "no corpus at 'nowhere.jsonl'"),
-    (['--baseline=nowhere'], "no checkpoint 'nowhere/ckpt.pt'"),
+    (['--baseline=nowhere'], "no checkpoint in 'nowhere'"),
     (['--max_tokens=-1'], '--max_tokens must be at least 0, but is -1'),
     (['--max_token=1'], "unknown config key 'max_token' in the command line"),
     (['--dtype=bf16'], "dtype 'bf16' is none of"),
-    (['--results=config.py'], "--results 'config.py' can not be written"),
+    (['--results=config.py'], "--results 'config.py' cannot be written"),
     (['--batch_size=0'], 'batch_size must be at least 1, but is 0'),
     (['--data=short.jsonl'], 'no document is longer than a token'),
     (["--multiple_choice_benchmarks=[5]"], 'which is no name and no (name, arguments)'),

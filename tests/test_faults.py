@@ -9,9 +9,9 @@ import time
 import pytest
 
 from bench.milvus_server import MilvusServer, why_not
-from model import load_checkpoint
 from tests.conftest import ROOT, run
 from tests.test_train import losses
+from training.checkpoint import load_checkpoint
 
 # many small steps with few batches ready, so that what happens at one of them happens before the last is fetched
 LONG = ['config.py', '--max_iters=40', '--lr_decay_iters=40', '--eval_interval=20', '--dropout=0.1',
@@ -96,9 +96,9 @@ def test_a_server_that_stays_dead_ends_the_run_with_a_checkpoint_to_resume_from(
     server.start()
     assert code == 3, broken.said
     assert 'error: waited ' in broken.said and 'retrieval_timeout is 3: no Milvus answers at' in broken.said
-    saved = load_checkpoint(str(undisturbed / 'broken/ckpt.pt'))['iter_num']
+    saved = load_checkpoint(undisturbed / 'broken').step
     assert 10 <= saved < 40
-    assert f'saved a checkpoint at step {saved}; go on from it with --init_from=resume' in broken.said
+    assert f'saved a checkpoint at step {saved} in broken; resume from it with --init_from=resume' in broken.said
     assert not broken.processes()
     run(ROOT / 'train.py', *LONG, *at(server), '--out_dir=broken', '--init_from=resume', folder=undisturbed)
     assert losses(undisturbed, 'broken') == losses(undisturbed, 'whole')
@@ -113,7 +113,7 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint_and_leaves_no_process(workspace):
     os.killpg(stopped.process.pid, signal.SIGINT)  # as a terminal does
     assert stopped.end() == 130, stopped.said
     assert 'Traceback' not in stopped.said and 'stopping with a checkpoint' in stopped.said
-    assert 10 <= load_checkpoint(str(workspace / 'stopped/ckpt.pt'))['iter_num'] < 40
+    assert 10 <= load_checkpoint(workspace / 'stopped').step < 40
     assert not stopped.processes()
     run(ROOT / 'train.py', *LONG, '--out_dir=whole', folder=workspace)
     run(ROOT / 'train.py', *LONG, '--out_dir=stopped', '--init_from=resume', folder=workspace)
@@ -146,6 +146,6 @@ def test_one_rank_that_stops_stops_all_with_a_checkpoint(workspace):
     ranks = subprocess.run(['ps', '--ppid', str(process.pid), '-o', 'pid='], capture_output=True, text=True).stdout
     os.kill(int(ranks.split()[0]), signal.SIGINT)
     said += process.communicate(timeout=120)[0]
-    saved = load_checkpoint(str(workspace / 'out/ckpt.pt'))
-    assert 10 <= saved['iter_num'] < 40 and len(saved['ranks']) == 2
-    assert f'saved a checkpoint at step {saved["iter_num"]}' in said
+    saved = load_checkpoint(workspace / 'out')
+    assert 10 <= saved.step < 40 and saved.world_size == 2
+    assert f'saved a checkpoint at step {saved.step}' in said

@@ -65,7 +65,7 @@ def test_a_search_can_leave_documents_out(knowledge_base):
     rows = make_rows(60)
     knowledge_base.upsert(rows)
     for out in ([-1], [-1, 0], [0, -1, -2]):
-        hits = knowledge_base.search([rows[1]['embedding']], 60, not_in_documents=out)[0]
+        hits = knowledge_base.search([rows[1]['embedding']], 60, excluded=out)[0]
         assert set(hits['doc_id'][hits['score'] > -np.inf].tolist()) == {0, -1, -2} - set(out)
 
 
@@ -75,24 +75,24 @@ def test_rows_are_found_by_id_and_removed_from_a_position_on(knowledge_base):
         -5: dict(id=-5, tokens=[0]), 2: dict(id=2, tokens=list(range(8)))}
     knowledge_base.delete_from(-1, 4)
     assert knowledge_base.count() == 30 - 6
-    hits = knowledge_base.search([make_rows(1)[0]['embedding']], 60, not_in_documents=[0, -2])
+    hits = knowledge_base.search([make_rows(1)[0]['embedding']], 60, excluded=[0, -2])
     assert (hits['score'] > -np.inf).sum() == 4
 
 
-def test_the_state_changes_with_the_rows_and_is_none_while_they_change(knowledge_base, uri):
-    first = knowledge_base.state()
-    assert first and first == knowledge_base.state()
+def test_the_revision_changes_with_the_rows_and_is_none_while_they_change(knowledge_base, uri):
+    first = knowledge_base.revision()
+    assert first and first == knowledge_base.revision()
     knowledge_base.upsert(make_rows(30))
-    assert knowledge_base.state() is None
-    again = KnowledgeBase(uri, '', 'chunks', METADATA)  # as after a filling that was broken off
-    assert again.state() is None
+    assert knowledge_base.revision() is None
+    again = KnowledgeBase(uri, '', 'chunks', METADATA)  # as after populate was interrupted
+    assert again.revision() is None
     knowledge_base.flush()
-    second = again.state()
+    second = again.revision()
     assert second and second != first
     knowledge_base.delete_from(-1, 4)
-    assert again.state() is None
+    assert again.revision() is None
     knowledge_base.flush()
-    assert again.state() not in (None, first, second)
+    assert again.revision() not in (None, first, second)
     again.close()
 
 
@@ -153,7 +153,7 @@ def test_without_create_nothing_is_made(uri, tmp_path):
     ('http://127.0.0.1:9', 'no Milvus answers at http://127.0.0.1:9'),
     ('http://[::1', 'correct retrieval_milvus_uri'),
     ('somewhere', "'somewhere' is neither the path of a local file ending in .db nor an address"),
-    ('/dev/null/kb.db', 'can not be made there'),
+    ('/dev/null/kb.db', 'cannot be created there'),
 ])
 def test_a_uri_that_nothing_answers_is_named_and_the_token_is_not(uri, said):
     with pytest.raises(UserError) as error:

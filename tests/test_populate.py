@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.chunking import chunk_document, chunk_hashes, document_hash, with_continuation
-from data.stream import DatasetConfig, load_documents
+from data.documents import DatasetConfig, load_documents, tokenize
 from data.tokenizer import load_tokenizer
 from retrieval.embedding import Embedder
 from retrieval.knowledge_base import FIELDS, open_knowledge_base
@@ -18,9 +18,9 @@ from tests.conftest import CHUNK, release, run
 def rows_of(settings, tokenizer):
     """{id: row} of the whole collection, read by search."""
     from data.tokenizer import vocabulary_hash
-    embedder = Embedder(settings['retrieval_embedding_model'])
+    embedder = Embedder(settings.retrieval_embedding_model)
     knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), embedder)
-    rows = knowledge_base.client.query(settings['retrieval_collection'], filter='', limit=16384,
+    rows = knowledge_base.client.query(settings.retrieval_collection, filter='', limit=16384,
                                        output_fields=[*FIELDS, 'embedding'])
     assert len(rows) == knowledge_base.count() < 16384
     knowledge_base.close()
@@ -29,10 +29,10 @@ def rows_of(settings, tokenizer):
 
 
 def test_the_collection_holds_every_chunk_of_every_document_whole(settings):
-    tokenizer = load_tokenizer(settings['tokenizer'])
+    tokenizer = load_tokenizer(settings.tokenizer)
     rows, embedder, seen = rows_of(settings, tokenizer), Embedder('embedding'), 0
     for document in load_documents([DatasetConfig('train.parquet', source='stdlib')]):
-        chunks, lengths = chunk_document(document.tokens(tokenizer), CHUNK, tokenizer.eot_token)
+        chunks, lengths = chunk_document(tokenize(document, tokenizer), CHUNK, tokenizer.eot_token)
         together, real = with_continuation(chunks, lengths)
         ids = chunk_hashes('stdlib', document.id, 0, len(chunks)).tolist()
         texts = [tokenizer.decode(c[:n].tolist()) for c, n in zip(chunks, lengths, strict=True)]

@@ -1,9 +1,12 @@
 """The quickstart's corpus, made from this machine's Python source in a copy of the project's folder."""
+import json
 import shutil
 
 import pyarrow.parquet as pq
 import pytest
 
+from data.documents import DatasetConfig
+from data.fingerprint import describe_corpus, fingerprint
 from data.python_source import prepare
 from tests.conftest import ROOT, run
 
@@ -12,7 +15,7 @@ from tests.conftest import ROOT, run
 def copy(tmp_path_factory):
     folder = tmp_path_factory.mktemp('copy')
     shutil.copy(ROOT / 'configurator.py', folder)
-    shutil.copytree(ROOT / 'data', folder / 'data', ignore=shutil.ignore_patterns('*.parquet', 'tokenizer.json'))
+    shutil.copytree(ROOT / 'data', folder / 'data', ignore=shutil.ignore_patterns('*.parquet', '*.json'))
     return folder
 
 
@@ -23,8 +26,8 @@ def prepare_in(copy, *arguments, **options):
 def test_documents_are_split_by_their_id_and_hold_no_tests_or_copies(copy):
     answer = prepare_in(copy, '--max_mb=3')
     folder = copy / 'data/python_source'
-    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == ['prepare.py', 'tokenizer.json',
-                                                                                'train.parquet', 'val.parquet']
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == [
+        'corpus.json', 'prepare.py', 'tokenizer.json', 'train.parquet', 'val.parquet']
     train, val = (pq.read_table(folder / f'{name}.parquet').to_pylist() for name in ('train', 'val'))
     ids, texts = zip(*[(row['id'], row['text']) for row in train + val], strict=True)
     assert len(set(ids)) == len(ids) > 50 and len(set(texts)) == len(texts)
@@ -34,6 +37,23 @@ def test_documents_are_split_by_their_id_and_hold_no_tests_or_copies(copy):
     assert 3e6 <= size < 3.6e6
     for said in ('documents', 'bytes', 'tokens', 'chunks', 'padding', f'{len(train):,}', 'undecodable', 'duplicate'):
         assert said in answer.stdout
+    found = json.loads((folder / 'corpus.json').read_text())
+    assert found['train']['documents'] == len(train) and found['val']['documents'] == len(val)
+    assert found['train']['bytes'] + found['val']['bytes'] == size and f'fingerprint {found["hash"]}' in answer.stdout
+    assert describe_corpus([DatasetConfig(str(folder / 'train.parquet'))]) == f'python_source {found["hash"]}'
+
+
+def test_the_fingerprint_depends_on_every_text_every_id_and_their_order_and_on_nothing_else():
+    documents = [('a', 'one'), ('b', 'two')]
+    changed = [[('a', 'one'), ('b', 'twp')], [('a', 'one'), ('c', 'two')], documents[::-1], documents[:1],
+               [('a', 'onetwo'), ('b', '')], [*documents, ('c', '')]]
+    hashes = [fingerprint(dict(train=split, val=[]))['hash'] for split in (documents, *changed)]
+    assert len(set(hashes)) == len(hashes) and hashes[0] == fingerprint(dict(val=[], train=list(documents)))['hash']
+    assert fingerprint(dict(train=[], val=documents))['hash'] not in hashes
+
+
+def test_a_file_without_a_fingerprint_is_named_by_its_path():
+    assert describe_corpus([DatasetConfig('my/a.jsonl'), DatasetConfig('my/b.jsonl')]) == 'my/a.jsonl, my/b.jsonl'
 
 
 def test_too_little_to_split_is_one_clear_line_and_leaves_what_was_there(copy):

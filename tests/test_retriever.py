@@ -4,16 +4,18 @@ import pytest
 
 from configurator import UserError
 from data.chunking import chunk_document, document_hash
-from data.stream import SequenceStream, as_dataset_configs, load_documents
+from data.documents import as_dataset_configs, load_documents, tokenize
+from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from retrieval.knowledge_base import FIELDS, open_knowledge_base
-from retrieval.retriever import EMBEDDED, LIMITS, LOOKED_UP, NOWHERE, REMEMBERED, Retriever, share_trigrams
+from retrieval.leaks import LIMITS
+from retrieval.retriever import EMBEDDED, LOOKED_UP, NONE, REMEMBERED, Retriever, share_trigrams
 from tests.conftest import CHUNK, run
 
 
 @pytest.fixture
 def tokenizer(settings):
-    return load_tokenizer(settings['tokenizer'])
+    return load_tokenizer(settings.tokenizer)
 
 
 @pytest.fixture
@@ -27,34 +29,34 @@ re_ranked = pytest.mark.parametrize('rerank', [0, 20], ids=['nearest', 're-ranke
 
 
 def make_stream(settings, tokenizer, **options):
-    return SequenceStream(as_dataset_configs(settings['train_datasets'], 'train_datasets'), tokenizer, CHUNK,
-                          settings['block_size'], settings['batch_size'], interleave=5, **options)
+    return SequenceStream(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, CHUNK,
+                          settings.block_size, settings.batch_size, interleave=5, **options)
 
 
 def retrieve(retriever, batch):
-    return retriever.retrieve(batch.tokens.reshape(*batch.ends.shape, CHUNK), batch.documents, batch.ends,
-                              batch.chunk_ids)
+    chunks = batch.tokens.reshape(*batch.is_last_chunk.shape, CHUNK)
+    return retriever.retrieve(chunks, batch.doc_ids, batch.is_last_chunk, batch.chunk_ids)
 
 
-def there(hits):
-    """Those of the hits of one chunk (K,) that are there."""
+def existing(hits):
+    """The hits of one chunk (K,) without the missing ones."""
     return hits[hits['score'] > -np.inf]
 
 
 @re_ranked
 def test_no_neighbor_is_of_a_document_of_its_own_sequence(settings, tokenizer, rerank):
-    retriever = Retriever(settings | dict(retrieval_rerank=rerank), tokenizer)
+    retriever = Retriever(settings.replace(retrieval_rerank=rerank), tokenizer)
     stream, found, sequences = make_stream(settings, tokenizer), 0, 0
     for _ in range(15):
         batch = next(stream)
         neighbors = retrieve(retriever, batch)
         for b in range(len(batch.tokens)):
-            own = set(batch.documents[b].tolist())
+            own = set(batch.doc_ids[b].tolist())
             sequences += len(own) > 1
             for place, hits in enumerate(neighbors.hits[b]):
-                hits = there(hits)
+                hits = existing(hits)
                 assert not own & set(hits['doc_id'].tolist())
-                assert len(hits) == (0 if batch.ends[b, place] else settings['retrieval_k_neighbors'])
+                assert len(hits) == (0 if batch.is_last_chunk[b, place] else settings.retrieval_k_neighbors)
                 found += len(hits)
     retriever.close()
     assert found > 200 and sequences > 0
@@ -64,21 +66,21 @@ def test_neighbors_are_those_of_an_exhaustive_search_over_other_documents(settin
     """Computed here from the texts, with no database; the collection has the exact index."""
     run('-m', 'retrieval.populate', 'config.py', '--retrieval_collection=exact', '--retrieval_index=FLAT',
         folder=workspace)
-    retriever = Retriever(settings | dict(retrieval_collection='exact', retrieval_index='FLAT'), tokenizer)
-    documents = list(load_documents(as_dataset_configs(settings['train_datasets'], 'train_datasets')))
+    retriever = Retriever(settings.replace(retrieval_collection='exact', retrieval_index='FLAT'), tokenizer)
+    documents = list(load_documents(as_dataset_configs(settings.train_datasets, 'train_datasets')))
     texts, owners = [], []
     for document in documents:
-        chunks, _ = chunk_document(document.tokens(tokenizer), CHUNK, tokenizer.eot_token)
+        chunks, _ = chunk_document(tokenize(document, tokenizer), CHUNK, tokenizer.eot_token)
         texts += [tokenizer.decode([t for t in row if t != tokenizer.eot_token]) for row in chunks.tolist()]
         owners += [document_hash(document.source, document.id)] * len(chunks)
     vectors, owners = retriever.embedder.embed(texts), np.array(owners)
     batch = next(make_stream(settings, tokenizer))
     neighbors = retrieve(retriever, batch)
     checked = 0
-    for b, place in np.argwhere(~batch.ends):
+    for b, place in np.argwhere(~batch.is_last_chunk):
         query = retriever.embedder.embed([tokenizer.decode(batch.tokens[b].reshape(-1, CHUNK)[place].tolist())])[0]
-        scores = np.where(np.isin(owners, batch.documents[b]), -9, vectors @ query)
-        best = np.sort(scores)[::-1][:settings['retrieval_k_neighbors']]
+        scores = np.where(np.isin(owners, batch.doc_ids[b]), -9, vectors @ query)
+        best = np.sort(scores)[::-1][:settings.retrieval_k_neighbors]
         np.testing.assert_allclose(neighbors.hits['score'][b, place], best, atol=1e-3)
         checked += 1
     retriever.close()
@@ -89,8 +91,8 @@ def test_neighbors_are_those_of_an_exhaustive_search_over_other_documents(settin
 @pytest.mark.parametrize('crowd', [limit + 20 for limit in LIMITS])
 def test_a_document_that_fills_the_hits_of_a_search_leaks_nothing_and_hides_nothing(settings, tokenizer, crowd, rerank):
     """Its chunks are all alike, and the two that may be found are less alike than any of them."""
-    settings = settings | dict(retrieval_collection='crowded', retrieval_rerank=rerank)
-    first = Retriever(settings | dict(retrieval_collection='chunks'), tokenizer)
+    settings = settings.replace(retrieval_collection='crowded', retrieval_rerank=rerank)
+    first = Retriever(settings.replace(retrieval_collection='chunks'), tokenizer)
     knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), first.embedder, create=True)
     text = tokenizer.encode_ordinary('def read_the_file(path): return open(path).read()  # again and again' * 2)[:CHUNK]
     near = first.embedder.embed([tokenizer.decode(text)])[0]
@@ -107,23 +109,23 @@ def test_a_document_that_fills_the_hits_of_a_search_leaks_nothing_and_hides_noth
     neighbors = retriever.retrieve(np.array([[text]]), np.array([[1]]), np.array([[False]]))
     of_two = retriever.retrieve(np.array([[text, text]]), np.array([[1, 2]]), np.array([[False, True]]))
     retriever.close()
-    assert set(there(neighbors.hits[0, 0])['doc_id']) == {2, 3} and neighbors.again[0, 0]
+    assert set(existing(neighbors.hits[0, 0])['doc_id']) == {2, 3} and neighbors.searched_again[0, 0]
     assert neighbors.mask[0, 0].sum(-1).tolist() == [2, 2]
-    assert there(of_two.hits[0, 0])['doc_id'].tolist() == [3] and not of_two.mask[0, 0, 1].any()
+    assert existing(of_two.hits[0, 0])['doc_id'].tolist() == [3] and not of_two.mask[0, 0, 1].any()
 
 
 def test_fewer_than_k_neighbors_are_masked_and_hold_no_text(settings, tokenizer):
-    settings = settings | dict(retrieval_k_neighbors=60)
+    settings = settings.replace(retrieval_k_neighbors=60)
     retriever = Retriever(settings, tokenizer)
     only = document_hash('stdlib', 'json.decoder')
     batch = next(make_stream(settings, tokenizer))
     everything = {document_hash('stdlib', d.id) for d in
-                  load_documents(as_dataset_configs(settings['train_datasets'], 'train_datasets'))}
+                  load_documents(as_dataset_configs(settings.train_datasets, 'train_datasets'))}
     documents = np.array([sorted(everything - {document_hash('stdlib', 'keyword')})])
     chunk = batch.tokens[:1].reshape(1, -1, CHUNK)[:, :1].repeat(documents.shape[1], axis=1)
     neighbors = retriever.retrieve(chunk, documents, np.arange(documents.shape[1])[None] > 0)
     retriever.close()
-    hits = there(neighbors.hits[0, 0])
+    hits = existing(neighbors.hits[0, 0])
     assert 0 < len(hits) < 60 and only not in hits['doc_id']
     assert not neighbors.mask[0, 0, len(hits):].any() and not neighbors.mask[0, 1:].any()
     assert (neighbors.tokens[~neighbors.mask] == tokenizer.eot_token).all()
@@ -132,11 +134,11 @@ def test_fewer_than_k_neighbors_are_masked_and_hold_no_text(settings, tokenizer)
 def test_arrays_hold_each_neighbor_and_its_continuation(settings, tokenizer, retriever):
     batch = next(make_stream(settings, tokenizer))
     neighbors = retrieve(retriever, batch)
-    L, K = settings['block_size'] // CHUNK, settings['retrieval_k_neighbors']
-    assert neighbors.tokens.shape == neighbors.mask.shape == (settings['batch_size'], L, K, 2 * CHUNK)
+    L, K = settings.block_size // CHUNK, settings.retrieval_k_neighbors
+    assert neighbors.tokens.shape == neighbors.mask.shape == (settings.batch_size, L, K, 2 * CHUNK)
     texts = {document_hash(d.source, d.id): d.text for d in
-             load_documents(as_dataset_configs(settings['train_datasets'], 'train_datasets'))}
-    for b, place in np.argwhere(~batch.ends):
+             load_documents(as_dataset_configs(settings.train_datasets, 'train_datasets'))}
+    for b, place in np.argwhere(~batch.is_last_chunk):
         hits = neighbors.hits[b, place]
         rows = retriever.knowledge_base.rows(hits['id'], FIELDS)
         for k, hit in enumerate(hits):
@@ -150,18 +152,18 @@ def test_arrays_hold_each_neighbor_and_its_continuation(settings, tokenizer, ret
 
 
 @re_ranked
-def test_remembered_neighbors_are_those_of_a_fresh_search_to_the_bit(settings, tokenizer, rerank):
+def test_cached_neighbors_are_those_of_a_fresh_search_to_the_bit(settings, tokenizer, rerank):
     """In sequences of other documents than those that they were remembered from, and of other batches."""
-    settings = settings | dict(retrieval_rerank=rerank)
+    settings = settings.replace(retrieval_rerank=rerank)
     first, other = make_stream(settings, tokenizer), make_stream(settings, tokenizer, seed=7)
     batches = [next(first) for _ in range(30)]
     shuffled = [next(other) for _ in range(30)]
-    assert {tuple(sorted(set(row))) for b in batches for row in b.documents.tolist()} != {
-        tuple(sorted(set(row))) for b in shuffled for row in b.documents.tolist()}
-    without = Retriever(settings | dict(retrieval_cache_gb=0.0), tokenizer)
+    assert {tuple(sorted(set(row))) for b in batches for row in b.doc_ids.tolist()} != {
+        tuple(sorted(set(row))) for b in shuffled for row in b.doc_ids.tolist()}
+    without = Retriever(settings.replace(retrieval_cache_gb=0.0), tokenizer)
     fresh = [retrieve(without, batch) for batch in (*batches, *shuffled)]
     without.close()
-    assert sum(n.again.sum() for n in fresh) > 0
+    assert sum(n.searched_again.sum() for n in fresh) > 0
     remembered = 0
     for attempt in range(2):
         retriever = Retriever(settings, tokenizer)
@@ -173,7 +175,7 @@ def test_remembered_neighbors_are_those_of_a_fresh_search_to_the_bit(settings, t
             assert neighbors.hits[seen].tobytes() == expected.hits[seen].tobytes()
             remembered += (neighbors.origin == REMEMBERED).sum()
             if attempt:
-                assert ((neighbors.origin == REMEMBERED) == ~batch.ends).all()
+                assert ((neighbors.origin == REMEMBERED) == ~batch.is_last_chunk).all()
         retriever.close()
     assert remembered > 200
 
@@ -196,13 +198,13 @@ def test_shared_trigrams_are_those_found_one_by_one_and_the_later_count_more():
 
 
 def test_reranked_neighbors_are_those_of_the_nearest_that_share_most(settings, tokenizer):
-    dense = Retriever(settings | dict(retrieval_cache_gb=0.0), tokenizer)
-    retriever = Retriever(settings | dict(retrieval_rerank=20), tokenizer)
+    dense = Retriever(settings.replace(retrieval_cache_gb=0.0), tokenizer)
+    retriever = Retriever(settings.replace(retrieval_rerank=20), tokenizer)
     batch = next(make_stream(settings, tokenizer))
     chunks = batch.tokens.reshape(-1, 1, CHUNK)
-    documents, ends, ids = (a.reshape(-1, 1) for a in (batch.documents, batch.ends, batch.chunk_ids))
+    documents, ends, ids = (a.reshape(-1, 1) for a in (batch.doc_ids, batch.is_last_chunk, batch.chunk_ids))
     nearest = dense.retrieve(chunks, documents, ends, ids)
-    best = [retriever.retrieve(chunks, documents, ends, ids) for _ in range(2)]  # the second from memory
+    best = [retriever.retrieve(chunks, documents, ends, ids) for _ in range(2)]  # the second from the cache
     moved = 0
     for i in np.flatnonzero(~ends[:, 0]):
         vector = retriever.embedder.embed([tokenizer.decode(chunks[i, 0].tolist())])
@@ -210,7 +212,7 @@ def test_reranked_neighbors_are_those_of_the_nearest_that_share_most(settings, t
         found = found[(found['score'] > -np.inf) & (found['doc_id'] != documents[i, 0])]
         rows = retriever.knowledge_base.rows(found['id'], ['tokens'])
         shared = [slow_share(chunks[i, 0].tolist(), rows[hit['id']]['tokens'][:CHUNK]) for hit in found]
-        expected = found['id'][np.argsort(-np.round(shared, 4), kind='stable')][:settings['retrieval_k_neighbors']]
+        expected = found['id'][np.argsort(-np.round(shared, 4), kind='stable')][:settings.retrieval_k_neighbors]
         for neighbors in best:
             assert neighbors.hits['id'][i, 0].tolist() == expected.tolist()
             assert neighbors.tokens[i, 0, 0][neighbors.mask[i, 0, 0]].tolist() == rows[expected[0]]['tokens']
@@ -220,27 +222,27 @@ def test_reranked_neighbors_are_those_of_the_nearest_that_share_most(settings, t
     retriever.close()
 
 
-def test_it_is_told_where_each_chunks_neighbors_are_from(settings, tokenizer, retriever):
+def test_it_reports_where_each_chunks_neighbors_come_from(settings, tokenizer, retriever):
     batch = next(make_stream(settings, tokenizer))
     first, second = retrieve(retriever, batch), retrieve(retriever, batch)
-    assert (first.origin == np.where(batch.ends, NOWHERE, LOOKED_UP)).all()
-    assert (second.origin == np.where(batch.ends, NOWHERE, REMEMBERED)).all()
-    assert not second.again.any()
+    assert (first.origin == np.where(batch.is_last_chunk, NONE, LOOKED_UP)).all()
+    assert (second.origin == np.where(batch.is_last_chunk, NONE, REMEMBERED)).all()
+    assert not second.searched_again.any()
     batch.chunk_ids += 1  # chunks that the collection has not
-    assert (retrieve(retriever, batch).origin == np.where(batch.ends, NOWHERE, EMBEDDED)).all()
+    assert (retrieve(retriever, batch).origin == np.where(batch.is_last_chunk, NONE, EMBEDDED)).all()
 
 
 def test_a_stored_embedding_is_not_used_for_a_chunk_that_has_changed(settings, tokenizer, retriever):
     batch = next(make_stream(settings, tokenizer))
     before = retrieve(retriever, batch)
-    row, place = np.argwhere(~batch.ends)[0]
-    chunks = batch.tokens.reshape(*batch.ends.shape, CHUNK)
+    row, place = np.argwhere(~batch.is_last_chunk)[0]
+    chunks = batch.tokens.reshape(*batch.is_last_chunk.shape, CHUNK)
     chunks[row, place] = chunks[row, place][::-1]
-    after = retriever.retrieve(chunks, batch.documents, batch.ends, batch.chunk_ids)
-    changed = np.zeros_like(batch.ends)
+    after = retriever.retrieve(chunks, batch.doc_ids, batch.is_last_chunk, batch.chunk_ids)
+    changed = np.zeros_like(batch.is_last_chunk)
     changed[row, place] = True
-    assert (after.origin == np.where(batch.ends, NOWHERE, np.where(changed, EMBEDDED, REMEMBERED))).all()
-    anonymous = retriever.retrieve(chunks, batch.documents, batch.ends)
+    assert (after.origin == np.where(batch.is_last_chunk, NONE, np.where(changed, EMBEDDED, REMEMBERED))).all()
+    anonymous = retriever.retrieve(chunks, batch.doc_ids, batch.is_last_chunk)
     assert (after.hits['id'][row, place] == anonymous.hits['id'][row, place]).all()
     assert (after.tokens[~changed] == before.tokens[~changed]).all()
 
@@ -249,27 +251,27 @@ def test_duplicate_chunks_of_a_batch_are_asked_once(settings, tokenizer, retriev
     batch = next(make_stream(settings, tokenizer))
     once = retrieve(retriever, batch)
     twice = type(batch)(*[np.concatenate([getattr(batch, name)] * 2) for name in
-                          ('tokens', 'targets', 'documents', 'chunk_ids', 'ends')], state={})
+                          ('tokens', 'targets', 'doc_ids', 'chunk_ids', 'is_last_chunk')])
     asked = []
     search = retriever.knowledge_base.search
     monkeypatch.setattr(retriever.knowledge_base, 'search', lambda vectors, *rest, **options: (
         asked.append(len(vectors)), search(vectors, *rest, **options))[1])
-    retriever.memory.go_over_to('another state')
-    monkeypatch.setattr(retriever.knowledge_base, 'state', lambda: 'another state')
+    retriever.cache.use_revision('another revision')
+    monkeypatch.setattr(retriever.knowledge_base, 'revision', lambda: 'another revision')
     neighbors = retrieve(retriever, twice)
-    assert asked[0] == (~batch.ends).sum()
+    assert asked[0] == (~batch.is_last_chunk).sum()
     assert (neighbors.tokens == np.concatenate([once.tokens] * 2)).all()
 
 
-def test_a_changed_collection_is_never_answered_from_memory(settings, tokenizer, workspace):
+def test_a_changed_collection_is_never_answered_from_the_cache(settings, tokenizer, workspace):
     """A copy of a chunk's text is put into the collection, under another document: it is its neighbor from then on."""
     stream = make_stream(settings, tokenizer)
     batch = next(stream)
-    row, place = np.argwhere(~batch.ends)[0]
+    row, place = np.argwhere(~batch.is_last_chunk)[0]
     chunk = batch.tokens[row].reshape(-1, CHUNK)[place]
     retriever = Retriever(settings, tokenizer)
     before = retrieve(retriever, batch)
-    assert retriever.memory.count('rows') > 0
+    assert retriever.cache.count('rows') > 0
     added = dict(id=7, doc_id=7, position=0, document='new', text='', tokens=chunk.tolist(),
                  embedding=retriever.embedder.embed([tokenizer.decode(chunk.tolist())])[0])
     retriever.knowledge_base.upsert([added])  # as another process would, while this one is running
@@ -278,17 +280,17 @@ def test_a_changed_collection_is_never_answered_from_memory(settings, tokenizer,
     retriever.knowledge_base.flush()
     after, again = retrieve(retriever, batch), retrieve(retriever, batch)
     assert 7 not in before.hits['id'][row, place] and 7 in after.hits['id'][row, place]
-    assert (after.origin != REMEMBERED).all() and (again.origin[~batch.ends] == REMEMBERED).all()
+    assert (after.origin != REMEMBERED).all() and (again.origin[~batch.is_last_chunk] == REMEMBERED).all()
     assert (again.hits['id'] == after.hits['id']).all()
-    with retriever.memory.environment.begin() as reading:
+    with retriever.cache.environment.begin() as reading:
         names = [bytes(key) for key, _ in reading.cursor()]
-    assert len(names) == 2 and all(retriever.knowledge_base.state().encode() in name for name in names)
+    assert len(names) == 2 and all(retriever.knowledge_base.revision().encode() in name for name in names)
     retriever.close()
 
 
 def test_an_empty_collection_is_an_error_with_what_to_do(settings, tokenizer):
     full = Retriever(settings, tokenizer)
-    settings = settings | dict(retrieval_collection='empty')
+    settings = settings.replace(retrieval_collection='empty')
     open_knowledge_base(settings, vocabulary_hash(tokenizer), full.embedder, create=True).close()
     with pytest.raises(UserError, match="'empty'.*is empty: fill it with python -m retrieval.populate"):
         Retriever(settings, tokenizer)

@@ -50,15 +50,15 @@ def test_a_prompt_comes_from_a_file_and_may_be_longer_than_the_block(trained, tm
 
 
 @pytest.mark.parametrize('arguments, said', [
-    (['--out_dir=nowhere'], "no checkpoint 'nowhere/ckpt.pt'"),
-    (['--start=FILE:nowhere.txt'], "prompt file 'nowhere.txt' can not be read (No such file or directory)"),
+    (['--out_dir=nowhere'], "no checkpoint in 'nowhere'"),
+    (['--start=FILE:nowhere.txt'], "prompt file 'nowhere.txt' cannot be read (No such file or directory)"),
     (['--start=FILE:empty.txt'], "prompt file 'empty.txt' is empty"),
     (['--start='], '--start is empty'),
     (['--num_samples=0'], '--num_samples must be at least 1, but is 0'),
     (['--retrieval_milvus_uri=other.db'], "no collection 'chunks' in other.db"),
-    (['--n_layer=3'], 'n_layer can not be changed after training'),
+    (['--n_layer=3'], 'n_layer cannot be changed after training'),
     (['--n_layers=3'], "unknown config key 'n_layers'"),
-    (['--tokenizer=nowhere.json'], "no tokenizer 'nowhere.json'"),
+    (['--tokenizer=nowhere.json'], 'tokenizer cannot be changed after training'),
 ])
 def test_what_can_not_be_sampled_is_one_clear_line_and_exit_code_2(trained, arguments, said):
     (trained / 'empty.txt').write_text(' \n')

@@ -6,7 +6,8 @@ import pytest
 
 from configurator import UserError
 from data.chunking import chunk_document, chunk_hashes, document_hash
-from data.stream import DatasetConfig, SequenceStream, as_dataset_configs, load_documents
+from data.documents import DatasetConfig, as_dataset_configs, load_documents, tokenize
+from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
 from tests.conftest import CHUNK, SHARED
 
@@ -26,7 +27,7 @@ def make_stream(prepared, tokenizer, batch_size=4, **options):
 def test_a_training_chunk_is_the_collections_chunk_of_the_same_document(prepared, tokenizer):
     chunk_of = {}
     for document in load_documents([DatasetConfig(str(prepared / 'train.parquet'), source='stdlib')]):
-        chunks, _ = chunk_document(document.tokens(tokenizer), CHUNK, tokenizer.eot_token)
+        chunks, _ = chunk_document(tokenize(document, tokenizer), CHUNK, tokenizer.eot_token)
         ids = chunk_hashes('stdlib', document.id, 0, len(chunks))
         chunk_of |= {i: (document_hash('stdlib', document.id), c.tolist()) for i, c in zip(ids, chunks, strict=True)}
     stream = make_stream(prepared, tokenizer, interleave=3)
@@ -34,18 +35,18 @@ def test_a_training_chunk_is_the_collections_chunk_of_the_same_document(prepared
         batch = next(stream)
         for place in np.ndindex(batch.chunk_ids.shape):
             tokens = batch.tokens.reshape(*batch.chunk_ids.shape, CHUNK)[place].tolist()
-            assert chunk_of[batch.chunk_ids[place]] == (batch.documents[place], tokens)
+            assert chunk_of[batch.chunk_ids[place]] == (batch.doc_ids[place], tokens)
 
 
 def test_targets_are_the_documents_next_tokens_and_padding_is_none(prepared, tokenizer):
     """Put together, a document's tokens and targets are all its tokens, each but the first predicted once."""
     stream = make_stream(prepared, tokenizer, batch_size=1)
-    expected = {document_hash('stdlib', d.id): [*d.tokens(tokenizer).tolist(), tokenizer.eot_token]
+    expected = {document_hash('stdlib', d.id): [*tokenize(d, tokenizer).tolist(), tokenizer.eot_token]
                 for d in load_documents(stream.configs)}
     seen, targets, complete = {}, {}, 0
     for _ in range(200):
         batch = next(stream)
-        for place, (document, end) in enumerate(zip(batch.documents[0], batch.ends[0], strict=True)):
+        for place, (document, end) in enumerate(zip(batch.doc_ids[0], batch.is_last_chunk[0], strict=True)):
             part = slice(place * CHUNK, (place + 1) * CHUNK)
             seen.setdefault(document, []).extend(batch.tokens[0, part])
             targets.setdefault(document, []).extend(batch.targets[0, part])
@@ -63,7 +64,7 @@ def test_every_document_is_drawn_once_before_any_is_drawn_again(prepared, tokeni
     count, order = len(stream.datasets[0]), []
     while len(order) < 2 * count:
         batch = next(stream)
-        for document, end in zip(batch.documents[0], batch.ends[0], strict=True):
+        for document, end in zip(batch.doc_ids[0], batch.is_last_chunk[0], strict=True):
             if end:
                 order.append(document)
     assert len(set(order[:count])) == len(set(order[count:2 * count])) == count
@@ -106,7 +107,7 @@ def test_datasets_are_drawn_by_their_weights(prepared, tokenizer):
     stream = SequenceStream(configs, tokenizer, CHUNK, BLOCK, 50)
     for _ in range(50):
         next(stream)
-    drawn = np.sum([place[1:] for place in stream.places], axis=0)
+    drawn = np.sum([place[1:] for place in stream.positions], axis=0)
     assert drawn[1] / drawn.sum() == pytest.approx(0.75, abs=0.1)
 
 

@@ -3,7 +3,8 @@ import os
 import pytest
 
 from configurator import UserError
-from data.tokenizer import load_tokenizer, token_byte_counts, vocabulary_hash
+from data.tokenizer import load_tokenizer, token_byte_counts, tokenizer_json, vocabulary_hash
+from tests.conftest import ROOT
 
 TEXT = 'class Ünï:\n    def f(self):\n\t\treturn "𝛑" * 1234567  # <|endoftext|>\n\n'
 
@@ -27,6 +28,17 @@ def test_a_tokenizer_json_loads_as_an_encoding_that_cuts_text_as_its_own_library
 
 def test_gpt2_is_openais():
     assert gpt2().encode_ordinary('Hello world') == [15496, 995] and gpt2().eot_token == 50256
+
+
+def test_gpt2_written_as_a_tokenizer_json_is_the_same_tokenizer_to_us_and_to_its_own_library(tmp_path):
+    from tokenizers import Tokenizer
+    original = gpt2()
+    path = tmp_path / 'tokenizer.json'
+    path.write_text(tokenizer_json('gpt2', original))
+    ours, theirs = load_tokenizer(str(path)), Tokenizer.from_file(str(path))
+    assert vocabulary_hash(ours) == vocabulary_hash(original) and ours.eot_token == original.eot_token
+    text = TEXT.replace('<|endoftext|>', '') * 3 + (ROOT / 'README.md').read_text() + ''.join(map(chr, range(1, 3000)))
+    assert ours.encode_ordinary(text) == original.encode_ordinary(text) == theirs.encode(text).ids
 
 
 def test_bytes_of_tokens_add_up_to_the_utf8_bytes_of_the_text(prepared):

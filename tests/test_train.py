@@ -8,15 +8,21 @@ import sys
 import time
 from contextlib import nullcontext
 
+from system import pick_dtype
+
 import pytest
 import torch
 
 import train
-from data.stream import DatasetConfig, SequenceStream
+from configurator import load_settings
+from data.documents import DatasetConfig
+from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer, token_byte_counts
-from model import RETRO, RETROConfig, load_checkpoint, pick_dtype
-from retrieval.prefetch import ReadyBatch
+from evaluation.validation import evaluate
+from model import RETRO, RETROConfig
 from tests.conftest import CHUNK, ROOT, SHARED, run
+from training.checkpoint import load_checkpoint
+from training.distributed import Ranks
 
 
 def metrics(folder, out_dir='out'):
@@ -42,9 +48,9 @@ def test_training_logs_saves_and_plots_what_it_says(workspace):
     assert steps[-1]['loss'] < steps[0]['loss'] - 0.3
     assert [line['val_bpb_on'] != line['val_bpb_off'] for line in evaluations] == [False, True, True]  # starts at zero
     assert (workspace / 'out/loss.png').read_bytes().startswith(b'\x89PNG')
-    checkpoint = torch.load(workspace / 'out/ckpt.pt', weights_only=True)
-    assert checkpoint['iter_num'] == 8 and checkpoint['config']['retrieval_layers'] == [2]
-    assert 'retrieval_milvus_token' not in checkpoint['config']
+    checkpoint = load_checkpoint(workspace / 'out')
+    assert checkpoint.step == 8 and checkpoint.settings['retrieval_layers'] == [2]
+    assert 'retrieval_milvus_token' not in checkpoint.settings
     for path in (workspace / 'out').rglob('*'):
         assert path.is_dir() or b'hush' not in path.read_bytes()
     assert 'hush' not in answer.stdout + answer.stderr
@@ -59,11 +65,11 @@ def test_an_interrupted_run_resumes_to_the_losses_of_an_unbroken_one(workspace):
     process = subprocess.Popen(command, cwd=workspace, stdout=subprocess.DEVNULL,
                                env={**os.environ, 'PYTHONPATH': str(ROOT)})
     deadline = time.time() + 120
-    while not (workspace / 'broken/ckpt.pt').exists() and process.poll() is None and time.time() < deadline:
+    while not (workspace / 'broken/checkpoints/latest').exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    saved = load_checkpoint(str(workspace / 'broken/ckpt.pt'))['iter_num']
+    saved = load_checkpoint(workspace / 'broken').step
     assert 0 < saved < 40
     run(*command[1:], '--init_from=resume', folder=workspace)
     assert losses(workspace, 'broken') == losses(workspace, 'whole')
@@ -86,24 +92,25 @@ def test_micro_batches_give_the_losses_of_one_large_batch(workspace):
 
 def test_eval_only_evaluates_the_checkpoint_and_writes_nothing(workspace):
     run(ROOT / 'train.py', 'config.py', '--max_iters=4', folder=workspace)
-    before = {p.name: p.read_bytes() for p in (workspace / 'out').iterdir() if p.is_file()}
+    before = {p: p.read_bytes() for p in (workspace / 'out').rglob('*') if p.is_file()}
     answer = run(ROOT / 'train.py', 'config.py', '--eval_only=True', folder=workspace)
     last = [line for line in metrics(workspace) if 'val_bpb_on' in line][-1]
     assert f'val_bpb_on {last["val_bpb_on"]:.4f}' in answer.stdout
-    assert {p.name: p.read_bytes() for p in (workspace / 'out').iterdir() if p.is_file()} == before
+    assert {p: p.read_bytes() for p in (workspace / 'out').rglob('*') if p.is_file()} == before
 
 
 def test_resuming_a_run_that_has_ended_trains_no_further(workspace):
     run(ROOT / 'train.py', 'config.py', '--max_iters=4', '--use_retrieval=False', folder=workspace)
     run(ROOT / 'train.py', 'config.py', '--max_iters=2', '--use_retrieval=False', '--init_from=resume',
         folder=workspace)
-    assert load_checkpoint(str(workspace / 'out/ckpt.pt'))['iter_num'] == 4
+    assert load_checkpoint(workspace / 'out').step == 4
 
 
 def test_a_new_run_keeps_the_earlier_runs_files(workspace):
     for _ in range(2):
         run(ROOT / 'train.py', 'config.py', '--max_iters=1', '--use_retrieval=False', folder=workspace)
-    assert sorted(p.name for p in (workspace / 'out/previous-1').iterdir()) == ['ckpt.pt', 'loss.png', 'metrics.jsonl']
+    assert sorted(p.name for p in (workspace / 'out/previous-1').iterdir()) == ['checkpoints', 'loss.png',
+                                                                                 'metrics.jsonl']
     assert len(metrics(workspace)) == len(metrics(workspace, 'out/previous-1'))
 
 
@@ -120,23 +127,21 @@ def test_bits_per_byte_counts_the_utf8_bytes_of_the_text_and_not_its_tokens(prep
     model = RETRO(RETROConfig(block_size=block_size, vocab_size=1024, n_layer=1, n_head=1, n_embd=8,
                               use_retrieval=False, retrieval_chunk_size=CHUNK))
     torch.nn.init.zeros_(model.lm_head.weight)  # every token equally likely
-    read = next(stream)
-    batch = ReadyBatch(*map(torch.from_numpy, (read.tokens, read.targets, read.documents)), None, None, {}, {})
-    # the shorter document is followed by the start of another; take what each document covers itself
-    for row, document in enumerate(batch.documents):
-        other = (document != document[0]).repeat_interleave(CHUNK)
-        batch.targets[row, other] = -1
-    values = train.evaluate(model, [batch], torch.tensor(token_byte_counts(tokenizer)), nullcontext(), lambda x: x)
+    batch = next(stream).to(torch.device('cpu'))
+    # the shorter document is followed by the start of another; keep what each document covers itself
+    for row, doc_ids in enumerate(batch.doc_ids):
+        is_other = (doc_ids != doc_ids[0]).repeat_interleave(CHUNK)
+        batch.targets[row, is_other] = -1
+    values = evaluate(model, [batch], torch.tensor(token_byte_counts(tokenizer)), nullcontext(), Ranks())
     first = sum(len(tokenizer.decode_single_token_bytes(tokenizer.encode_ordinary(text)[0])) for text in texts)
     size = sum(len(text.encode()) for text in texts) - first  # a document's first token is predicted by nothing
     assert values['val_loss_off'] == pytest.approx(math.log(1024), rel=1e-5)
     assert values['val_bpb_off'] == pytest.approx(count * math.log2(1024) / size, rel=1e-5)
 
 
-def test_the_learning_rate_warms_up_and_decays_to_its_lowest(monkeypatch):
-    for key, value in dict(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110, decay_lr=True).items():
-        monkeypatch.setattr(train, key, value)
-    rates = [train.get_lr(it) for it in range(200)]
+def test_the_learning_rate_warms_up_to_its_peak_and_decays_to_its_final_value():
+    settings = load_settings([]).replace(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
+    rates = [train.get_lr(step, settings) for step in range(200)]
     assert rates[0] == pytest.approx(1 / 11) and max(rates) == rates[10] == 1.0
     assert rates[10:111] == sorted(rates[10:111], reverse=True) and rates[60] == pytest.approx(0.55)
     assert rates[110:] == [0.1] * 90
@@ -170,7 +175,7 @@ def test_torchrun_trains_on_two_processes_with_the_losses_of_one(workspace, opti
     one, two = losses(workspace, 'one')[0], losses(workspace, 'two')[0]
     assert two == pytest.approx(one, rel=1e-4) and len(two) == 4
     assert [line['iter'] for line in metrics(workspace, 'two') if 'benchmarks' in line] == ([0, 4] if more else [])
-    assert answer.stdout.count('ckpt.pt, metrics.jsonl and loss.png are in two') == 1
+    assert answer.stdout.count('checkpoints, metrics.jsonl and loss.png are in two') == 1
 
 
 def test_another_run_over_the_same_data_neither_embeds_nor_searches(workspace):

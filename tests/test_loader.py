@@ -1,0 +1,137 @@
+"""The loader process, on a real collection."""
+import itertools
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+from multiprocessing.pool import RemoteTraceback
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from configurator import UserError
+from data.documents import as_dataset_configs
+from data.stream import SequenceStream
+from data.tokenizer import load_tokenizer
+from retrieval.loader import Loader, put, send
+from retrieval.local_server import local_server
+from retrieval.retriever import Retriever
+from tests.conftest import CHUNK
+
+
+@pytest.fixture
+def served(settings, workspace):
+    """The address of a server of the workspace's database."""
+    with local_server('milvus.db', 'chunks') as (address, _):
+        yield address
+
+
+def stream_of(settings, **options):
+    return dict(configs=as_dataset_configs(settings.train_datasets, 'train_datasets'), chunk_size=CHUNK,
+                block_size=settings.block_size, batch_size=settings.batch_size, interleave=5, **options)
+
+
+def has_ended(process):
+    try:
+        with open(f'/proc/{process}/stat') as file:
+            return file.read().rpartition(')')[2].split()[0] == 'Z'
+    except FileNotFoundError:
+        return True
+
+
+def test_batches_are_those_of_the_streams_with_the_neighbors_that_the_retriever_gives(settings, served):
+    settings = settings.replace(retrieval_prefetch_batches=3)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    streams = [(stream_of(settings, seed=5), 2), (stream_of(settings), 6)]
+    loader = Loader(settings, streams, address=served)
+    ready = list(loader)
+    loader.close()
+    assert len(ready) == 8 and loader.waited > 0
+    retriever = Retriever(settings.replace(retrieval_cache_gb=0.0), tokenizer, address=served)
+    plain = [batch for options, count in streams
+             for batch in itertools.islice(SequenceStream(tokenizer=tokenizer, **options), count)]
+    for found, batch in zip(ready, plain, strict=True):
+        chunks = batch.tokens.reshape(*batch.is_last_chunk.shape, CHUNK)
+        neighbors = retriever.retrieve(chunks, batch.doc_ids, batch.is_last_chunk, batch.chunk_ids)
+        assert (found.tokens.numpy() == batch.tokens).all() and (found.targets.numpy() == batch.targets).all()
+        assert (found.doc_ids.numpy() == batch.doc_ids).all() and found.state == batch.state
+        assert (found.neighbors.numpy() == neighbors.tokens).all()
+        assert (found.neighbor_mask.numpy() == neighbors.mask).all()
+        counted = sum(found.counts[name] for name in ('remembered', 'looked_up', 'embedded'))
+        assert counted == (~batch.is_last_chunk).sum()
+    assert sum(found.counts['looked_up'] for found in ready) > 0
+    retriever.close()
+
+
+def test_a_second_epoch_neither_embeds_nor_searches(settings, served):
+    """Nor does a run that comes later, nor one of another model size: nothing here knows a model."""
+    for epoch in range(2):
+        loader = Loader(settings, [(stream_of(settings), 20)], address=served)
+        counts = [batch.counts for batch in loader]
+        loader.close()
+        asked = {name: sum(c[name] for c in counts) for name in counts[0]}
+        assert asked['remembered'] > 0 if epoch else asked['looked_up'] > asked['remembered']
+    assert asked['looked_up'] == asked['embedded'] == asked['searched_again'] == 0
+
+
+def test_no_more_batches_are_kept_ready_than_asked_for():
+    """Each is larger than what the pipe holds, so that one is on its way."""
+    waiting, is_closed, made = queue.Queue(3), threading.Event(), []
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def make():
+        while put(waiting, bytes(2**20), is_closed):
+            made.append(1)
+    threads = [threading.Thread(target=send, args=(waiting, sender, is_closed)), threading.Thread(target=make)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    assert len(made) == 3 + 1
+    receiver.close()  # nobody wants them any more, and both threads end
+    for thread in threads:
+        thread.join(timeout=5)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_without_retrieval_batches_have_no_neighbors(settings):
+    loader = Loader(settings, [(stream_of(settings), 3)], retrieve=False)
+    assert [batch.neighbors for batch in loader] == [None] * 3
+    loader.close()
+
+
+def test_an_exception_of_the_process_reaches_the_caller_with_its_own_traceback(settings, workspace):
+    pq.write_table(pa.table({'id': ['a'], 'text': [3]}), workspace / 'numbers.parquet')
+    wrong = stream_of(settings.replace(train_datasets=['numbers.parquet']))
+    loader = Loader(settings, [(wrong, None)], retrieve=False)
+    with pytest.raises(TypeError) as error:
+        next(loader)
+    assert isinstance(error.value.__cause__, RemoteTraceback)
+    assert 'open_next_document' in str(error.value.__cause__) and 'tokenize' in str(error.value.__cause__)
+    loader.close()
+    assert has_ended(loader.process.pid)
+
+
+def test_a_user_error_of_the_process_stays_one(settings, served):
+    with pytest.raises(UserError, match="no collection 'other' in milvus.db"):
+        next(Loader(settings.replace(retrieval_collection='other'), [(stream_of(settings), 1)], address=served))
+
+
+def test_a_process_that_was_killed_is_told_and_not_waited_for(settings):
+    loader = Loader(settings, [(stream_of(settings), None)], retrieve=False)
+    next(loader)
+    os.kill(loader.process.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match='the loader process ended with code -9'):
+        for _ in loader:
+            pass
+    loader.close()
+
+
+def test_a_caller_can_give_up_waiting(settings):
+    loader = Loader(settings, [(stream_of(settings), None)], retrieve=False)
+    os.kill(loader.process.pid, signal.SIGSTOP)
+    assert loader.next(give_up=lambda: True) is None
+    os.kill(loader.process.pid, signal.SIGCONT)
+    loader.close()
