@@ -142,7 +142,7 @@ class Worker:
     def __init__(self, python):
         # the same allocator and thread settings for all arms: those of train.py (system.py)
         settings = dict(MALLOC_MMAP_THRESHOLD_=str(1 << 30), MALLOC_TRIM_THRESHOLD_=str(1 << 30),
-                        OMP_WAIT_POLICY=os.environ.get('OMP_WAIT_POLICY', 'PASSIVE'))
+                        GOMP_SPINCOUNT='10000')
         self.process = subprocess.Popen([python, __file__, '--serve'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True, env=os.environ | settings)
 
