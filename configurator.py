@@ -10,9 +10,12 @@ that you trust.
 """
 import ast
 import difflib
+import json
+import math
 import os
 import re
 import sys
+import traceback
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from enum import Enum
@@ -20,6 +23,18 @@ from types import SimpleNamespace
 
 TRAIN_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
 END_OF_SETTINGS = '# end of settings'
+RANGES = {  # of numeric settings: at least, and below
+    **dict.fromkeys(('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size',
+                     'n_layer', 'n_head', 'n_embd', 'retrieval_chunk_size', 'retrieval_k_neighbors',
+                     'retrieval_prefetch_batches'), (1, math.inf)),
+    **dict.fromkeys(('eval_tokens', 'keep_checkpoints', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'seed',
+                     'retrieval_rerank', 'retrieval_encoder_layers'), (0, math.inf)),
+    **dict.fromkeys(('learning_rate', 'weight_decay', 'grad_clip', 'retrieval_cache_gb', 'retrieval_timeout'),
+                    (0.0, math.inf)),
+    **dict.fromkeys(('dropout', 'beta1', 'beta2'), (0.0, 1.0)),
+    'min_lr': (-1.0, math.inf),
+    'retrieval_longest_match': (0, 128),  # matches are counted in int8
+}
 
 
 class UserError(Exception):
@@ -29,7 +44,13 @@ class UserError(Exception):
 
 @contextmanager
 def user_errors_as_one_line():
-    """Print a UserError as one line on stderr and exit with its code. Any other exception keeps its traceback."""
+    """
+    Print a UserError as one line on stderr and exit with its code. Any other exception keeps its traceback. Characters
+    that the terminal's encoding lacks are escaped, instead of ending a command when its work is done.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     try:
         yield
     except UserError as error:
@@ -52,6 +73,17 @@ def write_atomically(text, path):
         with open(tmp_path, 'w', encoding='utf-8') as file:
             file.write(text)
     save_atomically(save, path)
+
+
+def to_json(value, **options):
+    """json.dumps, with null for what JSON cannot hold: NaN and the infinities."""
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite(value), allow_nan=False, **options)
 
 
 class Settings(SimpleNamespace):
@@ -83,16 +115,23 @@ def load_settings(arguments, given=None):
     to right, a config file's path or --key=value. UserError if one of them is wrong.
     """
     settings, comments = defaults_and_comments()
+    if '-h' in arguments or '--help' in arguments:
+        print_help(settings, comments)
+        sys.exit(0)
     for key, value in (given or {}).items():
         if key in settings:  # a checkpoint of another version may have others
-            settings[key] = check_type(key, value, settings[key], 'the checkpoint')
-    for argument in arguments:
-        if argument in ('-h', '--help'):
-            print_help(settings, comments)
-            sys.exit(0)
-        override = parse_flag(argument, settings) if argument.startswith('-') else run_config(argument, settings)
-        settings.update(override)
+            settings[key] = check_value(key, value, settings[key], 'the checkpoint')
+    settings.update(read_overrides(arguments, settings))
     return Settings(**settings)
+
+
+def read_overrides(arguments, settings):
+    """What the arguments set, as a dict; `settings` are those that they override."""
+    overrides = {}
+    for argument in arguments:
+        current = {**settings, **overrides}
+        overrides |= parse_flag(argument, current) if argument.startswith('-') else run_config(argument, current)
+    return overrides
 
 
 def defaults_and_comments():
@@ -109,24 +148,51 @@ def defaults_and_comments():
 
 
 def run_config(path, settings):
-    """Execute a config file and return what it sets, as a dict."""
+    """Execute a config file and return what it sets, as a dict. UserError, with its line, if it fails."""
     if not os.path.isfile(path):
         raise UserError(f'no config file {path.partition("=")[0]!r}: give the path of a Python file, such as '
                         f'config/quickstart.py, or --key=value')
     names = {'__file__': os.path.abspath(path), '__name__': 'config'}
-    with open(path, encoding='utf-8') as file:
-        source = file.read()
     try:
+        with open(path, 'rb') as file:
+            source = file.read()  # bytes: Python itself reads a byte order mark and a declared encoding
         tree = ast.parse(source, path)
-        code = compile(tree, path, 'exec')
+        exec(compile(tree, path, 'exec'), names)
+    except UserError:
+        raise
     except SyntaxError as error:
         raise UserError(f'config file {path}, line {error.lineno}: {error.msg}') from error
-    exec(code, names)
-    imported = {(alias.asname or alias.name).split('.')[0] for node in ast.walk(tree)
-                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
-    found = {key: value for key, value in names.items() if not key.startswith('_') and key not in imported}
-    return {check_key(key, settings, path): check_type(key, value, settings[key], path)
-            for key, value in found.items()}
+    except Exception as error:  # whatever the user's code raises
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f', line {lines[-1]}' if lines else ''
+        raise UserError(f'config file {path}{where}: {type(error).__name__}: {str(error)[:300]}') from error
+    assigned, bound = bound_names(tree)
+    found = {}
+    for key, value in names.items():
+        if key in assigned and not key.startswith('_'):
+            check_key(key, settings, path)
+            found[key] = check_value(key, value, settings[key], path)
+        elif key in settings and key not in bound and type(value) is type(settings[key]):  # by a loop or import *
+            found[key] = check_value(key, value, settings[key], path)
+    return found
+
+
+def bound_names(tree):
+    """The names that a module assigns, outside its functions and classes, and those that it imports or defines."""
+    assigned, bound, nodes = set(), set(), list(tree.body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            bound |= {(alias.asname or alias.name).split('.')[0] for alias in node.names}
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(
+            node, (ast.AnnAssign, ast.AugAssign)) else []
+        assigned |= {name.id for target in targets for name in ast.walk(target)
+                     if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+        nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.stmt, ast.ExceptHandler))]
+    return assigned - bound, bound
 
 
 def parse_flag(argument, settings):
@@ -142,8 +208,8 @@ def parse_flag(argument, settings):
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            pass  # stays a string, which check_type reports
-    return {key: check_type(key, value, settings[key], 'the command line')}
+            pass  # stays a string, which check_value reports
+    return {key: check_value(key, value, settings[key], 'the command line')}
 
 
 def is_secret(key):
@@ -161,18 +227,25 @@ def check_key(key, settings, where):
         nearest = difflib.get_close_matches(key, settings, n=1, cutoff=0.5)
         hint = f'did you mean {nearest[0]!r}?' if nearest else 'python train.py --help lists all keys'
         raise UserError(f'unknown config key {key!r} in {where}: {hint}')
-    return key
 
 
-def check_type(key, value, default, where):
-    """The value, if it has its default's type. An int is also a float."""
+def check_value(key, value, default, where):
+    """The value, if it has its default's type and is in its range. An int is also a float."""
     if isinstance(default, float) and type(value) is int:
-        return float(value)
+        value = float(value)
     if type(value) is not type(default):
         example, shown = ('(hidden)',) * 2 if is_secret(key) else (repr(default), repr(value))
         raise UserError(f'{key} in {where} must be of type {type(default).__name__}, such as {example}, '
                         f'but is {shown} of type {type(value).__name__}')
+    if key in RANGES:
+        check_range(key, value, *RANGES[key])
     return value
+
+
+def check_range(key, value, least, below):
+    if not least <= value < below:  # also if it is NaN
+        bound = f' and below {below}' if math.isfinite(below) else '' if math.isfinite(value) else ' and finite'
+        raise UserError(f'{key} must be at least {least}{bound}, but is {value}')
 
 
 def print_help(settings, comments):

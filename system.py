@@ -3,7 +3,9 @@ Machine-dependent helpers: device, precision, threads, allocator, peak FLOP/s, t
 thread library reads its environment once, at import (ruff's isort keeps that order).
 """
 import os
+import re
 import sys
+import sysconfig
 import time
 from contextlib import nullcontext
 
@@ -17,13 +19,34 @@ from tqdm import tqdm
 
 from configurator import UserError
 
+HIDDEN = {*map(chr, range(0x7f, 0xa0)), *'\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069',
+          *map(chr, range(0xd800, 0xe000)), '\ufeff', '\ufff9', '\ufffa', '\ufffb', '\ufffe', '\uffff'}
 PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40': 181e12, 'L4': 121e12, '4090': 165e12,
               '3090': 71e12, 'V100': 125e12, 'T4': 65e12}  # dense half precision, by the vendors' data sheets
 
 
 def pick_device(device):
-    """'auto' is the first GPU, or else the CPU."""
-    return device if device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    """The torch device for a setting; 'auto' is the first GPU, or else the CPU. UserError if there is none."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == 'auto':
+        return 'cuda' if count else 'cpu'
+    match = re.fullmatch(r'cpu|cuda(?::(\d+))?', device)
+    if not match:
+        raise UserError(f"device {device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:1'")
+    if device != 'cpu' and int(match.group(1) or 0) >= count:
+        raise UserError(f'device {device!r} is not here: torch finds {count or "no"} GPU{"s" * (count != 1)}; use '
+                        f"'auto', which is the first GPU or else the CPU")
+    if match.group(1):
+        torch.cuda.set_device(device)  # allocator, random state and peak FLOP/s are those of the current device
+    return device
+
+
+def is_device(device):
+    """Whether pick_device finds it."""
+    try:
+        return bool(pick_device(device))
+    except UserError:
+        return False
 
 
 def pick_dtype(dtype, device):
@@ -31,11 +54,27 @@ def pick_dtype(dtype, device):
     if dtype != 'auto':
         if dtype not in ('float32', 'bfloat16', 'float16'):
             raise UserError(f"dtype {dtype!r} is none of 'auto', 'float32', 'bfloat16', 'float16'")
+        if dtype == 'float16' and device == 'cpu':
+            raise UserError("dtype 'float16' takes minutes per step on a CPU: use 'bfloat16' or 'float32'")
         return dtype
     if device.startswith('cuda'):
-        return 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     is_fast = device == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return 'bfloat16' if is_fast else 'float32'
+
+
+def why_not_compile(device):
+    """Why torch.compile cannot work here, or ''."""
+    if device.startswith('cuda'):
+        from torch.utils._triton import has_triton
+        return '' if has_triton() else 'Triton is not installed, or does not support this GPU'
+    from torch._inductor import cpp_builder, exc
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return 'there is no C++ compiler; install g++, or set CXX'
+    include = sysconfig.get_paths()['include']
+    return '' if os.path.isfile(os.path.join(include, 'Python.h')) else f'there is no Python.h in {include}'
 
 
 def autocast(precision, device):
@@ -65,13 +104,23 @@ def peak_flops(device, precision):
         for known, flops in PEAK_FLOPS.items():
             if known in name:
                 return flops
-    a = torch.ones(2048, 2048, device=device, dtype=getattr(torch, precision))
+    size = 4096 if device.startswith('cuda') else 1024
+    a = torch.ones(size, size, device=device, dtype=getattr(torch, precision))
     fastest = float('inf')
     for _ in range(4):
         start = time.perf_counter()
         (a @ a)[0, 0].item()
         fastest = min(fastest, time.perf_counter() - start)
-    return 2 * 2048 ** 3 / fastest
+    return 2 * size ** 3 / fastest
+
+
+def visible(text):
+    """
+    Text of documents and models for a terminal or a page, which act on some characters: control characters other than
+    tab and line feed, and those that turn the direction of writing, are shown as symbols.
+    """
+    return ''.join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in '\t\n' else '\ufffd' if c in HIDDEN else c
+                   for c in text)
 
 
 def get_rng_state():

@@ -3,7 +3,7 @@ from data.documents import DatasetConfig
 
 out_dir = 'out/quickstart'
 eval_interval = 200
-eval_iters = 40
+eval_tokens = 80_000
 log_interval = 10
 
 train_datasets = [DatasetConfig('data/python_source/train.parquet')]
@@ -24,8 +24,6 @@ retrieval_collection = 'python_source'
 retrieval_prefetch_batches = 16
 
 learning_rate = 3e-3
-min_lr = 3e-4
 max_iters = 600
-lr_decay_iters = max_iters
 warmup_iters = 60
 compile = False  # needs a C++ compiler
