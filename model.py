@@ -5,7 +5,6 @@ cross-attention that can copy from its first step on (retrieval_copy), and a tok
 
 Shapes: B sequences of T tokens, L = T / C chunks of C tokens, K neighbors a chunk, each of R = 2C tokens (a chunk and
 its continuation), D = n_embd, d = D / heads. N = B * L chunks and M = K * R neighbor tokens are flattened dimensions.
-Its inputs are token ids and masks; it is independent of the database.
 """
 import math
 from dataclasses import dataclass, field, fields
@@ -16,6 +15,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 COPY_HEADS = 2  # of CopyAttention; more are no better, and each costs a pass over the scores
+GPT2_FIELDS = ('model_type', 'activation_function', 'tie_word_embeddings', 'layer_norm_epsilon', 'scale_attn_weights',
+               'scale_attn_by_inverse_layer_idx', 'reorder_and_upcast_attn', 'add_cross_attention', 'n_inner')
 
 
 @dataclass
@@ -47,17 +48,17 @@ class RETROConfig:
                              f'{self.retrieval_chunk_size}')
         if self.retrieval_copy and self.n_embd % COPY_HEADS:
             raise ValueError(f'n_embd {self.n_embd} must be a multiple of {COPY_HEADS} for retrieval_copy')
-        if not self.retrieval_layers:
-            self.retrieval_layers = default_retrieval_layers(self.n_layer)
+        if not self.retrieval_layers:  # every third from the 6th, or 9th in deep models, and the last (section 2.4)
+            first = 9 if self.n_layer > 15 else 6
+            self.retrieval_layers = sorted({*range(first, self.n_layer + 1, 3), self.n_layer})
         wrong = [p for p in self.retrieval_layers if not (isinstance(p, int) and 1 <= p <= self.n_layer)]
         if wrong:
             raise ValueError(f'retrieval_layers {self.retrieval_layers} must be numbers from 1 to n_layer '
                              f'{self.n_layer}, but {wrong} are not')
-        if (self.retrieval_k_neighbors < 1 or self.retrieval_encoder_layers < 0
-                or not 0 <= self.retrieval_longest_match <= 127):  # matches are counted in int8
-            raise ValueError(f'retrieval_k_neighbors must be at least 1, retrieval_encoder_layers at least 0, and '
-                             f'retrieval_longest_match from 0 to 127, but are {self.retrieval_k_neighbors}, '
-                             f'{self.retrieval_encoder_layers} and {self.retrieval_longest_match}')
+        for name, least, most in (('k_neighbors', 1, math.inf), ('encoder_layers', 0, math.inf),
+                                  ('longest_match', 0, 127)):  # matches are counted in int8
+            if not least <= getattr(self, f'retrieval_{name}') <= most:
+                raise ValueError(f'retrieval_{name} {getattr(self, f"retrieval_{name}")} is not from {least} to {most}')
 
     @classmethod
     def from_settings(cls, settings, vocab_size):
@@ -71,14 +72,32 @@ class RETROConfig:
         return self.use_retrieval and (self.retrieval_encoder_layers > 0 or not self.retrieval_copy)
 
 
-def default_retrieval_layers(n_layer):
-    """Every third block from the 6th, in models deeper than 15 from the 9th; the last one included (section 2.4)."""
-    first = 9 if n_layer > 15 else 6
-    return sorted({*range(first, n_layer + 1, 3), n_layer})
+@torch.compiler.assume_constant_result
+def takes_documents(device_type, dtype, head_size):
+    """Whether flash attention's kernels for packed documents run here: in half precision, on NVIDIA's since A100."""
+    return (device_type == 'cuda' and torch.version.hip is None and dtype in (torch.float16, torch.bfloat16)
+            and head_size % 8 == 0 and head_size <= 256 and torch.backends.cuda.is_flash_attention_available()
+            and torch.cuda.get_device_capability() >= (8, 0))
+
+
+def document_starts(doc_ids, chunk_size):
+    """Where documents start in the B * T tokens, by doc_ids (B, L); then B * T, which also pads: (B * L + 1,) int32."""
+    is_start = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True).flatten()
+    chunks = torch.arange(len(is_start), dtype=torch.int32, device=doc_ids.device)
+    starts = chunks.masked_fill(~is_start, len(is_start)).sort().values
+    return F.pad(starts, (0, 1), value=len(is_start)) * chunk_size
 
 
 def attend(q, k, v, mask=None, causal=False, dropout=0.0):
-    """Attention of q (N, heads, S, d) over k, v (N, heads, M, d). mask broadcasts to (N, heads, S, M): True attends."""
+    """
+    Attention of q (N, heads, S, d) over k, v (N, heads, M, d). mask broadcasts to (N, heads, S, M): True attends; or it
+    is from document_starts: causal within each document.
+    """
+    if mask is not None and mask.dtype == torch.int32:
+        from torch.nn.attention.varlen import varlen_attn  # whose import takes seconds
+        y = varlen_attn(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), mask, mask,  # (N * S, heads, d)
+                        q.shape[2], q.shape[2], window_size=(-1, 0))  # causal
+        return y.unflatten(0, (len(q), -1)).transpose(1, 2)
     if q.device.type != 'cpu' or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
     # for short sequences in bfloat16 on a CPU, plain products are several times faster than torch's fused kernel
@@ -99,7 +118,6 @@ def join_heads(x):
 
 
 class SelfAttention(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -108,14 +126,13 @@ class SelfAttention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
 
     def forward(self, x, mask=None, causal=False):
-        """x (N, S, D); mask broadcasts to (N, heads, S, S): True attends."""
+        """x (N, S, D); mask and causal are those of attend."""
         q, k, v = (split_heads(y, self.n_head) for y in self.c_attn(x).chunk(3, dim=-1))
         y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(join_heads(y)))
 
 
 class CrossAttention(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -133,7 +150,6 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -284,7 +300,7 @@ class ChunkedCrossAttention(nn.Module):
         """x (B, T, D) and a NeighborContext of L <= T / C chunks, to (B, T, D); zero where a chunk has no neighbor."""
         B, T, D = x.shape
         L, C = neighbors.found.shape[1], self.chunk_size
-        shifted = F.pad(self.ln(x)[:, C - 1:C - 1 + L * C], (0, 0, 0, max(0, C - 1 + L * C - T)))  # (B, L * C, D)
+        shifted = F.pad(self.ln(x)[:, C - 1:C - 1 + L * C], (0, 0, 0, max(0, C - 1 + L * C - T)))
         queries = shifted.reshape(B * L, C, D)
         if self.copies:
             y = self.attn(queries, neighbors.keys, neighbors.values, neighbors.matches)
@@ -312,25 +328,20 @@ class Block(nn.Module):
 
     def forward(self, x, mask=None, neighbors=None):
         """
-        x (B, T, D); mask (B, 1, T, T), None: causal; neighbors a NeighborContext or None. Returns x and the neighbors,
+        x (B, T, D); mask as in attend, None: causal; neighbors a NeighborContext or None. Returns x and the neighbors,
         which the first retrieval block encodes for those after it.
         """
         x = x + self.attn(self.ln_1(x), mask, causal=mask is None)
         if self.cca is not None and neighbors is not None:
             if self.encoder is not None:
-                neighbors = self.encode(x, neighbors)
+                B, L = neighbors.found.shape
+                chunks = x[:, :L * self.cca.chunk_size].reshape(B * L, self.cca.chunk_size, -1)
+                keys = self.encoder(neighbors.embeddings, neighbors.mask, chunks)
+                if self.cca.copies:
+                    keys = copy_keys(keys.to(neighbors.values.dtype), neighbors.mask)
+                neighbors = neighbors._replace(keys=keys)
             x = x + self.cca(x, neighbors)
         return x + self.mlp(self.ln_2(x)), neighbors
-
-    def encode(self, x, neighbors):
-        """The NeighborContext with keys that depend on the chunks of x (B, T, D)."""
-        B, L = neighbors.found.shape
-        C = self.cca.chunk_size
-        chunks = x[:, :L * C].reshape(B * L, C, -1)
-        keys = self.encoder(neighbors.embeddings, neighbors.mask, chunks)
-        if self.cca.copies:
-            keys = copy_keys(keys.to(neighbors.values.dtype), neighbors.mask)
-        return neighbors._replace(keys=keys)
 
 
 def to_autocast_dtype(x):
@@ -340,7 +351,6 @@ def to_autocast_dtype(x):
 
 
 class RETRO(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -357,7 +367,11 @@ class RETRO(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied, as in GPT-2
         self.mix = nn.Linear(2 * config.n_embd, config.n_embd, bias=False) if config.token_mix else None
-        self.apply(self._init_weights)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, mean=0.0, std=0.02)
+                if getattr(module, 'bias', None) is not None:
+                    nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():  # residual branches, scaled down by depth as in GPT-2
             if name.endswith('c_proj.weight'):
                 depth = config.retrieval_encoder_layers if '.encoder.' in name else config.n_layer
@@ -367,37 +381,33 @@ class RETRO(nn.Module):
         if self.mix:  # the two tokens before: rotated, and smaller than the token itself
             nn.init.orthogonal_(self.mix.weight, gain=0.5)
 
-    def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-    def forward(self, tokens, targets=None, neighbors=None, neighbor_mask=None, doc_ids=None):
+    def forward(self, tokens, targets=None, neighbors=None, neighbor_mask=None, doc_ids=None, loss_reduction='mean'):
         """
         tokens (B, T), any T up to block_size; targets (B, T), -1 where there is none; neighbors (B, L, K, R) of the
         L <= T / C complete chunks, and neighbor_mask of the same shape, True where there is a token; doc_ids (B, T / C)
-        of the chunks: a token attends only to tokens of its own document. Returns logits (B, T, V) and the mean loss
-        in nats, None without targets.
+        of the chunks: a token attends only to tokens of its own document. Returns logits (B, T, V) and the loss in
+        nats, the 'mean' or 'sum' over the targets; None without targets.
         """
         logits = self.lm_head(self.hidden(tokens, neighbors, neighbor_mask, doc_ids))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
+                                                            reduction=loss_reduction)
+        return logits, loss
 
     def hidden(self, tokens, neighbors=None, neighbor_mask=None, doc_ids=None):
         """The final activations (B, T, D), before lm_head. The arguments are those of forward."""
-        T = tokens.shape[1]
-        if T > self.config.block_size:
-            raise ValueError(f'{T} tokens are more than block_size {self.config.block_size}')
-        mask = None
+        c, T, mask = self.config, tokens.shape[1], None
+        if T > c.block_size:
+            raise ValueError(f'{T} tokens are more than block_size {c.block_size}')
+        x = self.transformer.wte(tokens)
         if doc_ids is not None:
-            doc_ids = doc_ids.repeat_interleave(self.config.retrieval_chunk_size, dim=1)  # (B, T)
-            mask = (doc_ids[:, :, None] == doc_ids[:, None, :]).tril()[:, None]  # (B, 1, T, T)
-        if neighbors is not None:
-            retrieves = self.config.use_retrieval and neighbors.shape[1] > 0
-            neighbors = self.read_neighbors(tokens, neighbors, neighbor_mask) if retrieves else None
-        x = self.mix_tokens(self.transformer.wte(tokens), doc_ids)
+            mask = document_starts(doc_ids, c.retrieval_chunk_size)
+            doc_ids = doc_ids.repeat_interleave(c.retrieval_chunk_size, dim=1)  # (B, T)
+            if (self.training and c.dropout) or not takes_documents(x.device.type, to_autocast_dtype(x).dtype,
+                                                                    c.n_embd // c.n_head):
+                mask = (doc_ids[:, :, None] == doc_ids[:, None, :]).tril()[:, None]  # (B, 1, T, T)
+        is_read = neighbors is not None and c.use_retrieval and neighbors.shape[1] > 0
+        neighbors = self.read_neighbors(tokens, neighbors, neighbor_mask) if is_read else None
+        x = self.mix_tokens(x, doc_ids)
         x = self.transformer.drop(x + self.transformer.wpe.weight[:T])
         for block in self.transformer.h:
             x, neighbors = block(x, mask, neighbors)
@@ -443,20 +453,31 @@ class RETRO(nn.Module):
     def from_pretrained(cls, name, **overrides):
         """
         A decoder with GPT-2's weights: 'gpt2', 'gpt2-medium', ..., or a folder that transformers saved. `overrides`
-        are fields of RETROConfig. What retrieval adds to GPT-2 starts at random, a token_mix at zero.
+        are fields of RETROConfig. What retrieval adds starts at random, a token_mix at zero. block_size may be smaller;
+        rows that pad the vocabulary are the mean token. ValueError if the source is no plain GPT-2, or does not fit.
         """
-        from transformers import GPT2LMHeadModel
-        source = GPT2LMHeadModel.from_pretrained(name)
-        c = source.config
-        model = cls(RETROConfig(**{**dict(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer,
-                                          n_head=c.n_head, n_embd=c.n_embd, bias=True, token_mix=False,
-                                          use_retrieval=False), **overrides}))
-        ours = model.state_dict()
-        transposed = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+        from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+        c = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        plain = GPT2Config(n_inner=getattr(c, 'n_inner', None) and 4 * c.n_embd)
+        odd = [f'{key} is {value!r}' for key in GPT2_FIELDS if (value := getattr(c, key, None)) != getattr(plain, key)]
+        if odd:
+            raise ValueError(f'{name} is no plain GPT-2: {", ".join(odd)}')
+        theirs = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, bias=True, block_size=c.n_positions,
+                      vocab_size=c.vocab_size)
+        config = RETROConfig(**{**theirs, 'token_mix': False, 'use_retrieval': False, **overrides})
+        fits = dict(block_size=config.block_size <= c.n_positions, vocab_size=config.vocab_size >= c.vocab_size)
+        wrong = [f'{key} is {getattr(config, key)} and that of {name} {value}' for key, value in theirs.items()
+                 if not fits.get(key, getattr(config, key) == value)]
+        if wrong:
+            raise ValueError(f'{"; ".join(wrong)}: use the same')
+        source = GPT2LMHeadModel.from_pretrained(name).state_dict()
+        model = cls(config)
         with torch.no_grad():
-            for key, weight in source.state_dict().items():
-                if not key.endswith(('.attn.bias', '.attn.masked_bias')):  # buffers of older versions
-                    ours[key].copy_(weight.t() if key.endswith(transposed) else weight)
+            model.lm_head.weight.copy_(source['lm_head.weight'].mean(0))  # of rows that pad the vocabulary
+            for key, ours in model.named_parameters():
+                if key in source:  # and is not what retrieval adds
+                    weight = source[key].t() if '.c_' in key else source[key]  # GPT-2's are (in, out); biases (out,)
+                    ours[:len(weight)].copy_(weight[:len(ours)])  # a smaller block_size, a padded vocabulary
             if model.mix:
                 model.mix.weight.zero_()
         return model
@@ -474,54 +495,45 @@ class RETRO(nn.Module):
 
     def flops_per_token(self):
         """
-        Floating point operations of a training step per token, by PaLM's count (arXiv 2204.02311, appendix B): 6 per
-        weight applied to it, and 12 D per position that it attends to, in each layer; fewer where no gradient is
-        propagated. A token comes with K * R / C neighbor tokens.
+        Operations of a training step per token, by PaLM's count (arXiv 2204.02311, appendix B): 6 per weight applied to
+        it, and 12 D per position that it attends to in each layer; fewer where no gradient is propagated.
         """
         c = self.config
         D, T, C, K = c.n_embd, c.block_size, c.retrieval_chunk_size, c.retrieval_k_neighbors
-        R = 2 * C
-        mix = 6 * 2 * D * D if c.token_mix else 0
+        mix = 6 * 2 * D * D * c.token_mix
         flops = c.n_layer * (6 * 12 * D * D + 12 * D * T) + 6 * D * c.vocab_size + mix
         if not c.use_retrieval:
             return flops
-        ratio = K * R / C  # neighbor tokens per token
-        encoder_layers, crossing_layers = c.retrieval_encoder_layers, min(c.retrieval_encoder_layers, 1)
-        flops += encoder_layers * ratio * (6 * 12 * D * D + 12 * D * R)
-        flops += crossing_layers * (ratio * (6 * 2 * D * D + 12 * D * C) + 6 * 2 * D * D)
+        R, ratio = 2 * C, 2 * K  # neighbor tokens per token
+        flops += c.retrieval_encoder_layers * ratio * (6 * 12 * D * D + 12 * D * R)
+        flops += bool(c.retrieval_encoder_layers) * (ratio * (6 * 2 * D * D + 12 * D * C) + 6 * 2 * D * D)
         flops += ratio * mix * (1 if c.has_encoder else 1 / 3)
         # copying projects no keys and values, and sends no gradient back to them but to an encoder's keys
-        projected = 1 if c.retrieval_copy else 1 + ratio
-        attention = (12 if not c.retrieval_copy else 10 if c.has_encoder else 8) * D * K * R
-        return flops + len(c.retrieval_layers) * (6 * 2 * D * D * projected + attention)
-
-    def estimate_mfu(self, tokens_per_second, peak_flops):
-        """Model FLOP utilization: achieved FLOP/s at this rate as a fraction of the peak FLOP/s."""
-        return self.flops_per_token() * tokens_per_second / peak_flops
+        projected, passes = (1, 10 if c.has_encoder else 8) if c.retrieval_copy else (1 + ratio, 12)
+        return flops + len(c.retrieval_layers) * (6 * 2 * D * D * projected + passes * D * K * R)
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, retrieve=None, temperature=1.0, top_k=None, end_of_text=None,
-                 vocabulary=None, generator=None):
+                 allowed=None, generator=None):
         """
         Continue tokens (B, T), which start on the chunk grid, by up to max_new_tokens each: (B, T + n). `retrieve` is
         called once for each newly completed chunk (B, 1, C), and returns its neighbors (B, 1, K, R) and their mask.
-        Temperature 0 takes the most likely token. Stops early when all have reached `end_of_text`. Ids from
-        `vocabulary` on, which pad the embedding, are never chosen.
+        Temperature 0 takes the most likely token. Stops early when all have reached `end_of_text`. Only ids in
+        `allowed` (n,) bool are chosen: others pad the embedding, or are gaps in the vocabulary.
         """
         C, block_size = self.config.retrieval_chunk_size, self.config.block_size
-        neighbors, masks = [], []
-        ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        neighbors, masks, ended = [], [], torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
             while retrieve and (len(neighbors) + 1) * C <= tokens.shape[1]:
-                start = len(neighbors) * C
-                found, mask = retrieve(tokens[:, None, start:start + C])
+                found, mask = retrieve(tokens[:, None, len(neighbors) * C:(len(neighbors) + 1) * C])
                 neighbors.append(found)
                 masks.append(mask)
             first = max(0, math.ceil((tokens.shape[1] - block_size) / C))  # whole chunks leave the window
-            window = tokens[:, first * C:]
-            visible = neighbors[first:]
-            x = self.hidden(window, *((torch.cat(visible, 1), torch.cat(masks[first:], 1)) if visible else ()))
-            logits = self.lm_head(x[:, -1])[:, :vocabulary].float()
+            visible = [torch.cat(x[first:], 1) for x in (neighbors, masks)] if neighbors[first:] else []
+            x = self.hidden(tokens[:, first * C:], *visible)
+            logits = self.lm_head(x[:, -1]).float()
+            if allowed is not None:
+                logits = logits[:, :len(allowed)].masked_fill(~allowed, -math.inf)
             if temperature == 0:
                 next_token = logits.argmax(-1, keepdim=True)
             else:
@@ -531,8 +543,7 @@ class RETRO(nn.Module):
                     logits = logits.masked_fill(logits < smallest, -math.inf)
                 next_token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             tokens = torch.cat([tokens, next_token], dim=1)
-            if end_of_text is not None:
-                ended |= next_token[:, 0] == end_of_text
-                if ended.all():
-                    break
+            ended |= next_token[:, 0] == (-1 if end_of_text is None else end_of_text)
+            if ended.all():
+                break
         return tokens

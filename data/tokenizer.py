@@ -87,21 +87,29 @@ def unicode_to_byte():
 def vocabulary_hash(tokenizer):
     """16 hex digits, equal for two tokenizers if and only if they split text alike, whatever their names."""
     digest = hashlib.blake2b(tokenizer._pat_str.encode(), digest_size=8)
-    for token in range(tokenizer.n_vocab):
-        try:
-            digest.update(tokenizer.decode_single_token_bytes(token) + b'\0')
-        except KeyError:
-            digest.update(b'\0\0')  # a gap in the vocabulary
+    for token in token_bytes(tokenizer):
+        digest.update(b'\0\0' if token is None else token + b'\0')
     return digest.hexdigest()
 
 
 def token_byte_counts(tokenizer):
-    """UTF-8 bytes of each token, as a list by token id; the end of text has none."""
-    counts = [0] * tokenizer.n_vocab
-    for token in range(tokenizer.n_vocab):
-        if token != tokenizer.eot_token:
-            try:
-                counts[token] = len(tokenizer.decode_single_token_bytes(token))
-            except KeyError:
-                pass
+    """UTF-8 bytes of each token, as a list by token id; the end of text has none, nor do gaps in the vocabulary."""
+    counts = [len(token or b'') for token in token_bytes(tokenizer)]
+    counts[tokenizer.eot_token] = 0
     return counts
+
+
+def is_token(tokenizer):
+    """Whether each id is a token, as a list: a vocabulary may have gaps."""
+    return [token is not None for token in token_bytes(tokenizer)]
+
+
+def token_bytes(tokenizer):
+    """The bytes of each token, by id; None for a gap in the vocabulary."""
+    found = []
+    for token_id in range(tokenizer.n_vocab):
+        try:
+            found.append(tokenizer.decode_single_token_bytes(token_id))
+        except KeyError:
+            found.append(None)
+    return found
