@@ -30,6 +30,12 @@ class Batch:
     neighbor_mask: np.ndarray | None = None  # (B, L, K, R) bool, True where there is a token
     hits: np.ndarray | None = None  # (B, L, K) of HIT (retrieval/knowledge_base.py), the neighbors' ids and scores
     counts: dict = field(default_factory=dict)  # of its chunks: remembered, looked_up, embedded, searched_again
+    num_targets: int | None = None  # counted by to()
+
+    def rows(self, index):
+        """The batch of some of its sequences, by a slice; before they have neighbors."""
+        return replace(self, **{name: getattr(self, name)[index] for name in
+                                ('tokens', 'targets', 'doc_ids', 'chunk_ids', 'is_last_chunk')})
 
     def to(self, device):
         """The batch with what the model takes as tensors on a torch.device."""
@@ -42,8 +48,9 @@ class Batch:
             if device.type == 'cuda':
                 tensor = tensor.pin_memory().to(device, non_blocking=True)
             return tensor if tensor.dtype == torch.bool else tensor.long()
-        return replace(self, **{name: as_tensor(getattr(self, name)) for name in
-                                ('tokens', 'targets', 'doc_ids', 'neighbors', 'neighbor_mask')})
+        return replace(self, num_targets=int((self.targets >= 0).sum()),
+                       **{name: as_tensor(getattr(self, name)) for name in
+                          ('tokens', 'targets', 'doc_ids', 'neighbors', 'neighbor_mask')})
 
 
 class SequenceStream:
@@ -59,8 +66,8 @@ class SequenceStream:
         self.configs = configs
         self.datasets = [open_dataset(config) for config in configs]
         weights = np.array([config.weight for config in configs], dtype=float)
-        if not (weights > 0).all():
-            raise UserError(f'dataset weights must be positive, but are {weights.tolist()}')
+        if not ((weights > 0) & np.isfinite(weights)).all():
+            raise UserError(f'dataset weights must be positive and finite, but are {weights.tolist()}')
         self.weights = weights / weights.sum()
         self.tokenizer, self.chunk_size, self.chunks = tokenizer, chunk_size, block_size // chunk_size
         lanes = lanes or batch_size

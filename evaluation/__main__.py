@@ -10,10 +10,10 @@ Writes evaluation.json, leakage.png, similarity.png and report.html into out_dir
 of them can be overridden, e.g. --retrieval_milvus_uri=... or --multiple_choice_benchmarks="['LogiQA']".
 """
 import argparse
-import json
+import math
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 from system import autocast, keep_freed_memory, pick_dtype
 
@@ -21,18 +21,21 @@ import numpy as np
 
 from configurator import (
     UserError,
+    check_range,
     drop_secrets_from_argv,
     save_atomically,
+    to_json,
     user_errors_as_one_line,
     write_atomically,
 )
+from data.corpus import ORDER, chunk_bytes, read_corpus
 from data.documents import Document, as_dataset_configs, load_documents
 from data.fingerprint import describe_corpus
 from data.tokenizer import vocabulary_hash
 from evaluation.figures import plot_overlap, plot_similarity, summarize, table
-from evaluation.losses import chunk_bytes, evaluate_corpus, read_corpus
+from evaluation.losses import evaluate_corpus
 from evaluation.report import choose_passages, write_report
-from retrieval.retriever import open_retriever
+from retrieval.retriever import Retriever
 from training.checkpoint import load_run
 from training.metrics import metrics_path
 
@@ -55,8 +58,7 @@ def parse_arguments():
     parser.add_argument('--results', metavar='DIR', help='folder for the results (default: out_dir)')
     arguments, overrides = parser.parse_known_args()
     for name in ('max_tokens', 'passages'):
-        if getattr(arguments, name) < 0:
-            raise UserError(f'--{name} must be at least 0, but is {getattr(arguments, name)}')
+        check_range(f'--{name}', getattr(arguments, name), 0, math.inf)
     return arguments, overrides
 
 
@@ -75,8 +77,6 @@ def main(cleanup):
         from evaluation.benchmarks import prepare_benchmarks  # imports DeepEval, which takes seconds
         benchmarks = prepare_benchmarks(settings.multiple_choice_benchmarks, settings.benchmark_data_dir)
     context = autocast(pick_dtype(settings.dtype, device), device)
-    if settings.batch_size < 1:
-        raise UserError(f'batch_size must be at least 1, but is {settings.batch_size}')
     # a file that the run knows keeps its source, or the leak rule would not recognize its documents
     known = {config.path: config for name in ('train_datasets', 'val_datasets')
              for config in as_dataset_configs(getattr(settings, name), name)}
@@ -89,9 +89,9 @@ def main(cleanup):
         raise UserError(f'--results {results!r} cannot be written ({error.strerror}): name another folder') from error
     if not os.access(results, os.W_OK):
         raise UserError(f'--results {results!r} cannot be written: name another folder')
-    documents = load_documents(configs, np.random.default_rng(0))
+    documents = load_documents(configs, np.random.default_rng(ORDER))
     corpus = read_corpus(documents, tokenizer, settings.retrieval_chunk_size, arguments.max_tokens)
-    retriever = cleanup.enter_context(open_retriever(settings, tokenizer, device)) if use_retrieval else None
+    retriever = cleanup.enter_context(closing(Retriever(settings, tokenizer, device))) if use_retrieval else None
 
     keep_freed_memory()
     started = time.perf_counter()
@@ -114,7 +114,7 @@ def main(cleanup):
                                                              settings.batch_size, show_progress=True)
     report['seconds'] = time.perf_counter() - started
 
-    write_atomically(json.dumps(report, indent=1), f'{results}/evaluation.json')
+    write_atomically(to_json(report, indent=1), f'{results}/evaluation.json')
     written = ['evaluation.json']
     if retrieved:
         for name, plot in (('leakage.png', plot_overlap), ('similarity.png', plot_similarity)):

@@ -68,12 +68,16 @@ class Benchmark:
     exam: Exam
     data_dir: str
 
-    def run(self, model, tokenizer, device, context, retriever, batch_size, show_progress=False):
-        """Its scores, 0 to 1, and their standard errors: 'off', and with a retriever 'on'."""
+    def run(self, model, tokenizer, device, context, retriever, batch_size, show_progress=False,
+            check_stop=lambda: None):
+        """
+        Its scores, 0 to 1, and their standard errors: 'off', and with a retriever 'on'. check_stop() may raise.
+        """
         scores = dict(questions=0, chance=self.chance())
         for arm in ('on', 'off') if retriever else ('off',):
             examinee = RETROForDeepEval(model, tokenizer, device, context, retriever if arm == 'on' else None,
-                                        batch_size, f'{self.name}, retrieval {arm}' if show_progress else None)
+                                        batch_size, f'{self.name}, retrieval {arm}' if show_progress else None,
+                                        check_stop)
             answers = examinee.batch_generate(list(self.exam.asked.values()), [schema for _, schema in self.exam.asked])
             self.exam.answers = dict(zip(self.exam.asked, answers, strict=True))
             correct = self.ask()
@@ -138,7 +142,13 @@ def prepare_benchmarks(entries, data_dir=''):
 def make_benchmark(name, arguments, data_dir):
     """DeepEval's object. Tasks and modes may be given as their enum's names or values."""
     cls = getattr(deepeval.benchmarks, name)
-    takes = inspect.signature(cls.__init__).parameters
+    takes, given = inspect.signature(cls.__init__).parameters, dict(arguments)
+    for key, least in (('n_shots', 0), ('n_problems_per_task', 1), ('n_problems', 1)):
+        value = arguments.get(key, least)
+        if type(value) is not int or value < least:
+            raise UserError(f'benchmark {name}: {key} must be an integer of at least {least}, but is {value!r}')
+    if not arguments.get('tasks', True):
+        raise UserError(f'benchmark {name}: tasks is empty; leave it out to run all of them')
     if 'n_problems_per_task' in arguments and 'n_problems_per_task' not in takes:
         arguments['n_problems'] = arguments.pop('n_problems_per_task')  # it has no tasks
     enums = [value for value in vars(sys.modules[cls.__module__]).values()
@@ -166,7 +176,7 @@ def make_benchmark(name, arguments, data_dir):
                                 ) from error
         return cls(**arguments)
     except (TypeError, AssertionError) as error:
-        raise UserError(f'benchmark {name} does not take {arguments} ({error}): it takes '
+        raise UserError(f'benchmark {name} does not take {given} ({error}): it takes '
                         f'{", ".join(key for key in takes if key not in ("self", "kwargs"))}') from error
 
 

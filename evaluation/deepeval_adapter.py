@@ -3,6 +3,7 @@ DeepEval's view of a model: RETROForDeepEval answers its prompts. Where a questi
 model's answer is the likeliest of them. Open answers are generated.
 """
 import contextlib
+import math
 import re
 from typing import Literal, get_args, get_origin
 
@@ -13,6 +14,7 @@ from deepeval.models import DeepEvalBaseLLM
 from tqdm import tqdm
 
 from data.chunking import hash64
+from data.tokenizer import is_token
 from retrieval.retriever import neighbor_function
 
 WRITTEN_TOKENS = 32  # at most, of an answer that is written
@@ -31,10 +33,12 @@ class RETROForDeepEval(DeepEvalBaseLLM):
     examples, `cut` ones the beginning of their question, which alone was longer than the block.
     """
 
-    def __init__(self, model, tokenizer, device='cpu', context=None, retriever=None, batch_size=8, label=None):
+    def __init__(self, model, tokenizer, device='cpu', context=None, retriever=None, batch_size=8, label=None,
+                 check_stop=lambda: None):
         self.network, self.tokenizer, self.device, self.retriever = model, tokenizer, device, retriever
         self.context = context or contextlib.nullcontext()
-        self.batch_size, self.label = batch_size, label
+        self.batch_size, self.label, self.check_stop = batch_size, label, check_stop  # it raises to end a benchmark
+        self.allowed = torch.tensor(is_token(tokenizer), device=device)
         self.shortened = self.cut = 0
         super().__init__('nanoRETRO')
 
@@ -61,6 +65,7 @@ class RETROForDeepEval(DeepEvalBaseLLM):
             answers[i] = schemas[i](answer=answer)
         is_open = [i for i in range(len(prompts)) if answers[i] is None]
         for i in tqdm(is_open, desc=self.label, disable=None if self.label and is_open else True, leave=False):
+            self.check_stop()
             answers[i] = read_answer(self._write(prompts[i]), schemas[i])
         return answers
 
@@ -94,9 +99,9 @@ class RETROForDeepEval(DeepEvalBaseLLM):
         for number, text in enumerate([str(prompt), *shorter]):
             encoded = self._encode(text.rstrip(), answers)
             if max(map(len, encoded)) <= room:
-                self.shortened += number > 0
+                self.shortened += number > 0 and len(examples) > 0
                 return encoded
-        self.shortened += bool(shorter)
+        self.shortened += len(examples) > 0
         self.cut += 1
         spare = max(map(len, encoded)) - room
         return [tokens[spare:] for tokens in encoded]
@@ -129,6 +134,7 @@ class RETROForDeepEval(DeepEvalBaseLLM):
             retrieved = inputs[group:group + RETRIEVED_TOGETHER]
             neighbors = self._retrieve(retrieved)
             for start in range(0, len(retrieved), self.batch_size):
+                self.check_stop()
                 batch = slice(start, start + self.batch_size)
                 tokens = self._padded(retrieved[batch])  # (B, T)
                 complete = tokens.shape[1] // self.network.config.retrieval_chunk_size
@@ -139,7 +145,7 @@ class RETROForDeepEval(DeepEvalBaseLLM):
                     for i in rows[row]:
                         whole, first = options[i]  # in float32: in bfloat16 many answers would be equally likely
                         logits = F.linear(x[first - 1:len(whole) - 1].float(), self.network.lm_head.weight.float())
-                        log_p = logits[:, :self.tokenizer.n_vocab].log_softmax(-1)  # (n, V)
+                        log_p = logits[:, :len(self.allowed)].masked_fill(~self.allowed, -math.inf).log_softmax(-1)
                         targets = torch.tensor(whole[first:], device=self.device)
                         scores[i] = log_p.gather(1, targets[:, None]).sum().item()
                 bar.update(len(tokens))
@@ -171,7 +177,7 @@ class RETROForDeepEval(DeepEvalBaseLLM):
         with self.context:
             whole = self.network.generate(torch.tensor([tokens], device=self.device), WRITTEN_TOKENS,
                                           neighbor_function(self.retriever, self.device, []), temperature=0,
-                                          end_of_text=self.tokenizer.eot_token, vocabulary=self.tokenizer.n_vocab)
+                                          end_of_text=self.tokenizer.eot_token, allowed=self.allowed)
         written = [token for token in whole[0, len(tokens):].tolist() if token != self.tokenizer.eot_token]
         return self.tokenizer.decode(written).strip().partition('\n')[0]
 

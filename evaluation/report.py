@@ -2,9 +2,11 @@
 The evaluation as one self-contained HTML page: metrics, curves, the leakage plots, and passages in which each token is
 tinted by the gain of retrieval, beside the neighbors that the passage was predicted with.
 """
+import html
 import io
 import os
-from html import escape
+
+from system import visible
 
 import numpy as np
 
@@ -65,6 +67,11 @@ def write_report(path, report, passages, corpus, nats, retrieved, retriever, tok
             f'<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n'
             + '\n'.join(parts) + f'\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n')
     write_atomically(page, path)
+
+
+def escape(text):
+    """Text of documents and names for the page: neither markup nor control characters."""
+    return html.escape(visible(text))
 
 
 def title(report):

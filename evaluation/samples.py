@@ -2,6 +2,7 @@
 import numpy as np
 import torch
 
+from data.tokenizer import is_token
 from retrieval.knowledge_base import FIELDS
 from retrieval.retriever import neighbor_function
 
@@ -14,12 +15,13 @@ def write_samples(model, prompts, tokenizer, device, context, retriever=None, se
     Rows of COLUMNS, one per prompt (B, T), of whole chunks. Sampling uses a generator of its own.
     """
     hits = []  # for each chunk, (B, K)
+    allowed = torch.tensor(is_token(tokenizer), device=device)
     model.eval()
     written = {}
     for arm in ('on', 'off') if retriever else ('off',):
         with context:
             tokens = model.generate(prompts, NEW_TOKENS, neighbor_function(arm == 'on' and retriever, device, hits),
-                                    temperature=0.8, top_k=200, vocabulary=tokenizer.n_vocab,
+                                    temperature=0.8, top_k=200, allowed=allowed,
                                     generator=torch.Generator(device).manual_seed(seed))
         written[arm] = [tokenizer.decode(line) for line in tokens[:, prompts.shape[1]:].tolist()]
     rows = []

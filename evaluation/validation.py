@@ -8,35 +8,42 @@ import torch
 
 from evaluation.figures import describe_scores
 from evaluation.samples import COLUMNS, write_samples
+from training.distributed import Stopped
 
 
 @torch.no_grad()
-def evaluate(model, batches, token_bytes, context, ranks):
-    """Val loss (nats per token) and bits per byte over the batches of all ranks, with retrieval on and off."""
+def evaluate(model, batches, token_bytes, context, ranks, use_retrieval, signals=None):
+    """
+    Val loss (nats per token) and bits per byte over the batches of all ranks, with retrieval on and off. Once there are
+    StopSignals it ends early, and the values are of no use.
+    """
     model.eval()
-    arms = ['off'] if batches[0].neighbors is None else ['on', 'off']
+    arms = ['on', 'off'] if use_retrieval else ['off']
     sums = torch.zeros(4, dtype=torch.float64)  # nats on, nats off, targets, bytes
     for batch in batches:
+        if signals and signals.received:
+            break
         real = batch.targets[batch.targets >= 0]
-        if not len(real):
-            continue
         sums[2:] += torch.tensor([len(real), token_bytes[real].sum().item()])
         for arm in arms:
             neighbors = (batch.neighbors, batch.neighbor_mask) if arm == 'on' else (None, None)
             with context:
-                _, loss = model(batch.tokens, batch.targets, *neighbors, batch.doc_ids)
-            sums[('on', 'off').index(arm)] += loss.item() * len(real)
+                _, nats = model(batch.tokens, batch.targets, *neighbors, batch.doc_ids, loss_reduction='sum')
+            sums[('on', 'off').index(arm)] += nats.item()
     model.train()
     nats_on, nats_off, targets, size = ranks.sum(sums).tolist()
+    targets, size = max(1.0, targets), max(1.0, size)
     nats = {'on': nats_on, 'off': nats_off}
     return ({f'val_loss_{arm}': nats[arm] / targets for arm in arms}
             | {f'val_bpb_{arm}': nats[arm] / math.log(2) / size for arm in arms})
 
 
-def run_benchmarks(settings, benchmarks, metrics, step, prompts, model, tokenizer, device, context, open_retriever):
+def run_benchmarks(settings, benchmarks, metrics, step, prompts, signals, model, tokenizer, device, context,
+                   open_retriever):
     """
     What the master alone does at an evaluation: the benchmarks and, for wandb, samples that continue the first chunks
-    of `prompts` (B, T). Returns the exception that ended it, or None; the caller raises it on all ranks.
+    of `prompts` (B, T). Returns the exception that ended it, or None; the caller raises it on all ranks. It ends early
+    once there are StopSignals.
     """
     if not benchmarks and not metrics.wandb_run:
         return None
@@ -44,7 +51,8 @@ def run_benchmarks(settings, benchmarks, metrics, step, prompts, model, tokenize
     try:
         retriever = open_retriever()
         scores = {benchmark.name: benchmark.run(model, tokenizer, device, context, retriever, settings.batch_size,
-                                                show_progress=sys.stderr.isatty()) for benchmark in benchmarks}
+                                                show_progress=sys.stderr.isatty(),
+                                                check_stop=signals.check) for benchmark in benchmarks}
         for name, score in scores.items():
             say(f'step {step}: {name}, {describe_scores(score)}')
         if scores:
@@ -53,6 +61,8 @@ def run_benchmarks(settings, benchmarks, metrics, step, prompts, model, tokenize
             prompts = prompts[:4, :2 * settings.retrieval_chunk_size]
             rows = write_samples(model, prompts, tokenizer, device, context, retriever)
             metrics.log_table('samples', COLUMNS, rows, step)
+    except Stopped:
+        return None  # the ranks agree on it next
     except Exception as error:  # the network's, wandb's, DeepEval's
         return error
     finally:
