@@ -28,6 +28,8 @@ class Embedder:
     def __init__(self, name, device='cpu'):
         import torch
         from sentence_transformers import SentenceTransformer  # takes seconds to import
+        from transformers.utils.logging import disable_progress_bar
+        disable_progress_bar()  # of loading; a download's is huggingface_hub's
         is_folder = os.path.isdir(name)
         try:
             with quiet('huggingface_hub'), quiet('sentence_transformers'):

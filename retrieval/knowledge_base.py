@@ -6,14 +6,20 @@ The only file that talks to Milvus: to a local file through Milvus Lite, or to a
 import json
 import logging
 import os
-import threading
 import uuid
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from configurator import UserError
+from retrieval.local_server import join_server
+
+# pymilvus reads these, and .env files, at import; here retrieval_milvus_uri alone names the server
+os.environ.setdefault('PYTHON_DOTENV_DISABLED', '1')
+os.environ.setdefault('GRPC_VERBOSITY', 'NONE')  # its errors come as exceptions, too
+for name in ('MILVUS_URI', 'MILVUS_DEFAULT_CONNECTION'):
+    os.environ.pop(name, None)
 
 VERSION = 1  # of the layout of a row
 PROPERTY = 'nanoretro.metadata'
@@ -49,12 +55,12 @@ class Unreachable(UserError):
     """No Milvus answers, or it cannot serve yet. It may come back."""
 
 
-def open_knowledge_base(settings, vocabulary_hash, embedder, create=False, address=None):
+def open_knowledge_base(settings, vocabulary_hash, embedder, create=False):
     """The collection that the settings name, filled or read with their tokenizer, chunk size and embedding model."""
     metadata = Metadata(settings.tokenizer, vocabulary_hash, settings.retrieval_chunk_size, embedder.name,
                         embedder.fingerprint, embedder.dimension, settings.retrieval_index)
     return KnowledgeBase(settings.retrieval_milvus_uri, settings.retrieval_milvus_token,
-                         settings.retrieval_collection, metadata, create, address)
+                         settings.retrieval_collection, metadata, create)
 
 
 def is_local(uri):
@@ -65,26 +71,28 @@ def is_local(uri):
 class KnowledgeBase:
     """
     One collection. `uri` is a path that ends in .db (Milvus Lite) or a server's http(s) address; the token is used
-    and never shown. `create` makes a missing collection, which is a UserError otherwise. A local database that a
-    process serves (local_server.py) is reached at its `address`.
+    and never shown. `create` makes a missing collection, which is a UserError otherwise. A local database is served by
+    a process that all share (local_server.py).
     """
 
-    def __init__(self, uri, token, collection, metadata, create=False, address=None):
+    def __init__(self, uri, token, collection, metadata, create=False):
         if metadata.index not in INDEXES:
             raise UserError(f'retrieval_index {metadata.index!r} is not one of {", ".join(INDEXES)}')
-        self.uri, self.token, self.collection, self.metadata, self.address = uri, token, collection, metadata, address
-        # Milvus Lite keeps a search's parameters in the index, where another thread's search would change them
-        self.search_lock = threading.Lock() if is_local(uri) else nullcontext()
-        self.client = None
+        self.uri, self.token, self.collection, self.metadata = uri, token, collection, metadata
+        self.client = self.lease = None
         self.open(create)
 
     def open(self, create=False, timeout=None):
         """Connect, or reconnect after the server was unreachable; within `timeout` seconds, if that is given."""
         self.close()
-        longest = 6 * ANSWER_TIMEOUT if self.address else ANSWER_TIMEOUT  # the local server runs at low priority
-        self.client = connect(self.uri, self.address, self.token, self.collection, create,
-                              min(timeout or longest, longest))
+        longest = ANSWER_TIMEOUT
         try:
+            if is_local(self.uri):
+                check_local_path(self.uri, self.collection, create)
+                self.lease = join_server(self.uri, create)
+                longest *= 6  # the local server runs at low priority
+            address = self.lease.address if self.lease else self.uri
+            self.client = connect(address, self.uri, self.token, min(timeout or longest, longest))
             with self._errors():
                 if self.client.has_collection(self.collection, retry_times=RETRIES):
                     self._check_metadata()
@@ -209,7 +217,7 @@ class KnowledgeBase:
         found['score'] = -np.inf
         for start in range(0, len(vectors), REQUEST):
             data = list(np.asarray(vectors[start:start + REQUEST], dtype=np.float32))
-            with self._errors(), self.search_lock:
+            with self._errors():
                 answer = self.client.search(self.collection, data=data, anns_field='embedding', limit=limit,
                                             filter=expression, output_fields=['doc_id'],
                                             search_params={'metric_type': 'IP', 'params': params}, retry_times=RETRIES,
@@ -224,27 +232,24 @@ class KnowledgeBase:
     def close(self):
         if self.client is not None:
             self.client.close()
-            self.client = None
+        if self.lease is not None:
+            self.lease.close()
+        self.client = self.lease = None
 
 
 def new_revision():
     return uuid.uuid4().hex
 
 
-def connect(uri, address, token, collection, create, timeout):
-    """A client. UserError if nothing answers, if the token is refused, or if there is no local file yet."""
+def connect(address, uri, token, timeout):
+    """A client. UserError if nothing answers at the address, or if the token is refused; `uri` is what it names."""
     if '@' in uri.partition('://')[2]:
         raise UserError('retrieval_milvus_uri holds a user or a password: give them as user:password in '
                         'retrieval_milvus_token, or as MILVUS_TOKEN in the environment, where they are kept secret')
-    if is_local(uri):
-        check_local_path(uri, collection, create)
     from pymilvus import MilvusClient  # takes a second to import
-    for name in ('milvus_lite', 'pymilvus'):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # no tracebacks: our error gives the reason
+    logging.getLogger('pymilvus').setLevel(logging.CRITICAL)  # no tracebacks: our error gives the reason
     with milvus_errors(uri, bool(token)):
-        if is_local(uri) and not address:
-            return MilvusClient(uri)
-        client = MilvusClient(address or uri, token=token, timeout=timeout)
+        client = MilvusClient(address, token=token, timeout=timeout)
         client.list_collections(timeout=timeout)
         return client
 
@@ -255,11 +260,6 @@ def check_local_path(uri, collection, create):
                         f'address such as http://127.0.0.1:19530')
     if not create and not os.path.exists(uri):
         raise no_collection(uri, collection)
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(uri)), exist_ok=True)
-    except OSError as error:
-        raise UserError(f'retrieval_milvus_uri {uri!r} cannot be created there ({error.strerror}): name a path in a '
-                        f'folder that you may write to') from error
 
 
 @contextmanager
@@ -280,18 +280,10 @@ def milvus_errors(uri, has_token):
                 or (isinstance(error, ValueError) and 'URL' in str(error))):
             raise Unreachable(f'no Milvus answers at {uri} ({status or type(error).__name__}): start it, e.g. with '
                               f'docker compose up -d, or correct retrieval_milvus_uri') from error
-        if 'Open local milvus failed' in str(error):
-            raise cannot_open(uri) from error
         from pymilvus.exceptions import MilvusException, ParamError
         if isinstance(error, MilvusException) and not isinstance(error, ParamError):
             raise Unreachable(f'Milvus at {uri} refuses: {error.message}') from error
         raise
-
-
-def cannot_open(path):
-    return UserError(f'Milvus Lite cannot open {path}: another process has it open (a local file serves one run at a '
-                     f'time), or it is no Milvus Lite database; wait for that process, or name another '
-                     f'retrieval_milvus_uri')
 
 
 def no_collection(uri, collection):

@@ -10,29 +10,34 @@ import signal
 import threading
 import time
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing.pool import RemoteTraceback
 
 import torch
 
+from data.corpus import val_batches
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
 from retrieval.local_server import NICENESS
-from retrieval.retriever import open_retriever
+from retrieval.retriever import Retriever
+
+END = object()  # of the batches
 
 
 class Loader:
     """
-    An iterator of Batches on `device`, over the `streams` one after another: pairs of SequenceStream's arguments and
-    how many batches to take of it (None: without end). Neighbors are fetched for several batches at once, first one,
-    then up to retrieval_prefetch_batches, as a search costs much the same for few chunks as for many; without
-    `retrieve` there are none. As many batches are kept ready, or `keep_ready` if that is more. `say` receives news,
-    such as that Milvus is unreachable. An exception of the process is raised here, with its traceback.
+    An iterator of Batches on `device`, `count` of the training stream (None: without end). `train` is the arguments of
+    SequenceStream. With `val`, the arguments of val_batches, take_val() has to come first. Neighbors are fetched for
+    several batches at once, first one, then up to retrieval_prefetch_batches, as a search costs much the same for few
+    chunks as for many; without `retrieve` there are none. As many batches are kept ready, or `keep_ready` if that is
+    more. `say` receives news, such as that Milvus is unreachable. An exception of the process is raised here, with its
+    traceback.
     """
 
-    def __init__(self, settings, streams, device='cpu', address=None, say=print, retrieve=True, keep_ready=1):
+    def __init__(self, settings, train=None, count=None, val=None, device='cpu', say=print, retrieve=True,
+                 keep_ready=1):
         self.device, self.say = torch.device(device), say
         self.waited = 0.0  # seconds that callers waited in all
         self.size = None  # of the knowledge base, once there was a batch
@@ -41,7 +46,7 @@ class Loader:
         self.news, news = context.Pipe(duplex=False)
         self.process = context.Process(
             target=run, name='loader', daemon=True,
-            args=(settings, streams, str(device), address, retrieve, keep_ready, ready, news))
+            args=(settings, train, count, val, str(device), retrieve, keep_ready, ready, news))
         self.process.start()
         ready.close()  # our copy of the child's end, so that we see EOF when the child dies
         news.close()
@@ -52,8 +57,22 @@ class Loader:
     def __next__(self):
         return self.next()
 
+    def take_val(self):
+        """The val Batches, as a list."""
+        return [self.next() for _ in range(self._receive(lambda: False))]
+
     def next(self, give_up=lambda: False):
         """The next batch. While it waits it calls give_up() now and then, and returns None if that is true."""
+        item = self._receive(give_up)
+        if item is None:
+            return None
+        if item is END:
+            raise StopIteration
+        batch, self.size = item
+        return batch.to(self.device)
+
+    def _receive(self, give_up):
+        """What the process sent next; None if give_up() is true first."""
         start = time.perf_counter()
         try:
             while True:
@@ -73,12 +92,9 @@ class Loader:
         finally:
             self.waited += time.perf_counter() - start
         self._pass_on_news()
-        if item is None:
-            raise StopIteration
         if isinstance(item, Failure):
             raise item.error from RemoteTraceback(item.text)
-        batch, self.size = item
-        return batch.to(self.device)
+        return END if item is None else item
 
     def _pass_on_news(self):
         try:
@@ -106,8 +122,11 @@ class Failure:
     text: str
 
 
-def run(settings, streams, device, address, retrieve, keep_ready, ready, news):
-    """The process: sends (Batch, size of the knowledge base), and at the end None, or the Failure that ended it."""
+def run(settings, train, count, val, device, retrieve, keep_ready, ready, news):
+    """
+    The process: sends the number of val batches, if any, and each (Batch, size of the knowledge base), and at the end
+    None, or the Failure that ended it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ignore Ctrl-C: the parent shuts us down
     threading.Thread(target=end_with_parent, daemon=True).start()
     outbox = queue.Queue(max(keep_ready, settings.retrieval_prefetch_batches))
@@ -120,12 +139,15 @@ def run(settings, streams, device, address, retrieve, keep_ready, ready, news):
     with ExitStack() as cleanup:
         try:
             tokenizer = load_tokenizer(settings.tokenizer)
-            # open all streams before reading any, so that an error in one is reported at once
-            opened = [(SequenceStream(tokenizer=tokenizer, **options), count) for options, count in streams]
+            # open both streams before searching for either, so that an error in one is reported at once
+            streams = [islice(SequenceStream(tokenizer=tokenizer, **train), count)] if train else []
+            if val:
+                streams.insert(0, val_batches(tokenizer=tokenizer, **val))
+                put(outbox, len(streams[0]), is_closed)
             retriever = None
             if retrieve:
-                retriever = cleanup.enter_context(open_retriever(settings, tokenizer, device, address, news.send))
-            for item in chain(load(opened, retriever, settings.retrieval_prefetch_batches), [None]):
+                retriever = cleanup.enter_context(closing(Retriever(settings, tokenizer, device, news.send)))
+            for item in chain(load(streams, retriever, settings.retrieval_prefetch_batches), [None]):
                 if not put(outbox, item, is_closed):
                     break
         except BaseException as error:  # next() raises it in the parent
@@ -135,8 +157,8 @@ def run(settings, streams, device, address, retrieve, keep_ready, ready, news):
 
 def load(streams, retriever, most):
     """Yields (Batch, size of the knowledge base) for the streams' batches, fetching neighbors for up to `most`."""
-    for stream, count in streams:
-        remaining, together = islice(stream, count), 1
+    for stream in streams:
+        remaining, together = iter(stream), 1
         while batches := list(islice(remaining, together)):
             for batch in retriever.add_neighbors(batches) if retriever else batches:
                 yield batch, retriever and retriever.size

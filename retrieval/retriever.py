@@ -2,13 +2,12 @@
 Chunks in, neighbors out: finds the embeddings of a batch's chunks, searches the knowledge base without leaks (leaks.py)
 and assembles what the model reads. What was found once is cached (neighbor_cache.py).
 
-    with open_retriever(settings, tokenizer) as retriever:
+    with closing(Retriever(settings, tokenizer)) as retriever:
         batch, = retriever.add_neighbors([batch])
 """
 import hashlib
 import sys
 import time
-from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,9 +15,8 @@ import numpy as np
 from configurator import UserError
 from data.tokenizer import vocabulary_hash
 from retrieval.embedding import Embedder
-from retrieval.knowledge_base import HIT, is_local, open_knowledge_base
+from retrieval.knowledge_base import HIT, open_knowledge_base
 from retrieval.leaks import SPARE, hits_without_leaks, search_stage
-from retrieval.local_server import local_server
 from retrieval.neighbor_cache import NeighborCache
 from retrieval.waiting import wait_for_milvus
 
@@ -52,26 +50,13 @@ class UniqueChunks:
     origin: np.ndarray  # (U,)
 
 
-@contextmanager
-def open_retriever(settings, tokenizer, device='cpu', address=None, say=None):
-    """
-    A Retriever on the collection that the settings name, closed at the end. A local database is served by a process of
-    its own meanwhile, unless one serves it at `address` already. UserError if the collection does not fit the settings.
-    """
-    with ExitStack() as cleanup:
-        if address is None and is_local(settings.retrieval_milvus_uri):
-            server = local_server(settings.retrieval_milvus_uri, settings.retrieval_collection)
-            address, _ = cleanup.enter_context(server)
-        yield cleanup.enter_context(closing(Retriever(settings, tokenizer, device, address, say)))
-
-
 class Retriever:
     """
-    Finds the neighbors of chunks; opened by open_retriever. The collection must have been made with the same settings
-    (see train.py). While Milvus is unreachable retrieve() waits, and tells `say`.
+    Finds the neighbors of chunks in the collection that the settings name, until close(). While Milvus is unreachable
+    retrieve() waits, and tells `say`. UserError if the collection does not fit the settings.
     """
 
-    def __init__(self, settings, tokenizer, device='cpu', address=None, say=None):
+    def __init__(self, settings, tokenizer, device='cpu', say=None):
         self.tokenizer, self.uri = tokenizer, settings.retrieval_milvus_uri
         self.timeout, self.say = settings.retrieval_timeout, say or (lambda text: print(text, file=sys.stderr))
         self.k, self.chunk_size = settings.retrieval_k_neighbors, settings.retrieval_chunk_size
@@ -84,7 +69,7 @@ class Retriever:
         self.cache = None
         self.revision, self.stale_until = '', time.monotonic() + STALE
         self.embedder = Embedder(settings.retrieval_embedding_model, device)
-        self.knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), self.embedder, address=address)
+        self.knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), self.embedder)
         try:
             self.size = self.knowledge_base.count()
             if not self.size:

@@ -62,7 +62,7 @@ def save(vectors, tokenizer_path, folder):
 
 def is_static_embedding(folder):
     try:
-        with open(os.path.join(folder, 'modules.json')) as file:
+        with open(os.path.join(folder, 'modules.json'), encoding='utf-8') as file:
             return json.load(file)[0]['type'].endswith('StaticEmbedding')
     except OSError:
         return False
