@@ -9,15 +9,17 @@ MILVUS_TOKEN in the environment.
 """
 import argparse
 import contextlib
+import math
 
-import system  # noqa: F401  before torch, whose thread library reads the environment
+from system import visible
 
 import numpy as np
 import torch
 
-from configurator import UserError, user_errors_as_one_line
+from configurator import UserError, check_range, user_errors_as_one_line
+from data.tokenizer import is_token
 from retrieval.knowledge_base import FIELDS
-from retrieval.retriever import neighbor_function, open_retriever
+from retrieval.retriever import Retriever, neighbor_function
 from training.checkpoint import load_run
 
 
@@ -52,9 +54,8 @@ def parse_arguments():
     parser.add_argument('--show_neighbors', action='store_true', help='print what each chunk retrieved')
     parser.add_argument('--retrieval', choices=('on', 'off'), default='on', help='off: without neighbors (default: on)')
     arguments, overrides = parser.parse_known_args()
-    for name, least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0)):
-        if getattr(arguments, name) < least:
-            raise UserError(f'--{name} must be at least {least}, but is {getattr(arguments, name)}')
+    for name, least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('seed', 0)):
+        check_range(f'--{name}', getattr(arguments, name), least, math.inf)
     return arguments, overrides
 
 
@@ -64,7 +65,8 @@ def main():
     settings, tokenizer, model, device = load_run(arguments.out_dir, overrides)
     settings = settings.replace(retrieval_cache_gb=0.0)  # prompts are not repeated
     use_retrieval = model.config.use_retrieval and arguments.retrieval == 'on'
-    with open_retriever(settings, tokenizer) if use_retrieval else contextlib.nullcontext() as retriever:
+    retriever = Retriever(settings, tokenizer) if use_retrieval else None
+    with contextlib.closing(retriever) if retriever else contextlib.nullcontext():
         sample(arguments, start, model, tokenizer, retriever, device)
 
 
@@ -74,13 +76,14 @@ def sample(arguments, start, model, tokenizer, retriever, device):
     retrieved = []  # by chunk, the hits of each sample, (B, K)
     generator = torch.Generator(device).manual_seed(arguments.seed)
     tokens = model.generate(tokens, arguments.max_new_tokens, neighbor_function(retriever, device, retrieved),
-                            arguments.temperature, arguments.top_k, tokenizer.eot_token, tokenizer.n_vocab, generator)
+                            arguments.temperature, arguments.top_k, tokenizer.eot_token,
+                            torch.tensor(is_token(tokenizer), device=device), generator)
     for number, sequence in enumerate(tokens.tolist()):
         new = sequence[len(prompt):]
         end = len(prompt) + (new.index(tokenizer.eot_token) if tokenizer.eot_token in new else len(new))
         if arguments.num_samples > 1:
             print(f'=== sample {number + 1}')
-        print(tokenizer.decode(sequence[:end]))
+        print(visible(tokenizer.decode(sequence[:end])))
         if arguments.show_neighbors:
             show_neighbors(sequence[:end], [hits[number] for hits in retrieved], retriever, model.config, tokenizer)
 
@@ -98,13 +101,13 @@ def show_neighbors(tokens, retrieved, retriever, config, tokenizer):
         for rank, hit in enumerate(hits, start=1):
             row = rows[hit['id']]
             continuation = tokenizer.decode([t for t in row['tokens'][C:] if t != tokenizer.eot_token])
-            print(f'  {rank}. {row["document"]}, chunk {row["position"] + 1}, similarity {hit["score"]:.2f}')
+            print(f'  {rank}. {visible(row["document"])}, chunk {row["position"] + 1}, similarity {hit["score"]:.2f}')
             print(f'     {one_line(row["text"].replace("<|endoftext|>", ""))}')
             print(f'     then: {one_line(continuation)}')
 
 
 def one_line(text, width=400):
-    text = text.replace('\n', '⏎')
+    text = visible(text).replace('\n', '⏎')
     return text if len(text) <= width else text[:width] + ' …'
 
 

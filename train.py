@@ -7,14 +7,21 @@ Trains a RETRO (or, with use_retrieval = False, a GPT) that fetches its neighbor
     python train.py --help                                                    # all settings
 """
 import functools
-import json
 import math
 import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
-from system import autocast, get_rng_state, keep_freed_memory, pick_dtype, say, set_rng_state
+from system import (
+    autocast,
+    get_rng_state,
+    keep_freed_memory,
+    pick_dtype,
+    say,
+    set_rng_state,
+    why_not_compile,
+)
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -29,29 +36,29 @@ from evaluation.validation import evaluate, run_benchmarks
 from model import RETRO, RETROConfig
 from retrieval.knowledge_base import is_local
 from retrieval.loader import Loader
-from retrieval.local_server import local_server
-from retrieval.retriever import open_retriever
+from retrieval.retriever import Retriever
 from training.checkpoint import (
     RunState,
-    check_resumable,
-    check_writable,
+    check_fits,
     load_checkpoint,
+    load_weights,
     save_checkpoint,
-    set_earlier_run_aside,
 )
+from training.checks import NotFinite, check_settings, not_finite
 from training.distributed import StopSignals, find_ranks, join_ranks, share_of_step
-from training.metrics import Interval, Metrics, drop_metrics_after, plot_metrics, summary, tokens_per_step
+from training.metrics import Interval, Metrics, plot_metrics, summary, tokens_per_step
+from training.out_dir import check_writable, lock_run
 
 # The settings, overridden by config files and --key=value (configurator.py).
 # output
 out_dir = 'out'  # where checkpoints, metrics.jsonl and loss.png go
 eval_interval = 2000  # steps between evaluations; each one saves a checkpoint
-eval_iters = 200  # batches of an evaluation, the same every time
+eval_tokens = 2_000_000  # tokens of the val documents that are evaluated, the same every time; 0: all
 log_interval = 10  # steps between lines of metrics.jsonl
 eval_only = False  # evaluate the checkpoint and stop
 always_save_checkpoint = True  # False: save only if the val loss is the best so far, and when stopped
 keep_checkpoints = 2  # newest checkpoints to keep; 0 keeps all
-init_from = 'scratch'  # 'scratch', or 'resume' from out_dir's checkpoint
+init_from = 'scratch'  # 'scratch', 'resume' from out_dir, or a folder whose weights to start from
 wandb_log = False  # log to Weights & Biases, too
 wandb_project = 'nanoretro'  # W&B project
 wandb_run_name = 'retro'  # W&B run name
@@ -98,34 +105,31 @@ beta2 = 0.95  # AdamW's second beta
 grad_clip = 1.0  # clip gradients to this norm; 0.0 disables
 decay_lr = True  # linear warmup, then cosine decay; False: constant
 warmup_iters = 2000  # steps to the peak learning rate
-lr_decay_iters = 600000  # steps to the final learning rate
-min_lr = 6e-5  # final learning rate
+lr_decay_iters = 0  # steps to the final learning rate; 0: max_iters
+min_lr = -1.0  # final learning rate; -1.0: learning_rate / 10
 # system
 backend = 'auto'  # torch.distributed backend; 'auto' is nccl on GPUs and gloo on CPUs
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1'; 'auto' is the first GPU, or else the CPU
 dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; 'auto' is bfloat16 where the processor has it
-compile = True  # torch.compile; needs a C++ compiler on CPUs
+compile = True  # torch.compile; needs a C++ compiler on CPUs, and is left out without one
 seed = 1337  # for the weights and the order of documents
 # end of settings
-
-AT_LEAST_1 = ('eval_interval', 'eval_iters', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size',
-              'n_layer', 'n_head', 'n_embd', 'retrieval_chunk_size', 'retrieval_prefetch_batches')
 
 
 def main(cleanup):
     """`cleanup` is an ExitStack, for what has to end with the run."""
     settings = load_settings(sys.argv[1:])
     drop_secrets_from_argv()
-    check_settings(settings)
+    settings = check_settings(settings)
     ranks = find_ranks(settings)
     micro_steps, micro_batch = share_of_step(settings, ranks)
-    serves_locally = settings.use_retrieval and is_local(settings.retrieval_milvus_uri)
-    if serves_locally and ranks.world_size > ranks.local_world_size:
+    if (settings.use_retrieval and is_local(settings.retrieval_milvus_uri)
+            and ranks.world_size > ranks.local_world_size):
         raise UserError(f'retrieval_milvus_uri {settings.retrieval_milvus_uri!r} is a local file, which serves one '
                         f'node: use a Milvus server')
-    join_ranks(ranks, settings, cleanup)
     precision = pick_dtype(settings.dtype, ranks.device)
     context = autocast(precision, ranks.device)
+    join_ranks(ranks, settings, cleanup)
     keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -135,48 +139,51 @@ def main(cleanup):
         config = RETROConfig.from_settings(settings, tokenizer.n_vocab)
     except ValueError as error:
         raise UserError(f'{error}: correct the config') from error
-    checkpoint, is_resumed = None, settings.init_from == 'resume' and not settings.eval_only
+    is_resumed, checkpoint = settings.init_from == 'resume' and not settings.eval_only, None
     if is_resumed or settings.eval_only:
         checkpoint = load_checkpoint(settings.out_dir, for_resume=is_resumed)
-        check_resumable(checkpoint, config, tokenizer, ranks.world_size if is_resumed else checkpoint.world_size)
+        check_fits(checkpoint, config, tokenizer, ranks.world_size if is_resumed else None)
     benchmarks = []
     if settings.multiple_choice_benchmarks and ranks.is_master:
         from evaluation.benchmarks import prepare_benchmarks  # imports DeepEval, which takes seconds
         benchmarks = prepare_benchmarks(settings.multiple_choice_benchmarks, settings.benchmark_data_dir)
     ranks.barrier()  # the others wait for what the master downloads
-    if ranks.is_master:
+    if ranks.is_master and not settings.eval_only:
         check_writable(settings.out_dir)
+    no_compile = why_not_compile(ranks.device) if settings.compile else ''
+    if no_compile and ranks.is_master:
+        say(f'running without torch.compile: {no_compile}')
+    if settings.decay_lr and settings.warmup_iters >= settings.lr_decay_iters and ranks.is_master:
+        say(f'the learning rate never reaches its peak: warmup_iters {settings.warmup_iters} is not below '
+            f'lr_decay_iters {settings.lr_decay_iters}')
     state = checkpoint.load_state(ranks.rank if is_resumed else None, ranks.device) if checkpoint else RunState()
 
+    torch.manual_seed(settings.seed)  # the same weights in every process
+    if checkpoint or settings.init_from == 'scratch':
+        model = RETRO(config)
+        if checkpoint:
+            checkpoint.load_model(model)
+    else:
+        model = load_weights(settings.init_from, config, tokenizer)
+
     # the loader process; out_dir is untouched until its first batches arrive
-    address = server = None
-    if serves_locally and ranks.is_master:
-        address, server = cleanup.enter_context(local_server(settings.retrieval_milvus_uri,
-                                                             settings.retrieval_collection))
-    address = ranks.broadcast(address)
-    val_count = max(1, -(-settings.eval_iters // ranks.world_size))
-    streams = make_streams(settings, ranks, micro_steps, micro_batch, val_count, state)
-    loader = Loader(settings, streams, ranks.device, address, retrieve=settings.use_retrieval, keep_ready=micro_steps,
+    loader = Loader(settings, *make_streams(settings, ranks, micro_steps, micro_batch, state), ranks.device,
+                    retrieve=settings.use_retrieval, keep_ready=micro_steps,
                     say=lambda news: say(news if ranks.is_master else f'rank {ranks.rank}: {news}'))
     cleanup.callback(loader.close)
-    val_batches = [loader.next() for _ in range(val_count)]
-    prompt_retriever = functools.cache(lambda: cleanup.enter_context(
-        open_retriever(settings, tokenizer, ranks.device, address, say)) if settings.use_retrieval else None)
+    val_batches = loader.take_val()
+    prompt_retriever = functools.cache(lambda: cleanup.enter_context(closing(
+        Retriever(settings, tokenizer, ranks.device, say))) if settings.use_retrieval else None)
 
     # model and optimizer
     device_type = ranks.device.split(':')[0]
-    torch.manual_seed(settings.seed)  # the same weights in every process
-    model = RETRO(config)
-    if checkpoint:
-        checkpoint.load_model(model)
     model.to(ranks.device)
     optimizer = model.configure_optimizers(settings.weight_decay, settings.learning_rate,
                                            (settings.beta1, settings.beta2), device_type)
     scaler = torch.amp.GradScaler(device_type, enabled=precision == 'float16')
     if is_resumed:
-        checkpoint.load_optimizer(optimizer, model)
-        scaler.load_state_dict(checkpoint.scaler)
-    wrapped = torch.compile(model) if settings.compile else model
+        checkpoint.load_optimizer(optimizer, scaler, model)
+    wrapped = torch.compile(model) if settings.compile and not no_compile else model
     if ranks.world_size > 1:
         wrapped = DDP(wrapped, device_ids=[ranks.device] if device_type == 'cuda' else None)
     token_bytes = torch.tensor(token_byte_counts(tokenizer), device=ranks.device)
@@ -188,8 +195,9 @@ def main(cleanup):
     state.rng = get_rng_state()
 
     # output
+    if ranks.is_master and not settings.eval_only:
+        lock_run(settings.out_dir, cleanup)
     if ranks.is_master:
-        os.makedirs(settings.out_dir, exist_ok=True)
         if settings.use_retrieval:
             print(f'retrieving from {loader.size:,} chunks of {settings.retrieval_collection!r} in '
                   f'{settings.retrieval_milvus_uri}')
@@ -199,67 +207,77 @@ def main(cleanup):
     bar = tqdm(total=settings.max_iters, initial=state.step, unit='step', dynamic_ncols=True,
                disable=not ranks.is_master or not sys.stderr.isatty() or settings.eval_only)
     cleanup.callback(bar.close)
-    metrics = Metrics(settings, ranks, model, precision, bar, cleanup)
-    if ranks.is_master and is_resumed:
-        drop_metrics_after(metrics.path, state.step)
-    elif ranks.is_master and not settings.eval_only and (folder := set_earlier_run_aside(settings.out_dir)):
-        print(f'the earlier run in {settings.out_dir} is now in {folder}')
+    metrics = Metrics(settings, ranks, model, precision, bar, cleanup, state)
 
     signals = StopSignals(cleanup)
     interval = Interval(state.step, loader.waited)
     for batch in val_batches:
         interval.counts.update(batch.counts)
-    evaluated_at = state.step if is_resumed else None  # its checkpoint was saved right after the evaluation
+    failure = None
     while True:
+        # fetch the step's micro-batches; the ranks agree to go on
+        is_done, batches = state.step >= settings.max_iters or settings.eval_only, []
+        if not is_done and failure is None:
+            batches, failure = fetch(loader, micro_steps, signals)
+        targets = agree_to_go_on(settings, ranks, signals, failure, state, save, batches)
+
         # evaluate and save
-        is_done = state.step >= settings.max_iters or settings.eval_only
-        if (is_done or state.step % settings.eval_interval == 0) and state.step != evaluated_at:
-            start, evaluated_at = time.perf_counter(), state.step
-            values = evaluate(wrapped, val_batches, token_bytes, context, ranks)
+        if (is_done or state.step % settings.eval_interval == 0) and state.evaluated_at != state.step:
+            start, state.evaluated_at = time.perf_counter(), state.step
+            if state.step and settings.always_save_checkpoint:
+                save(state)
+            values = evaluate(wrapped, val_batches, token_bytes, context, ranks, settings.use_retrieval, signals)
+            agree_to_go_on(settings, ranks, signals, not_finite(state.step, **values), state, save)
             metrics.log_evaluation(state.step, values)
             val_loss = values.get('val_loss_on', values['val_loss_off'])
-            if state.step and (settings.always_save_checkpoint or val_loss < state.best_val_loss):
-                state.best_val_loss = min(state.best_val_loss, val_loss)
-                save(state)
-            failure = run_benchmarks(settings, benchmarks, metrics, state.step, val_batches[0].tokens, model, tokenizer,
-                                     ranks.device, context, prompt_retriever)
-            stop_together(settings, ranks, signals, failure, state, save)
+            if state.step and val_loss < state.best_val_loss:
+                state.best_val_loss = val_loss
+                save(state)  # nothing, if it was saved above
+            failure = run_benchmarks(settings, benchmarks, metrics, state.step, val_batches[0].tokens, signals, model,
+                                     tokenizer, ranks.device, context, prompt_retriever)
+            agree_to_go_on(settings, ranks, signals, failure, state, save)
             interval.paused += time.perf_counter() - start
         if is_done:
             break
 
-        # fetch the step's micro-batches; the ranks agree to go on
-        batches, failure = fetch(settings, loader, micro_steps, signals, server)
-        stop_together(settings, ranks, signals, failure, state, save)
+        try:
+            # forward and backward; the loss is the mean over the step's targets on all ranks
+            nats = 0.0
+            for micro_step, batch in enumerate(batches):
+                if ranks.world_size > 1:  # all-reduce gradients only in the last micro-step; DDP divides by world_size
+                    wrapped.require_backward_grad_sync = micro_step == micro_steps - 1
+                with context:
+                    _, loss = wrapped(batch.tokens, batch.targets, batch.neighbors, batch.neighbor_mask, batch.doc_ids,
+                                      loss_reduction='sum')
+                scaler.scale(loss * (ranks.world_size / max(1, targets))).backward()
+                nats += loss.detach()
+                interval.counts.update(batch.counts)
 
-        # forward and backward
-        step_loss = 0.0
-        for micro_step, batch in enumerate(batches):
-            if ranks.world_size > 1:  # all-reduce gradients only in the last micro-step
-                wrapped.require_backward_grad_sync = micro_step == micro_steps - 1
-            with context:
-                _, loss = wrapped(batch.tokens, batch.targets, batch.neighbors, batch.neighbor_mask, batch.doc_ids)
-                loss = loss / micro_steps
-            scaler.scale(loss).backward()
-            step_loss += loss.detach()
-            interval.counts.update(batch.counts)
-
-        # clip and step
-        lr = get_lr(state.step, settings)
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-        if settings.grad_clip:
+            # clip and step
+            lr = get_lr(state.step, settings)
+            for group in optimizer.param_groups:
+                group['lr'] = lr
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(wrapped.parameters(), settings.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
+            norm = torch.nn.utils.clip_grad_norm_(wrapped.parameters(), settings.grad_clip or math.inf)
+            # in float16 the scaler itself skips steps whose gradients overflow
+            failure = not_finite(state.step, loss=nats.item(), norm=0.0 if scaler.is_enabled() else norm.item())
+            if failure is None:
+                state.is_stepping = True
+                scaler.step(optimizer)
+                scaler.update()
+                state.finish_step(nats, targets, batches[-1].state)
+        except Exception as error:  # e.g. out of memory
+            failure = error
+            if ranks.world_size > 1:  # the others wait for this rank's gradients: the launcher ends them
+                say(describe_newest(settings, state))
+                raise
         optimizer.zero_grad(set_to_none=True)
-        state.finish_step(step_loss, batches[-1].state)
 
         # log
-        if state.step % settings.log_interval == 0 or state.step == settings.max_iters:
+        if failure is None and (state.step % settings.log_interval == 0 or state.step == settings.max_iters):
             metrics.log_steps(state, interval, lr, loader.waited)
-            interval, state.losses = Interval(state.step, loader.waited), []
+            interval = Interval(state.step, loader.waited)
+            state.losses, state.targets = [], 0
         bar.update()
 
     bar.close()
@@ -269,35 +287,16 @@ def main(cleanup):
               f'{summary(metrics.path, describe_corpus(settings.train_datasets))}')
 
 
-def check_settings(settings):
-    """UserError if a setting makes no sense by itself."""
-    for key, least in {**dict.fromkeys(AT_LEAST_1, 1), 'keep_checkpoints': 0}.items():
-        if getattr(settings, key) < least:
-            raise UserError(f'{key} must be at least {least}, but is {getattr(settings, key)}')
-    for key, value in settings.without_secrets().items():  # checkpoints hold them
-        try:
-            json.dumps(value)
-        except TypeError as error:
-            raise UserError(f'{key} holds a value that cannot be saved ({error}): use plain values') from error
-    if settings.init_from not in ('scratch', 'resume'):
-        raise UserError(f"init_from {settings.init_from!r} is neither 'scratch' nor 'resume'")
-    if settings.block_size % settings.retrieval_chunk_size:  # the data is on the chunk grid without retrieval, too
-        raise UserError(f'block_size {settings.block_size} must be a multiple of retrieval_chunk_size '
-                        f'{settings.retrieval_chunk_size}: correct the config')
-
-
-def make_streams(settings, ranks, micro_steps, micro_batch, val_count, state):
-    """The Loader's streams, this rank's share: SequenceStream arguments and batch count for val, and for training."""
+def make_streams(settings, ranks, micro_steps, micro_batch, state):
+    """This rank's share of the data, for the Loader: arguments of the training stream, batch count, and val's."""
     grid = dict(chunk_size=settings.retrieval_chunk_size, block_size=settings.block_size)
     val = dict(configs=as_dataset_configs(settings.val_datasets, 'val_datasets'), batch_size=settings.batch_size,
-               lanes=settings.batch_size * ranks.world_size, first=ranks.rank * settings.batch_size,
-               count=settings.batch_size, **grid)
+               max_tokens=settings.eval_tokens, rank=ranks.rank, world_size=ranks.world_size, **grid)
     count = micro_steps * micro_batch  # sequences of a step
     train = dict(configs=as_dataset_configs(settings.train_datasets, 'train_datasets'), batch_size=micro_batch,
                  lanes=settings.batch_size * settings.gradient_accumulation_steps, first=ranks.rank * count,
                  count=count, interleave=INTERLEAVE, seed=settings.seed, state=state.stream, **grid)
-    remaining = max(0, settings.max_iters - state.step) * micro_steps
-    return [(val, val_count)] if settings.eval_only else [(val, val_count), (train, remaining)]
+    return (None if settings.eval_only else train), max(0, settings.max_iters - state.step) * micro_steps, val
 
 
 def get_lr(step, settings):
@@ -311,37 +310,43 @@ def get_lr(step, settings):
     return settings.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (settings.learning_rate - settings.min_lr)
 
 
-def fetch(settings, loader, count, signals, server):
+def fetch(loader, count, signals):
     """The next `count` batches and None, or the batches so far and the exception. Returns early on a signal."""
     batches = []
     try:
         while len(batches) < count and not signals.received:
-            batch = loader.next(give_up=lambda: signals.received or (server and server.poll() is not None))
-            if batch is not None:
-                batches.append(batch)
-            elif not signals.received:
-                raise UserError(f'Milvus Lite, which served {settings.retrieval_milvus_uri}, ended with code '
-                                f'{server.poll()}: see that it has enough memory, or use a Milvus server')
+            batch = loader.next(give_up=lambda: signals.received)
+            batches += [batch] if batch is not None else []
         return batches, None
     except Exception as error:  # the ranks have to agree to stop first
         return batches, error
 
 
-def stop_together(settings, ranks, signals, failure, state, save):
-    """If any rank has a failure (an exception) or got a signal, save a checkpoint and exit on all ranks."""
+def agree_to_go_on(settings, ranks, signals, failure, state, save, batches=()):
+    """
+    The number of targets in all ranks' batches. If any rank has a failure (an exception) or got a signal, save a
+    checkpoint and exit on all ranks instead.
+    """
     code = getattr(failure, 'exit_code', 1) if failure else 128 + signals.received[0] if signals.received else 0
-    code = ranks.max(code)
-    if code == 0:
-        return
+    codes, targets = ranks.gather_numbers(code, sum(batch.num_targets for batch in batches)).T
+    if not codes.any():
+        return targets.sum().item()
     signals.ignore()
-    if state.step:
+    if not (codes == NotFinite.exit_code).any() and not state.is_stepping and not settings.eval_only and state.step:
         save(state)
     if ranks.is_master and not settings.eval_only:
-        say(f'saved a checkpoint at step {state.step} in {settings.out_dir}; resume from it with --init_from=resume'
-            if state.step else 'no step was finished, so there is nothing to save')
+        say(describe_newest(settings, state))
     if failure:
         raise failure
-    sys.exit(code)
+    sys.exit(codes.max().item())
+
+
+def describe_newest(settings, state):
+    """Where the newest checkpoint is."""
+    if not state.saved_steps:
+        return 'no step was finished, so there is nothing to save'
+    return (f'the newest checkpoint is {settings.out_dir}/checkpoints/step-{state.saved_steps[-1]}; resume from it '
+            f'with --init_from=resume')
 
 
 if __name__ == '__main__':

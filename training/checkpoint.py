@@ -18,20 +18,22 @@ import math
 import os
 import re
 import shutil
+import sys
 from dataclasses import asdict, dataclass, field
 
-from system import get_rng_state, pick_device, say
+from system import get_rng_state, is_device, pick_device, say
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from configurator import UserError, load_settings, write_atomically
+from configurator import UserError, load_settings, read_overrides, to_json, write_atomically
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from model import RETRO, RETROConfig
+from training.checks import NotFinite
 
 VERSION = 1  # of the layout
 LATEST = 'latest'
-EARLIER_RUN = ('checkpoints', 'ckpt.pt', 'metrics.jsonl', 'loss.png')  # what a new run in the same out_dir sets aside
 MAY_DIFFER = {'dropout', 'retrieval_k_neighbors'}  # fields of RETROConfig that may change after training
 
 
@@ -42,13 +44,18 @@ class RunState:
     best_val_loss: float = math.inf
     stream: dict | None = None  # position in the training data
     rng: dict = field(default_factory=get_rng_state)
-    losses: list = field(default_factory=list)  # scalar tensors, of the steps since the last line of metrics.jsonl
+    losses: list = field(default_factory=list)  # nats of each step since the last line of metrics.jsonl, tensors
+    targets: int = 0  # tokens that they are of, on all ranks
     saved_steps: list = field(default_factory=list)  # of this run's checkpoints, ascending
+    evaluated_at: int | None = None  # step
+    is_stepping: bool = False  # in the middle of an optimizer step, whose weights are neither old nor new
+    wandb_run_id: str | None = None
 
-    def finish_step(self, loss, stream):
+    def finish_step(self, nats, targets, stream):
         self.step += 1
-        self.losses.append(loss)
-        self.stream, self.rng = stream, get_rng_state()
+        self.losses.append(nats)
+        self.targets += targets
+        self.stream, self.rng, self.is_stepping = stream, get_rng_state(), False
 
 
 @dataclass
@@ -62,22 +69,24 @@ class Checkpoint:
     best_val_loss: float
     scaler: dict
     world_size: int
+    wandb_run_id: str | None
 
     @property
     def tokenizer_path(self):
         return os.path.join(self.folder, 'tokenizer.json')
 
     def load_model(self, model):
-        """Load the weights into a RETRO. UserError if they are not of its architecture."""
+        """Load the weights into a RETRO. UserError if they are not of its architecture, or not finite."""
         with as_user_error(self.folder):
             weights = load_file(os.path.join(self.folder, 'model.safetensors'))
             wanted = dict(model.named_parameters())
             if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in wanted.items()}:
                 raise ValueError('its weights are not those of its architecture')
             model.load_state_dict(weights, strict=False)  # the tied lm_head is saved once
+        check_finite(model, self.folder)
 
-    def load_optimizer(self, optimizer, model):
-        """Load AdamW's moments. Learning rate, betas and weight decay stay those of the run."""
+    def load_optimizer(self, optimizer, scaler, model):
+        """Load AdamW's moments and the GradScaler. Learning rate, betas and weight decay stay those of the run."""
         with as_user_error(self.folder):
             states = torch.load(os.path.join(self.folder, 'optimizer.pt'), map_location='cpu', weights_only=True)
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -85,14 +94,16 @@ class Checkpoint:
         numbered = {number: states[names[parameter]] for number, parameter in enumerate(parameters)
                     if names[parameter] in states}
         optimizer.load_state_dict(dict(state=numbered, param_groups=optimizer.state_dict()['param_groups']))
+        if self.scaler:  # the run that saved it was in float16, too
+            scaler.load_state_dict(self.scaler)
 
     def load_state(self, rank, device):
         """The RunState to resume from on a rank; with None only what all ranks have in common, to evaluate."""
-        state = RunState(self.step, self.best_val_loss, saved_steps=[self.step])
+        state = RunState(self.step, self.best_val_loss, saved_steps=[self.step], wandb_run_id=self.wandb_run_id)
         if rank is not None:
             with as_user_error(self.folder):
                 saved = torch.load(os.path.join(self.folder, f'rank-{rank}.pt'), weights_only=True)
-            state.stream, state.rng = saved['stream'], saved['rng']
+            state.stream, state.rng, state.targets = saved['stream'], saved['rng'], saved['targets']
             state.losses = [torch.tensor(loss, device=device) for loss in saved['losses']]
             state.saved_steps = [step for step in list_steps(os.path.dirname(self.folder)) if step <= self.step]
         return state
@@ -101,37 +112,71 @@ class Checkpoint:
 def save_checkpoint(settings, ranks, tokenizer, tokenizer_text, model, optimizer, scaler, state):
     """
     Write a checkpoint of the RunState's step, point to it, and remove all but the newest settings.keep_checkpoints.
-    All ranks call it, and return when it is complete. A step that has been saved is not saved again.
+    All ranks call it, and return when it is complete. A step that has been saved is not saved again. UserError if a
+    weight is not finite, or if there is no room.
     """
     if state.step in state.saved_steps:
         return
+    check_finite(model, f'the model at step {state.step}')
     losses = [loss.item() for loss in state.losses]
-    rank_states = ranks.gather(dict(stream=state.stream, rng=state.rng, losses=losses))
-    state.saved_steps.append(state.step)
+    rank_states = ranks.gather(dict(stream=state.stream, rng=state.rng, losses=losses, targets=state.targets))
     if ranks.is_master:
         parent = os.path.join(settings.out_dir, 'checkpoints')
         folder = os.path.join(parent, f'step-{state.step}')
-        tmp_folder = f'{folder}.tmp'
         for leftover in glob.glob(f'{glob.escape(parent)}/step-*.tmp'):  # of a run that was killed while saving
             shutil.rmtree(leftover, ignore_errors=True)
-        os.makedirs(tmp_folder)
         parameters = dict(model.named_parameters())
-        save_file({name: p.detach() for name, p in parameters.items()}, f'{tmp_folder}/model.safetensors')
-        torch.save({name: optimizer.state[p] for name, p in parameters.items() if p in optimizer.state},
-                   f'{tmp_folder}/optimizer.pt')
-        for rank, rank_state in enumerate(rank_states):
-            torch.save(rank_state, f'{tmp_folder}/rank-{rank}.pt')
-        write_atomically(tokenizer_text, f'{tmp_folder}/tokenizer.json')
         meta = dict(version=VERSION, step=state.step, model=asdict(model.config), settings=settings.without_secrets(),
                     vocabulary_hash=vocabulary_hash(tokenizer), scaler=scaler.state_dict(), world_size=ranks.world_size,
-                    best_val_loss=state.best_val_loss if math.isfinite(state.best_val_loss) else None)
-        write_atomically(json.dumps(meta, indent=1) + '\n', f'{tmp_folder}/meta.json')
-        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed before it updated the pointer
-        os.replace(tmp_folder, folder)
-        write_atomically(f'step-{state.step}\n', os.path.join(parent, LATEST))
+                    best_val_loss=state.best_val_loss, wandb_run_id=state.wandb_run_id)
+        try:
+            os.makedirs(f'{folder}.tmp')
+            save_file({name: p.detach() for name, p in parameters.items()}, f'{folder}.tmp/model.safetensors')
+            torch.save({name: optimizer.state[p] for name, p in parameters.items() if p in optimizer.state},
+                       f'{folder}.tmp/optimizer.pt')
+            for rank, rank_state in enumerate(rank_states):
+                torch.save(rank_state, f'{folder}.tmp/rank-{rank}.pt')
+            write_atomically(tokenizer_text, f'{folder}.tmp/tokenizer.json')
+            write_atomically(to_json(meta, indent=1) + '\n', f'{folder}.tmp/meta.json')
+            for name in os.listdir(f'{folder}.tmp'):
+                sync(f'{folder}.tmp/{name}')
+            sync(f'{folder}.tmp')
+            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed before it updated the pointer
+            os.replace(f'{folder}.tmp', folder)
+            write_atomically(f'step-{state.step}\n', os.path.join(parent, LATEST))
+            sync(parent)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch has its own for a full disk
+            shutil.rmtree(f'{folder}.tmp', ignore_errors=True)
+            raise UserError(f'the checkpoint of step {state.step} could not be written to {parent} '
+                            f'({describe_write_error(error, parent)}): make room there, or name another out_dir; the '
+                            f'newest checkpoint is of step {max(state.saved_steps, default="none")}') from error
         if settings.keep_checkpoints:
-            remove_checkpoints(parent, state.step, keep=state.saved_steps[-settings.keep_checkpoints:])
+            remove_checkpoints(parent, state.step,
+                               keep=[*state.saved_steps, state.step][-settings.keep_checkpoints:])
     ranks.barrier()  # torchrun kills all ranks when one exits
+    state.saved_steps.append(state.step)
+
+
+def sync(path):
+    """Flush a file or folder to disk: a rename alone survives a crash of the process, but not of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe_write_error(error, folder):
+    """An error of writing to a folder, in one line; torch and safetensors do not say that the disk is full."""
+    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
+    return f'{type(error).__name__}: {str(error).splitlines()[0][:200]}; {free / 1e6:,.0f} MB are free'
+
+
+def check_finite(model, name):
+    """NotFinite if a weight is NaN or infinite."""
+    for key, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise NotFinite(f'{name} has weights that are not finite ({key}): resume from an earlier checkpoint')
 
 
 def remove_checkpoints(parent, step, keep):
@@ -207,27 +252,59 @@ class as_user_error:
                             ) from error
 
 
-def check_resumable(checkpoint, config, tokenizer, world_size):
-    """UserError if a run of this RETROConfig, tokenizer and number of processes cannot go on from the Checkpoint."""
+def check_fits(checkpoint, config, tokenizer, world_size=None):
+    """UserError if a run of this RETROConfig, tokenizer and, to resume, world size cannot use the Checkpoint."""
     saved = checkpoint.model | {'vocabulary': checkpoint.vocabulary_hash}
     wanted = asdict(config) | {'vocabulary': vocabulary_hash(tokenizer)}
     differing = [f'{key}: it has {saved.get(key)!r}, the run {wanted[key]!r}' for key in wanted
                  if key not in MAY_DIFFER and saved.get(key) != wanted[key]]
     if differing:
         raise UserError(f'the checkpoint {checkpoint.folder!r} is of another architecture ({"; ".join(differing)}): '
-                        f'resume with the settings that made it, or start another out_dir')
-    if checkpoint.world_size != world_size:
+                        f'use the settings that made it, or start another out_dir')
+    if world_size not in (None, checkpoint.world_size):
         raise UserError(f'the checkpoint {checkpoint.folder!r} was made by {checkpoint.world_size} processes, and '
                         f'there are {world_size}: resume with as many')
+
+
+def load_weights(folder, config, tokenizer):
+    """
+    A RETRO of this RETROConfig that starts from the weights in a folder: an out_dir or checkpoint of ours, or a GPT-2
+    that transformers saved, whose code, if any, is not run. UserError if they do not fit.
+    """
+    if os.path.isfile(os.path.join(folder, 'config.json')):
+        try:
+            model = RETRO.from_pretrained(folder, **asdict(config))
+        except (ValueError, OSError, SafetensorError) as error:
+            raise UserError(f'init_from {folder!r} cannot be used: {" ".join(str(error).split())[:500]}') from error
+        check_finite(model, folder)
+        return model
+    if not os.path.isdir(folder):
+        raise UserError(f"init_from {folder!r} is neither 'scratch' nor 'resume' nor a folder")
+    checkpoint = load_checkpoint(folder)
+    check_fits(checkpoint, config, tokenizer)
+    model = RETRO(config)
+    checkpoint.load_model(model)
+    return model
 
 
 def load_run(out_dir, overrides=()):
     """
     The Settings, tokenizer, model in evaluation mode and device of a trained run: what sampling and evaluating start
-    from. `overrides` (--key=value) change its settings, but not its architecture. UserError if there is no such run.
+    from. `overrides` (--key=value) change its settings, but not its architecture. A checkpoint may be a stranger's: it
+    names no folder to write to, switches nothing on, and a server that it names gets no token, unless the overrides
+    name it, too. UserError if there is no such run.
     """
     checkpoint = load_checkpoint(out_dir)
-    settings = load_settings(overrides, given=checkpoint.settings)
+    named = read_overrides(overrides, vars(load_settings([], given=checkpoint.settings)))
+    settings = load_settings([], given=checkpoint.settings)
+    for key in ('wandb_log', 'multiple_choice_benchmarks', 'benchmark_data_dir', 'retrieval_cache_dir'):
+        setattr(settings, key, getattr(load_settings([]), key))
+    if 'retrieval_milvus_uri' not in named:
+        settings.retrieval_milvus_token = ''
+    settings = settings.replace(**named)
+    if 'device' not in named and not is_device(settings.device):
+        print(f'the run was on {settings.device}, which is not here: using {pick_device("auto")}', file=sys.stderr)
+        settings.device, settings.dtype = 'auto', named.get('dtype', 'auto')
     fixed = (checkpoint.model.keys() | {'tokenizer'}) - MAY_DIFFER
     changed = [key for key in sorted(fixed) if key in checkpoint.settings
                and getattr(settings, key) != checkpoint.settings[key]]
@@ -241,24 +318,3 @@ def load_run(out_dir, overrides=()):
     model = RETRO(RETROConfig(**checkpoint.model))
     checkpoint.load_model(model)
     return settings, tokenizer, model.eval().to(device), device
-
-
-def check_writable(out_dir):
-    """UserError if out_dir cannot be written. It is not made yet."""
-    existing = os.path.abspath(out_dir)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
-        raise UserError(f'out_dir {out_dir!r} cannot be written ({existing} is not a writable folder): name another')
-
-
-def set_earlier_run_aside(out_dir):
-    """Move what an earlier run left in out_dir into a folder of its own. Returns that folder, or None."""
-    earlier = [name for name in EARLIER_RUN if os.path.exists(os.path.join(out_dir, name))]
-    if not earlier:
-        return None
-    folder = next(name for name in (f'{out_dir}/previous-{n}' for n in itertools.count(1)) if not os.path.exists(name))
-    os.makedirs(folder)
-    for name in earlier:
-        os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
-    return folder

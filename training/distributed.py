@@ -14,6 +14,9 @@ import torch.distributed as dist
 
 from configurator import UserError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+LAUNCHER = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')  # what torchrun sets
+
 
 @dataclass
 class Ranks:
@@ -35,12 +38,13 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor.cpu()
 
-    def max(self, number):
-        """The largest of an integer over all ranks."""
-        number = torch.tensor(number)
+    def gather_numbers(self, *numbers):
+        """All ranks' integers (world_size, n), on the CPU; it waits for no GPU."""
+        table = torch.zeros(self.world_size, len(numbers), dtype=torch.int64)
+        table[self.rank] = torch.tensor(numbers)
         if self.world_size > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.control)
-        return number.item()
+            dist.all_reduce(table, group=self.control)
+        return table
 
     def broadcast(self, value):
         """The master's value."""
@@ -63,21 +67,32 @@ class Ranks:
 
 def find_ranks(settings):
     """The Ranks of this run by torchrun's environment, not joined yet."""
-    device = pick_device(settings.device)
-    if 'RANK' not in os.environ:
-        return Ranks(device=device)
-    if device.startswith('cuda'):
-        device = f'cuda:{os.environ["LOCAL_RANK"]}'
-    return Ranks(int(os.environ['RANK']), int(os.environ['WORLD_SIZE']), int(os.environ.get('LOCAL_WORLD_SIZE', 1)),
-                 device)
+    found = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
+    if not found:
+        return Ranks(device=pick_device(settings.device))
+    as_text = ', '.join(f'{name}={value}' for name, value in found.items())
+    try:
+        rank, world_size, local_rank, local_world_size = (int(found[name]) for name in LAUNCHER)
+        if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
+            raise ValueError
+    except (KeyError, ValueError):
+        raise half_set(as_text) from None
+    is_cuda = pick_device(settings.device).startswith('cuda')
+    device = pick_device(f'cuda:{local_rank}') if is_cuda else 'cpu'
+    return Ranks(rank, world_size, local_world_size, device)
+
+
+def half_set(found):
+    return UserError(f"the launcher's environment is incomplete or contradictory ({found}): start with torchrun, which "
+                     f'sets {", ".join(LAUNCHER)}, MASTER_ADDR and MASTER_PORT, or unset all of them')
 
 
 def join_ranks(ranks, settings, cleanup):
     """Set up the process group of the Ranks; `cleanup`, an ExitStack, destroys it."""
     if ranks.world_size == 1:
         return
-    if ranks.device.startswith('cuda'):
-        torch.cuda.set_device(ranks.device)
+    if not {'MASTER_ADDR', 'MASTER_PORT'} <= os.environ.keys():
+        raise half_set('no MASTER_ADDR or MASTER_PORT')
     auto = 'nccl' if ranks.device.startswith('cuda') else 'gloo'
     dist.init_process_group(settings.backend if settings.backend != 'auto' else auto)
     cleanup.callback(dist.destroy_process_group)
@@ -98,22 +113,34 @@ def share_of_step(settings, ranks):
     return total // ranks.world_size, settings.batch_size // ranks_per_batch
 
 
+class Stopped(Exception):
+    """A StopSignals asks to stop."""
+
+
 class StopSignals:
-    """Ctrl-C and SIGTERM, remembered until the ranks agree to stop. The second one interrupts at once."""
+    """
+    The signals that ask a run to stop, remembered until the ranks agree to. A second Ctrl-C interrupts at once; any
+    other signal after the first one is a launcher's, to be sure, and asks for the same stop.
+    """
 
     def __init__(self, cleanup):
         """`cleanup`, an ExitStack, restores the handlers."""
         self.received = []
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             cleanup.callback(signal.signal, number, signal.signal(number, self._on_signal))
 
     def _on_signal(self, number, frame):
-        if self.received:
+        if number == signal.SIGINT in self.received:
             raise KeyboardInterrupt
+        if not self.received:
+            os.write(2, b'\nstopping with a checkpoint; Ctrl-C again to stop immediately\n')
         self.received.append(number)
-        os.write(2, b'\nstopping with a checkpoint; send it again to stop immediately\n')
+
+    def check(self):
+        """Raise Stopped if there is one."""
+        if self.received:
+            raise Stopped
 
     def ignore(self):
-        """Ignore further signals: launchers may repeat theirs."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)

@@ -11,7 +11,8 @@ from system import peak_flops, say
 
 import torch
 
-from configurator import save_atomically, write_atomically
+from configurator import UserError, save_atomically, to_json, write_atomically
+from training.out_dir import set_earlier_run_aside
 
 
 @dataclass
@@ -27,27 +28,38 @@ class Interval:
 class Metrics:
     """
     Reports a run on the terminal, in metrics.jsonl, and to wandb if wandb_log is set. All ranks call it and the master
-    reports. `cleanup`, an ExitStack, finishes the wandb run.
+    reports. A resumed run goes on in the same file, from its step, and in the same wandb run. `cleanup`, an ExitStack,
+    finishes the latter.
     """
 
-    def __init__(self, settings, ranks, model, precision, bar, cleanup):
+    def __init__(self, settings, ranks, model, precision, bar, cleanup, state):
         self.settings, self.ranks, self.model, self.bar = settings, ranks, model, bar
         self.path, self.wandb_run = metrics_path(settings.out_dir), None
         if ranks.is_master:
             self.peak_flops = peak_flops(ranks.device, precision) * ranks.world_size
         if ranks.is_master and settings.wandb_log:
-            import wandb  # takes a second to import
-            self.wandb_run = wandb.init(project=settings.wandb_project, name=settings.wandb_run_name,
-                                        config=settings.without_secrets())
+            self.wandb_run = start_wandb(settings, state)
             cleanup.callback(self.wandb_run.finish)
+        self.is_new = not state.step and not settings.eval_only  # the first line sets an earlier run aside
+        if state.step and not settings.eval_only:
+            if ranks.is_master:
+                drop_metrics_after(self.path, state.step)
+            evaluations = ranks.broadcast([(line['iter'], line.get('val_loss_on', line['val_loss_off']))
+                                           for line in read_metrics(self.path) if 'val_loss_off' in line]
+                                          if ranks.is_master else None)
+            state.evaluated_at = max((step for step, _ in evaluations), default=None)
+            state.best_val_loss = min([state.best_val_loss, *(loss for _, loss in evaluations)])
 
     def log(self, step, **values):
         """Append a line to metrics.jsonl, and log it to wandb. Writes nothing with eval_only."""
         if self.settings.eval_only:
             return
+        if self.is_new and (folder := set_earlier_run_aside(self.settings.out_dir)):
+            say(f'the earlier run in {self.settings.out_dir} is now in {folder}')
+        self.is_new = False
         line = dict(iter=step, tokens=step * tokens_per_step(self.settings), **values)
         with open(self.path, 'a', encoding='utf-8') as file:
-            file.write(json.dumps(line) + '\n')
+            file.write(to_json(line) + '\n')
         if self.wandb_run:
             self.wandb_run.log(line, step=step)
 
@@ -59,13 +71,14 @@ class Metrics:
     def log_steps(self, state, interval, lr, waited):
         """The steps of the Interval; `waited` is the loader's total."""
         # reading the loss waits for the device, so it comes before the clock
-        loss = self.ranks.sum(torch.stack(state.losses).mean().cpu().double()).item() / self.ranks.world_size
+        nats = self.ranks.sum(torch.stack(state.losses).double().sum()).item()
         seconds = time.perf_counter() - interval.started - interval.paused
         counts = self.ranks.sum(torch.tensor(list(interval.counts.values()))).tolist()
         if not self.ranks.is_master:
             return
+        loss = nats / max(1, state.targets)
         rate = tokens_per_step(self.settings) * (state.step - interval.first_step) / seconds
-        waited, mfu = waited - interval.waited_before, self.model.estimate_mfu(rate, self.peak_flops)
+        waited, mfu = waited - interval.waited_before, self.model.flops_per_token() * rate / self.peak_flops
         self.log(state.step, loss=loss, lr=lr, tokens_per_s=rate, retrieval_wait_s=waited, mfu=mfu,
                  **{f'chunks_{name}': count for name, count in zip(interval.counts, counts, strict=True)})
         self.bar.set_postfix_str(f'loss {loss:.3f}, {rate:,.0f} tokens/s, waited {waited:.1f} s')
@@ -79,6 +92,19 @@ class Metrics:
         self.wandb_run.log({name: wandb.Table(columns, rows)}, step=step)
 
 
+def start_wandb(settings, state):
+    """The wandb run, the one that the RunState names if it is resumed. UserError if wandb refuses."""
+    import wandb  # takes a second to import
+    try:
+        run = wandb.init(project=settings.wandb_project, name=settings.wandb_run_name, id=state.wandb_run_id,
+                         resume='allow' if state.wandb_run_id else None, config=settings.without_secrets())
+    except wandb.errors.Error as error:  # e.g. no API key
+        raise UserError(f'wandb_log: Weights & Biases refuses ({str(error).splitlines()[0][:200]}): log in with wandb '
+                        f'login, set WANDB_MODE=offline, or leave wandb_log off') from error
+    state.wandb_run_id = run.id
+    return run
+
+
 def tokens_per_step(settings):
     return settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
 
@@ -88,29 +114,42 @@ def metrics_path(out_dir):
 
 
 def read_metrics(path):
-    """The lines of a metrics.jsonl, as dicts. A run may be writing the last one."""
-    with open(path, encoding='utf-8') as file:
-        return [json.loads(line) for line in file if line.endswith('}\n')]
+    """
+    The lines of a metrics.jsonl, as dicts; none if it is missing. Damaged lines are left out: a run may be writing the
+    last one, or was killed while it did.
+    """
+    lines = []
+    if os.path.isfile(path):
+        with open(path, encoding='utf-8', errors='replace') as file:
+            for text in file:
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    continue
+                if isinstance(line, dict) and isinstance(line.get('iter'), int):
+                    lines.append(line)
+    return lines
 
 
 def drop_metrics_after(path, step):
-    """Remove the lines after a step: a resumed run writes them anew."""
-    if os.path.exists(path):
-        kept = [line for line in read_metrics(path) if line['iter'] <= step]
-        write_atomically(''.join(json.dumps(line) + '\n' for line in kept), path)
+    """Remove the lines after a step, which a resumed run writes anew."""
+    kept = [line for line in read_metrics(path) if line['iter'] <= step]
+    write_atomically(''.join(to_json(line) + '\n' for line in kept), path)
 
 
 def summary(path, corpus):
     """The final results of a run as a table, from its metrics.jsonl; `corpus` names what it was trained on."""
     lines = read_metrics(path)
-    last = [line for line in lines if 'val_bpb_off' in line][-1]
-    steps = [line for line in lines if 'loss' in line]
-    rows = [('corpus', corpus), ('steps', f'{last["iter"]:,}'), ('tokens', f'{last["tokens"]:,}')]
+    last = next((line for line in lines[::-1] if 'val_bpb_off' in line), {})
+    steps = [line for line in lines if line.get('tokens_per_s')]
+    rows = [('corpus', corpus)]
+    if lines:
+        rows += [('steps', f'{lines[-1]["iter"]:,}'), ('tokens', f'{lines[-1]["tokens"]:,}')]
     if 'val_bpb_on' in last:
         gain = 1 - last['val_bpb_on'] / last['val_bpb_off']
         rows += [('val bpb, retrieval on', f'{last["val_bpb_on"]:.4f}'),
                  ('val bpb, retrieval off', f'{last["val_bpb_off"]:.4f}'), ('on is below off by', f'{gain:.2%}')]
-    else:
+    elif last:
         rows += [('val bpb', f'{last["val_bpb_off"]:.4f}')]
     if steps:
         rows += [('training rate, tokens/s', f'{sorted(s["tokens_per_s"] for s in steps)[len(steps) // 2]:,.0f}'),
@@ -125,7 +164,7 @@ def plot_metrics(path, plot_path):
     import matplotlib.pyplot as plt
     lines = read_metrics(path)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
-    steps = [line for line in lines if 'loss' in line]
+    steps = [line for line in lines if line.get('loss') is not None]
     left.plot([line['iter'] for line in steps], [line['loss'] for line in steps], lw=1, color='0.5', label='train loss')
     left.set(xlabel='step', ylabel='nats per token')
     right.margins(y=0.12)
