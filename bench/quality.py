@@ -44,7 +44,7 @@ def train(arm, seed, arguments, out_dir, steps):
     """Train an arm unless already done. Returns its folder, and [(step, seconds, bpb on or None, bpb off)]."""
     folder = f'{out_dir}/{arm.replace(" ", "_")}_{seed}_{steps}'
     if not os.path.exists(f'{folder}/done'):
-        options = ARMS[arm] | dict(seed=seed, out_dir=folder, max_iters=steps, lr_decay_iters=steps,
+        options = ARMS[arm] | dict(seed=seed, out_dir=folder, max_iters=steps,
                                    eval_interval=max(1, steps // 6), retrieval_cache_dir=f'{folder}/neighbors')
         print(f'training {arm}, seed {seed}, {steps} steps', file=sys.stderr)
         shutil.rmtree(f'{folder}/neighbors', ignore_errors=True)  # of a run that was interrupted
@@ -67,7 +67,7 @@ def evaluate(folder, baseline):
         subprocess.run([sys.executable, '-m', 'evaluation', f'--out_dir={folder}', f'--baseline={baseline}',
                         '--passages=0'], check=True, stdout=subprocess.DEVNULL,
                        env={**os.environ, 'PYTHONPATH': str(ROOT)})
-    with open(f'{folder}/evaluation.json') as file:
+    with open(f'{folder}/evaluation.json', encoding='utf-8') as file:
         line, = (line for line in json.load(file)['bpb_by_overlap'] if line['overlap'] == LITTLE_OVERLAP)
     return line
 

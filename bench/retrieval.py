@@ -15,8 +15,6 @@ from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 
-from milvus_lite.server_manager import server_manager_instance
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from system import pick_device
@@ -27,9 +25,8 @@ from data.documents import as_dataset_configs
 from data.fingerprint import describe_corpus
 from data.stream import INTERLEAVE, SequenceStream
 from data.tokenizer import load_tokenizer
-from retrieval.local_server import local_server
 from retrieval.populate import populate
-from retrieval.retriever import open_retriever
+from retrieval.retriever import Retriever
 
 STAGES = ('read', 'recall', 'stored embeddings', 'embed', 'search', 'search again', 'rows', 'remember', 'rest')
 
@@ -59,9 +56,9 @@ def time_stages(retriever):
     return seconds
 
 
-def measure(settings, address, is_remembered, tokenizer, grid, rounds, together):
+def measure(settings, is_remembered, tokenizer, grid, rounds, together):
     """Yields, for each round of `together` batches, milliseconds per batch by stage, and retrieving chunks/s."""
-    with open_retriever(settings, tokenizer, pick_device(settings.device), address) as retriever:
+    with closing(Retriever(settings, tokenizer, pick_device(settings.device))) as retriever:
         stream = SequenceStream(tokenizer=tokenizer, **grid)
         if is_remembered:
             for _ in range(rounds):
@@ -103,14 +100,10 @@ def main():
             databases['Milvus server'] = settings.replace(retrieval_milvus_uri=server.uri, retrieval_milvus_token='')
         for database in databases.values():
             populate(database, show_progress=sys.stderr.isatty())
-        lite, addresses = databases['Milvus Lite'], {}
-        server_manager_instance.release_server(lite.retrieval_milvus_uri)  # a local file serves one process
-        served = local_server(lite.retrieval_milvus_uri, lite.retrieval_collection)
-        addresses['Milvus Lite'], _ = cleanup.enter_context(served)
         for name, database in databases.items():
             for is_remembered, arm in ((False, 'first time'), (True, 'remembered')):
                 database = database.replace(retrieval_cache_dir=f'{folder}/{name} {arm}')
-                measured = measure(database, addresses.get(name), is_remembered, tokenizer, grid, rounds, together)
+                measured = measure(database, is_remembered, tokenizer, grid, rounds, together)
                 arms[f'{name}, {arm}'] = cleanup.enter_context(closing(measured))
         results = {name: [] for name in arms}
         for _ in range(rounds):

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from data.tokenizer import load_tokenizer
 from model import RETRO, RETROConfig
 from retrieval.knowledge_base import is_local
 from retrieval.loader import Loader
-from retrieval.local_server import local_server
+from retrieval.local_server import join_server
 
 TURN = 4  # steps: short, so that whatever else the machine does affects all arms alike
 BUSY = 'while True: sum(range(100_000))'  # the process that keeps a core busy
@@ -89,20 +89,19 @@ class Arm:
         return np.array([count, seconds])
 
 
-def measure(settings, window, rounds, device, cleanup):
-    """{arm: [tokens/s in each round]}, the RETRO and the GPT."""
+def measure(settings, window, rounds, device, cleanup, vocab_size=None):
+    """{arm: [tokens/s in each round]}, the RETRO and the GPT. vocab_size is the tokenizer's, unless given."""
     configs = as_dataset_configs(settings.train_datasets, 'train_datasets')
     stream = dict(configs=configs, interleave=INTERLEAVE, chunk_size=settings.retrieval_chunk_size,
                   block_size=settings.block_size, batch_size=settings.batch_size, seed=settings.seed)
     folder = cleanup.enter_context(tempfile.TemporaryDirectory())
-    address, server = None, []
+    server = []
     if is_local(settings.retrieval_milvus_uri):
-        address, process = cleanup.enter_context(local_server(settings.retrieval_milvus_uri,
-                                                              settings.retrieval_collection))
-        server = [process.pid]
+        lease = cleanup.enter_context(closing(join_server(settings.retrieval_milvus_uri)))
+        server = [lease.pid]
 
     def load(cache=None):
-        loader = Loader(settings.replace(retrieval_cache_dir=f'{folder}/{cache}'), [(stream, None)], device, address,
+        loader = Loader(settings.replace(retrieval_cache_dir=f'{folder}/{cache}'), stream, device=device,
                         retrieve=cache is not None, say=lambda news: print(news, file=sys.stderr))
         cleanup.callback(loader.close)
         return loader
@@ -116,7 +115,7 @@ def measure(settings, window, rounds, device, cleanup):
     busy = subprocess.Popen([sys.executable, '-c', BUSY])
     cleanup.callback(busy.kill)
     busy.send_signal(signal.SIGSTOP)
-    vocab_size = load_tokenizer(settings.tokenizer).n_vocab
+    vocab_size = vocab_size or load_tokenizer(settings.tokenizer).n_vocab
     retro_step, retro = make_step(settings.replace(use_retrieval=True), vocab_size, device)
     gpt_step, gpt = make_step(settings.replace(use_retrieval=False), vocab_size, device)
     loaders = {'frozen': load(), 'live': load('first epoch'), 'remembered': load('second epoch'),
