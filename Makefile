@@ -1,5 +1,6 @@
 # make quickstart   from an empty machine to a trained RETRO and a sample of it
 # make test         the tests
+# make test-slow    the tests that take minutes each: many kills, Inductor, load
 # make lint         ruff
 # make clean        remove all that these made: .venv, the quickstart's corpus, database and run
 
@@ -9,7 +10,7 @@ CORPUS = data/python_source
 RUN = out/quickstart
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-slow lint clean
 
 # Set-up: one stamp per requirements file, so a second call does nothing and a changed file is installed.
 .venv/installed: requirements.txt
@@ -45,6 +46,9 @@ quickstart: $(RUN)/trained
 
 test: .venv/installed-dev
 	$(PY) -m pytest tests
+
+test-slow: .venv/installed-dev
+	$(PY) -m pytest tests -m slow -n 1 -v
 
 lint: .venv/installed-dev
 	$(PY) -m ruff check .

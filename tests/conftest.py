@@ -8,10 +8,12 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ CHUNK = 16  # tokens per chunk, so that small documents have many
 
 if (SHARED / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
-os.environ.update(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='2', OMP_WAIT_POLICY='PASSIVE', DEEPEVAL_TELEMETRY_OPT_OUT='1')
+os.environ.update(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')  # two workers share two cores
 os.environ.pop('MILVUS_TOKEN', None)
 
 TRAIN = ('json/decoder', 'json/encoder', 'json/scanner', 'textwrap', 'string', 'bisect', 'heapq', 'fnmatch', 'glob',
@@ -32,7 +34,8 @@ VAL = ('json/tool', 'tempfile', 'timeit', 'this')
 
 
 # Commands, and the processes that they spawn, are forks of a process that has imported the libraries once: imports are
-# most of a short command's time. Tests that need real processes (test_faults) start them themselves.
+# most of a short command's time. They are not nice either, as other tests run beside. Tests that need real processes
+# (test_faults, test_local_server) start them themselves.
 forks = multiprocessing.get_context('forkserver')
 forks.set_forkserver_preload(['tests.preloaded'])
 multiprocessing.get_context = lambda method=None, original=multiprocessing.get_context: original(
@@ -52,6 +55,21 @@ def run(*command, folder, check=True, timeout=300, env=None):
     return answer
 
 
+def run_ranks(count, *command, folder, timeout=300):
+    """Run a command of the project on `count` ranks in the environment that torchrun sets; the master's result."""
+    with socket.socket() as found:
+        found.bind(('127.0.0.1', 0))
+        port = found.getsockname()[1]
+
+    def run_rank(rank):
+        return run(*command, folder=folder, timeout=timeout, env=dict(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+            MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)))
+    with ThreadPoolExecutor(count) as pool:
+        master, *_ = pool.map(run_rank, range(count))
+    return master
+
+
 def run_in_a_fork(command, folder, env, timeout):
     with tempfile.TemporaryDirectory() as outputs:
         process = forks.Process(target=become, args=(command, str(folder), env, outputs))
@@ -69,6 +87,9 @@ def become(command, folder, env, outputs):
     """Run a script, or -m and a module, in this process, with its output in two files."""
     for name, descriptor in (('stdout', 1), ('stderr', 2)):
         os.dup2(os.open(f'{outputs}/{name}', os.O_WRONLY | os.O_CREAT), descriptor)
+    os.nice = lambda niceness: 0
+    import retrieval.local_server
+    retrieval.local_server.start_server = start_server_in_a_fork
     sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', buffering=1, closefd=False)
     multiprocessing.forkserver._forkserver.ensure_running = lambda: None  # its own processes are forks of the same one
     os.environ.clear()
@@ -88,10 +109,29 @@ def become(command, folder, env, outputs):
         sys.stdout.flush()
 
 
-def release(folder):
-    """Stop the Milvus Lite that this process runs on a folder's milvus.db, so that a command can open it."""
-    from milvus_lite.server_manager import server_manager_instance
-    server_manager_instance.release_server(str(folder / 'milvus.db'))
+def start_server_in_a_fork(path, niceness):
+    """As retrieval.local_server.start_server."""
+    from retrieval.local_server import cannot_start
+    ready, child = multiprocessing.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile('w+') as stderr:
+        process = forks.Process(target=become_server, args=(path, niceness, child, stderr.name))
+        process.start()
+        child.close()
+        try:
+            is_ready = os.read(ready.fileno(), 100) == b'ready\n'
+        except OSError:
+            is_ready = False
+        process.join()
+        if not is_ready:
+            raise cannot_start(path, stderr.read())
+
+
+def become_server(path, niceness, ready, stderr):
+    os.dup2(ready.fileno(), 1)
+    os.dup2(os.open(stderr, os.O_WRONLY), 2)
+    sys.argv = ['local_server', path, str(niceness)]
+    from retrieval.local_server import main
+    main()
 
 
 CONFIG = f'''
@@ -111,10 +151,9 @@ batch_size = 4
 gradient_accumulation_steps = 2
 n_layer, n_head, n_embd = 2, 2, 32
 eval_interval = 4
-eval_iters = 2
+eval_tokens = 500
 log_interval = 1
 max_iters = 8
-lr_decay_iters = 8
 warmup_iters = 2
 learning_rate = 1e-2
 device = 'cpu'

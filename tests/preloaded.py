@@ -1,4 +1,8 @@
 """Imported once by the process that the tests fork their commands from."""
+import datasets  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import milvus_lite.adapter.grpc.servicer  # noqa: F401
+import pyarrow.parquet  # noqa: F401
 import pymilvus  # noqa: F401
 import sentence_transformers  # noqa: F401
 import torch._dynamo  # noqa: F401

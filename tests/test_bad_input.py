@@ -30,7 +30,7 @@ def files(folder):
     (['--tokenizer=nowhere.json'], "no tokenizer 'nowhere.json'"),
     (['--retrieval_cache_dir=config.py/x'], "retrieval_cache_dir 'config.py/x' cannot be used"),
     (['--keep_checkpoints=-1'], 'keep_checkpoints must be at least 0, but is -1'),
-    (['--multiple_choice_benchmarks=[b"LogiQA"]'], 'a setting holds a value that cannot be saved'),
+    (['--multiple_choice_benchmarks=[b"LogiQA"]'], 'multiple_choice_benchmarks holds a value that cannot be saved'),
     (['--retrieval_prefetch_batches=0'], 'retrieval_prefetch_batches must be at least 1, but is 0'),
     (['--retrieval_milvus_uri=http://root:hush@127.0.0.1:9'], 'retrieval_milvus_uri holds a user or a password'),
     (['-retrieval_milvus_token=root:hush'], "'-retrieval_milvus_token' is neither a config file nor --key=value"),

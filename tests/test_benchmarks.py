@@ -13,7 +13,7 @@ from evaluation.benchmarks import BENCHMARKS, prepare_benchmarks
 from evaluation.deepeval_adapter import Prompt, RETROForDeepEval, answer_separator, read_answer
 from model import RETRO, RETROConfig
 from retrieval.retriever import Retriever
-from tests.conftest import CHUNK, SHARED, release, run
+from tests.conftest import CHUNK, SHARED, run
 
 LOGIQA = SHARED / 'data/logiqa-eval.txt'
 
@@ -109,7 +109,6 @@ def test_batches_give_the_answers_of_one_by_one_with_retrieval_on_and_off(logiqa
         assert written[arm] == pytest.approx([single._log_likelihoods([option])[0] for option in options], rel=1e-4)
     assert written['on'] != written['off']  # it reads what it retrieves
     retriever.close()
-    release(workspace)
 
 
 def test_the_likelihood_of_an_answer_is_that_of_its_tokens_one_after_another(tokenizer):
@@ -243,11 +242,23 @@ def test_all_known_benchmarks_are_tested():
     (('MMLU', dict(tasks=['ALCHEMY'])), "benchmark MMLU has no 'ALCHEMY'; it has "),
     (('LogiQA', dict(n_shot=1)), 'benchmark LogiQA does not take'),
     (('LogiQA', dict(n_shots=9)), 'LogiQA only supports n_shots <= 5'),
+    (('LogiQA', dict(n_shots=-1)), 'n_shots must be an integer of at least 0, but is -1'),
+    (('LogiQA', dict(n_shots=1.5)), 'n_shots must be an integer of at least 0, but is 1.5'),
+    (('LogiQA', dict(n_problems_per_task=0)), 'n_problems_per_task must be an integer of at least 1, but is 0'),
+    (('LogiQA', dict(n_problems_per_task=-1)), 'n_problems_per_task must be an integer of at least 1, but is -1'),
+    (('MMLU', dict(tasks=[])), 'tasks is empty'),
     (('MMLU', dict(tasks=['astronomy'])), 'the data of benchmark MMLU is unavailable'),
 ])
 def test_what_can_not_be_asked_is_told(saved, entry, said):
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(said)) as error:
         prepare_benchmarks([entry], saved)
+    assert len(str(error.value)) < 1500
+
+
+def test_without_examples_none_are_lost(logiqa, tokenizer):
+    benchmark, = prepare_benchmarks([('LogiQA', dict(n_shots=0, n_problems_per_task=3))], logiqa)
+    scores = benchmark.run(make_model(tokenizer, block_size=2 * CHUNK), tokenizer, 'cpu', None, None, 3)
+    assert scores['shortened'] == 0 and scores['cut'] == 3
 
 
 def test_without_benchmarks_deepeval_is_not_imported(prepared):

@@ -1,14 +1,21 @@
 """Checkpoints: folders that are whole before a pointer names them, and what sampling and evaluating need of them."""
+import itertools
 import json
 import os
 import shutil
 
-import pytest
+from system import autocast
 
-from configurator import UserError
+import pytest
+import torch
+
+from configurator import UserError, load_settings
+from data.tokenizer import load_tokenizer, tokenizer_json
+from model import RETRO, RETROConfig
 from tests.conftest import ROOT, run
 from tests.test_train import losses
-from training.checkpoint import list_steps, load_checkpoint, load_run
+from training.checkpoint import RunState, list_steps, load_checkpoint, load_run, save_checkpoint
+from training.distributed import Ranks
 
 START = '--start=import textwrap\n\ndef wrap(text, width=70):\n    return [text]\n'
 
@@ -126,6 +133,141 @@ def test_a_new_run_sets_a_checkpoint_of_an_earlier_version_aside(copy):
     (copy / 'out/ckpt.pt').write_bytes(b'old')
     run(ROOT / 'train.py', 'config.py', '--max_iters=1', '--use_retrieval=False', folder=copy)
     assert (copy / 'out/previous-1/ckpt.pt').read_bytes() == b'old' and load_checkpoint(copy / 'out').step == 1
+
+
+def spoil(path):
+    """A weight that is not finite."""
+    from safetensors.torch import load_file, save_file
+    weights = load_file(path)
+    weights['transformer.ln_f.weight'][3] = float('nan')
+    save_file(weights, path)
+
+
+def test_weights_that_are_not_finite_are_neither_resumed_sampled_evaluated_nor_started_from(copy):
+    spoil(copy / 'out/checkpoints/step-12/model.safetensors')
+    for command in ([ROOT / 'train.py', 'config.py', '--init_from=resume', '--max_iters=13'], [ROOT / 'sample.py'],
+                    [ROOT / 'train.py', 'config.py', '--eval_only=True'], ['-m', 'evaluation'],
+                    [ROOT / 'train.py', 'config.py', '--init_from=out', '--out_dir=new']):
+        answer = run(*command, folder=copy, check=False)
+        assert answer.returncode == 4 and answer.stderr.count('\n') == 1, answer.stderr
+        assert 'has weights that are not finite (transformer.ln_f.weight)' in answer.stderr
+
+
+def test_training_starts_from_the_weights_of_another_run(copy):
+    """An out_dir or the folder of a checkpoint: weights alone, and a first evaluation like the last one there."""
+    _, before = losses(copy)
+    for number, folder in enumerate(('out', 'out/checkpoints/step-12')):
+        run(ROOT / 'train.py', 'config.py', f'--init_from={folder}', f'--out_dir=new{number}', '--max_iters=2',
+            folder=copy)
+        _, after = losses(copy, f'new{number}')
+        assert after[0] == pytest.approx(before[12], rel=1e-6) and load_checkpoint(copy / f'new{number}').step == 2
+    answer = run(ROOT / 'train.py', 'config.py', '--init_from=out', '--out_dir=new', '--n_embd=16', folder=copy,
+                 check=False)
+    assert answer.returncode == 2 and 'n_embd: it has 32, the run 16' in answer.stderr
+
+
+def test_training_starts_from_a_gpt2_that_transformers_saved(copy):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    shape = dict(vocab_size=1024, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    GPT2LMHeadModel(GPT2Config(**shape, initializer_range=0.1)).save_pretrained(copy / 'gpt2')
+    common = ['config.py', '--init_from=gpt2', '--out_dir=new', '--bias=True', '--token_mix=False', '--max_iters=1']
+    run(ROOT / 'train.py', *common, '--use_retrieval=False', folder=copy)
+    expected = losses(copy, 'new')[1][0][1]
+    run(ROOT / 'train.py', *common, '--retrieval_encoder_layers=0', folder=copy)  # what copies starts as the GPT
+    assert losses(copy, 'new')[1][0] == pytest.approx([expected, expected], rel=1e-5)
+    answer = run(ROOT / 'train.py', *common, '--bias=False', folder=copy, check=False)
+    assert answer.returncode == 2 and 'bias is False and that of gpt2 True' in answer.stderr
+    answer = run(ROOT / 'train.py', 'config.py', '--init_from=embedding', folder=copy, check=False)
+    assert answer.returncode == 2 and answer.stderr.count('\n') == 1
+
+
+def test_a_strangers_checkpoint_gets_no_token_switches_nothing_on_and_names_no_folder(copy, monkeypatch):
+    meta_path = copy / 'out/checkpoints/step-12/meta.json'
+    meta = json.loads(meta_path.read_text())
+    meta['settings'] |= dict(retrieval_milvus_uri='http://stranger:1', wandb_log=True, benchmark_data_dir='theirs',
+                             multiple_choice_benchmarks=['LogiQA'], retrieval_cache_dir='/somewhere')
+    meta_path.write_text(json.dumps(meta))
+    monkeypatch.setenv('MILVUS_TOKEN', 'root:hush')
+    settings = load_run(str(copy / 'out'))[0]
+    assert settings.retrieval_milvus_uri == 'http://stranger:1' and settings.retrieval_milvus_token == ''
+    assert not settings.wandb_log and settings.multiple_choice_benchmarks == [] and settings.benchmark_data_dir == ''
+    assert settings.retrieval_cache_dir == load_settings([]).retrieval_cache_dir
+    mine = load_run(str(copy / 'out'), ['--retrieval_milvus_uri=http://mine:1', '--wandb_log=True'])[0]
+    assert mine.retrieval_milvus_token == 'root:hush' and mine.wandb_log
+    given = load_run(str(copy / 'out'), ['--retrieval_milvus_token=for:them'])[0]
+    assert given.retrieval_milvus_token == 'for:them'
+
+
+def test_float16_skips_steps_that_overflow_and_resumes_with_the_scale_that_it_had(tmp_path, settings):
+    """As train.py does it on GPUs without bfloat16, here in float16 on the CPU."""
+    tokenizer = load_tokenizer(settings.tokenizer)
+    settings.out_dir = str(tmp_path / 'half')
+    tokens = torch.randint(1000, (4, 65), generator=torch.Generator().manual_seed(0))
+
+    def start():
+        torch.manual_seed(0)
+        model = RETRO(RETROConfig.from_settings(settings, tokenizer.n_vocab))
+        optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+        return model, optimizer, torch.amp.GradScaler('cpu', init_scale=2.0 ** 24, growth_interval=3)
+
+    def train(model, optimizer, scaler, state, steps):
+        found = []
+        for _ in range(steps):
+            with autocast('float16', 'cpu'):
+                _, loss = model(tokens[:, :-1], tokens[:, 1:])
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            state.finish_step(loss.detach(), tokens[:, 1:].numel(), None)
+            found.append((loss.item(), scaler.get_scale()))
+        return found
+
+    unbroken = train(*start(), RunState(), 16)
+    scales = [2.0 ** 24, *(scale for _, scale in unbroken)]
+    assert any(a > b for a, b in itertools.pairwise(scales))  # a step that was skipped
+    assert any(a < b for a, b in itertools.pairwise(scales)) and unbroken[-1][0] < unbroken[0][0]
+    parts, state = start(), RunState()
+    first = train(*parts, state, 10)
+    save_checkpoint(settings, Ranks(), tokenizer, tokenizer_json(settings.tokenizer, tokenizer), *parts, state)
+    parts, checkpoint = start(), load_checkpoint(settings.out_dir, for_resume=True)
+    checkpoint.load_model(parts[0])
+    checkpoint.load_optimizer(parts[1], parts[2], parts[0])
+    assert first + train(*parts, checkpoint.load_state(0, 'cpu'), 6) == unbroken
+
+
+def test_a_checkpoint_of_a_gpu_is_used_where_there_is_none(copy):
+    meta_path = copy / 'out/checkpoints/step-12/meta.json'
+    meta = json.loads(meta_path.read_text())
+    meta['settings'] |= dict(device='cuda:1', dtype='float16')
+    meta_path.write_text(json.dumps(meta))
+    answer = run(ROOT / 'sample.py', START, '--max_new_tokens=3', folder=copy)
+    assert 'the run was on cuda:1, which is not here: using cpu' in answer.stderr
+    run('-m', 'evaluation', '--max_tokens=500', folder=copy)
+    answer = run(ROOT / 'sample.py', START, '--device=cuda:1', folder=copy, check=False)
+    assert answer.returncode == 2 and "device 'cuda:1' is not here" in answer.stderr
+
+
+@pytest.mark.parametrize('out_dir, said', [('', 'out_dir is empty'), (' ', 'out_dir is empty'),
+                                           ('dangling', "out_dir 'dangling' cannot be written"),
+                                           ('dangling/below', "out_dir 'dangling/below' cannot be written")])
+def test_an_out_dir_that_is_none_is_one_line(workspace, out_dir, said):
+    (workspace / 'dangling').symlink_to('nowhere')
+    answer = run(ROOT / 'train.py', 'config.py', f'--out_dir={out_dir}', '--use_retrieval=False', folder=workspace,
+                 check=False)
+    assert answer.returncode == 2 and said in answer.stderr and answer.stderr.count('\n') == 1
+    assert not (workspace / 'nowhere').exists()
+
+
+def test_an_env_file_does_not_name_the_server(copy):
+    """pymilvus would read it at import, and refuse it."""
+    (copy / '.env').write_text('MILVUS_URI=elsewhere.db\n')
+    answer = run(ROOT / 'sample.py', START, '--max_new_tokens=3', '--show_neighbors', folder=copy,
+                 env=dict(MILVUS_URI='another.db'))
+    assert 'similarity' in answer.stdout
 
 
 def truncate(path):

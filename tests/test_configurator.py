@@ -1,10 +1,13 @@
+import json
+import math
+import os
 import subprocess
 import sys
 
 import pytest
 
 import train
-from configurator import UserError, defaults_and_comments, load_settings
+from configurator import RANGES, UserError, check_range, defaults_and_comments, load_settings, to_json
 from tests.conftest import ROOT
 
 
@@ -58,6 +61,84 @@ def test_a_wrong_config_file_is_named_with_what_to_do(tmp_path, text, said):
     with pytest.raises(UserError) as error:
         load_settings([config(tmp_path, text)])
     assert said in str(error.value) and 'c.py' in str(error.value)
+
+
+@pytest.mark.parametrize('flag', [
+    '--learning_rate=-1', '--learning_rate=1e999', '--grad_clip=-1.0', '--dropout=1.5', '--dropout=1.0',
+    '--max_iters=-5',
+    '--warmup_iters=-5', '--beta1=1.5', '--beta2=-0.1', '--seed=-1', '--retrieval_chunk_size=0', '--batch_size=0',
+    '--n_embd=-8', '--weight_decay=-0.1', '--retrieval_timeout=-1', '--retrieval_cache_gb=-1', '--eval_tokens=-1',
+    '--log_interval=0', '--keep_checkpoints=-1', '--retrieval_longest_match=128', '--min_lr=-2'])
+def test_a_number_out_of_its_range_is_refused_with_its_bounds(flag):
+    key = flag[2:].partition('=')[0]
+    with pytest.raises(UserError, match=f'{key} must be at least [-0-9.]+( and below [0-9.]+| and finite)?, but is '):
+        load_settings([flag])
+
+
+def test_nan_is_in_no_range():
+    for key, (least, below) in RANGES.items():
+        with pytest.raises(UserError, match='but is nan'):
+            check_range(key, math.nan, least, below)
+
+
+def test_every_numeric_setting_has_a_range_that_holds_its_default():
+    settings, _ = defaults_and_comments()
+    numeric = {key for key, value in settings.items() if type(value) in (int, float)}
+    assert numeric == RANGES.keys()
+    for key in numeric:
+        check_range(key, settings[key], *RANGES[key])
+
+
+CONFIGS = {
+    'a byte order mark': b'\xef\xbb\xbfn_layer = 3\n',
+    'an encoding': '# -*- coding: latin-1 -*-\nout_dir = "caf\xe9"\nn_layer = 3\n'.encode('latin-1'),
+    'CRLF': b'n_layer = 2\r\nn_layer = 3\r\n',
+    'functions': b'def layers(n):\n    wide = 5\n    return n\nn_layer = layers(3)\nclass Width:\n    n_embd = 7\n',
+    'loops': b'n_layer = 0\nfor i in range(3):\n    n_layer += 1\n',
+    'branches': b'if True:\n    n_layer = 3\nelse:\n    n_layr = 3\n',
+    'with and try': b'try:\n    with open("no") as file:\n        pass\nexcept OSError as error:\n    n_layer = 3\n',
+    'comprehensions': b'_sizes = [size for size in range(4)]\nn_layer = _sizes[-1]\n',
+    'annotations': b'n_layer: int = 3\n',
+    'star imports': b'from math import *\nfrom base_config import *\n',
+    'imported modules': b'import os, math as _m\nfrom json import dumps\nn_layer = 3\n',
+}
+
+
+@pytest.mark.parametrize('text', CONFIGS.values(), ids=CONFIGS)
+def test_a_config_file_may_be_any_python_that_sets_settings(tmp_path, monkeypatch, text):
+    (tmp_path / 'base_config.py').write_text('n_layer = 3\nhelper = 5\n')
+    (tmp_path / 'c.py').write_bytes(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = load_settings([str(tmp_path / 'c.py')])
+    assert settings.n_layer == 3 and settings.n_embd == 768
+    assert settings.out_dir == ('café' if b'caf' in text else 'out')
+
+
+@pytest.mark.parametrize('text, said', [
+    ('n_layer = 3\nn_embd = 1 / 0\n', 'line 2: ZeroDivisionError: division by zero'),
+    ('import nowhere_at_all\n', "line 1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+    ('def width():\n    return [][0]\n\nn_embd = width()\n', 'line 2: IndexError'),
+    ('return 3\n', "line 1: 'return' outside function"),
+    ('n_layer = 3\nfor layers in []: pass\nn_layr = 4\n', "did you mean 'n_layer'?"),
+    ('if True:\n    n_layr = 4\n', "did you mean 'n_layer'?"),
+    ('\x00', 'null byte'),
+])
+def test_an_error_in_a_config_file_is_named_with_its_line(tmp_path, text, said):
+    with pytest.raises(UserError) as error:
+        load_settings([config(tmp_path, text)])
+    assert said in str(error.value) and 'c.py' in str(error.value)
+
+
+def test_output_that_the_terminals_encoding_lacks_is_escaped():
+    code = ('from configurator import *\nwith user_errors_as_one_line():\n    print("caf\u00e9 \u4e2d")\n'
+            '    raise UserError("\u4e2d")')
+    answer = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+                            env={**os.environ, 'PYTHONIOENCODING': 'ascii', 'PYTHONUTF8': '0'})
+    assert answer.returncode == 2 and answer.stdout == 'caf\\xe9 \\u4e2d\n' and answer.stderr == 'error: \\u4e2d\n'
+
+
+def test_json_has_null_for_what_is_not_finite():
+    assert json.loads(to_json(dict(a=math.nan, b=[math.inf, 1.5], c=-math.inf))) == dict(a=None, b=[None, 1.5], c=None)
 
 
 def test_a_token_of_the_wrong_type_is_not_shown(tmp_path, monkeypatch):

@@ -1,19 +1,20 @@
 """python -m evaluation, on a model that the tests have trained; and the figures that it tells."""
 import json
 import math
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import numpy as np
 import pytest
 import torch
 
+from data.corpus import chunk_bytes, read_corpus
 from data.documents import DatasetConfig, Document, load_documents
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
 from evaluation.figures import summarize
 from evaluation.leakage import longest_shared_runs, overlap, shared_tokens
-from evaluation.losses import bits_per_byte, bootstrap, chunk_bytes, evaluate_corpus, read_corpus
-from retrieval.retriever import open_retriever
+from evaluation.losses import bits_per_byte, bootstrap, evaluate_corpus
+from retrieval.retriever import Retriever
 from tests.conftest import CHUNK, ROOT, SHARED, run
 from training.checkpoint import load_run
 
@@ -76,7 +77,7 @@ def losses_of_val(trained):
     try:
         settings, tokenizer, model, device = load_run('out')
         corpus = read_corpus(load_documents([DatasetConfig('val.parquet', source='stdlib')]), tokenizer, CHUNK, 6000)
-        with open_retriever(settings, tokenizer) as retriever:
+        with closing(Retriever(settings, tokenizer)) as retriever:
             nats, retrieved = evaluate_corpus(model, corpus, 4, device, nullcontext(), retriever)
         return corpus, nats, retrieved, tokenizer, model
     finally:

@@ -1,4 +1,5 @@
 """What can go wrong in the middle of a run: Milvus goes away, for a while or for good; Ctrl-C; a killed process."""
+import json
 import os
 import signal
 import subprocess
@@ -10,11 +11,12 @@ import pytest
 
 from bench.milvus_server import MilvusServer, why_not
 from tests.conftest import ROOT, run
-from tests.test_train import losses
+from tests.test_local_server import has_server, wait_until
+from tests.test_train import losses, metrics
 from training.checkpoint import load_checkpoint
 
 # many small steps with few batches ready, so that what happens at one of them happens before the last is fetched
-LONG = ['config.py', '--max_iters=40', '--lr_decay_iters=40', '--eval_interval=20', '--dropout=0.1',
+LONG = ['config.py', '--max_iters=40', '--eval_interval=20', '--dropout=0.1',
         '--gradient_accumulation_steps=1', '--retrieval_prefetch_batches=2', '--retrieval_cache_gb=0']
 
 
@@ -88,6 +90,7 @@ def test_training_waits_for_a_server_that_was_killed_and_goes_on_as_if_nothing_h
     assert losses(undisturbed, 'disturbed') == losses(undisturbed, 'whole')
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_dead_ends_the_run_with_a_checkpoint_to_resume_from(server, undisturbed):
     broken = Run(*LONG, *at(server), '--out_dir=broken', '--retrieval_timeout=3', folder=undisturbed)
     broken.until('step 10:')
@@ -98,7 +101,8 @@ def test_a_server_that_stays_dead_ends_the_run_with_a_checkpoint_to_resume_from(
     assert 'error: waited ' in broken.said and 'retrieval_timeout is 3: no Milvus answers at' in broken.said
     saved = load_checkpoint(undisturbed / 'broken').step
     assert 10 <= saved < 40
-    assert f'saved a checkpoint at step {saved} in broken; resume from it with --init_from=resume' in broken.said
+    newest = f'the newest checkpoint is broken/checkpoints/step-{saved}; resume from it with --init_from=resume'
+    assert newest in broken.said
     assert not broken.processes()
     run(ROOT / 'train.py', *LONG, *at(server), '--out_dir=broken', '--init_from=resume', folder=undisturbed)
     assert losses(undisturbed, 'broken') == losses(undisturbed, 'whole')
@@ -109,12 +113,13 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint_and_leaves_no_process(workspace):
     stopped.until('step 10:')
     commands = subprocess.run(['ps', '-ww', '-s', str(stopped.process.pid), '-o', 'args='], capture_output=True,
                               text=True)
-    assert 'retrieval.local_server' in commands.stdout and 'spawn_main' in commands.stdout
+    assert 'spawn_main' in commands.stdout and has_server(workspace / 'milvus.db')
     os.killpg(stopped.process.pid, signal.SIGINT)  # as a terminal does
     assert stopped.end() == 130, stopped.said
     assert 'Traceback' not in stopped.said and 'stopping with a checkpoint' in stopped.said
     assert 10 <= load_checkpoint(workspace / 'stopped').step < 40
-    assert not stopped.processes()
+    wait_until(lambda: not stopped.processes())
+    wait_until(lambda: not has_server(workspace / 'milvus.db'))
     run(ROOT / 'train.py', *LONG, '--out_dir=whole', folder=workspace)
     run(ROOT / 'train.py', *LONG, '--out_dir=stopped', '--init_from=resume', folder=workspace)
     assert losses(workspace, 'stopped') == losses(workspace, 'whole')
@@ -130,6 +135,7 @@ def test_a_killed_run_leaves_no_process(workspace):
     while killed.processes() and time.time() < deadline:
         time.sleep(0.1)
     assert not killed.processes()
+    wait_until(lambda: not has_server(workspace / 'milvus.db'))
     killed.process.stdout.close()
 
 
@@ -148,4 +154,112 @@ def test_one_rank_that_stops_stops_all_with_a_checkpoint(workspace):
     said += process.communicate(timeout=120)[0]
     saved = load_checkpoint(workspace / 'out')
     assert 10 <= saved.step < 40 and saved.world_size == 2
-    assert f'saved a checkpoint at step {saved.step}' in said
+    assert f'the newest checkpoint is out/checkpoints/step-{saved.step}' in said
+
+
+def test_a_stop_during_an_evaluation_loses_nothing_and_the_evaluation_is_made_up_for(workspace):
+    """It is of many sequences, one at a time."""
+    options = ['config.py', '--max_iters=12', '--eval_interval=6', '--batch_size=1', '--dropout=0.1',
+               '--eval_tokens=20000', '--val_datasets=["train.parquet"]', '--gradient_accumulation_steps=2',
+               '--use_retrieval=False']
+    stopped = Run(*options, '--out_dir=stopped', folder=workspace)
+    stopped.until('step 6: loss')
+    stopped.process.send_signal(signal.SIGTERM)
+    assert stopped.end() == 128 + signal.SIGTERM, stopped.said
+    assert load_checkpoint(workspace / 'stopped').step == 6
+    assert [line['iter'] for line in metrics(workspace, 'stopped') if 'val_loss_off' in line] == [0]
+    run(ROOT / 'train.py', *options, '--out_dir=stopped', '--init_from=resume', folder=workspace)
+    run(ROOT / 'train.py', *options, '--out_dir=whole', folder=workspace)
+    assert losses(workspace, 'stopped') == losses(workspace, 'whole')
+
+
+def test_two_runs_do_not_share_an_out_dir(workspace):
+    first = Run(*LONG, folder=workspace)
+    first.until('step 2:')
+    for options in ([], ['--init_from=resume']):
+        answer = run(ROOT / 'train.py', *LONG, *options, folder=workspace, check=False)
+        assert answer.returncode == 2 and answer.stderr.count('\n') == 1
+        if not options:
+            assert f"another run (process {first.process.pid}) is writing to out_dir 'out'" in answer.stderr
+    assert first.end() == 0, first.said
+    assert [line['iter'] for line in metrics(workspace) if 'loss' in line] == list(range(1, 41))
+    assert not (workspace / 'out/previous-1').exists()
+
+
+def test_training_sampling_evaluating_filling_and_a_second_training_use_one_local_file_at_once(workspace):
+    run(ROOT / 'train.py', 'config.py', '--out_dir=before', '--max_iters=2', folder=workspace)
+    first = Run(*LONG, '--max_iters=400', '--eval_interval=400', folder=workspace)
+    first.until('step 2:')
+    second = Run(*LONG, '--out_dir=second', folder=workspace)
+    sampled = run(ROOT / 'sample.py', '--out_dir=before', f'--start={"import os, sys" * 20}', '--show_neighbors',
+                  '--max_new_tokens=4', folder=workspace)
+    assert 'similarity' in sampled.stdout
+    run('-m', 'evaluation', '--out_dir=before', '--max_tokens=500', folder=workspace)
+    run('-m', 'retrieval.populate', 'config.py', folder=workspace)
+    assert second.end() == 0, second.said
+    assert first.process.poll() is None, first.said  # all of it beside the first
+    first.process.kill()  # who started the server, maybe
+    first.process.wait()
+    first.watchdog.cancel()
+    first.process.stdout.close()
+    wait_until(lambda: not has_server(workspace / 'milvus.db'))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(workspace):
+    common = ['config.py', '--use_retrieval=False', '--grad_clip=0.0', '--eval_interval=2', '--warmup_iters=0']
+    run(ROOT / 'train.py', *common, '--max_iters=4', folder=workspace)
+    good = (workspace / 'out/checkpoints/step-4/model.safetensors').read_bytes()
+    answer = run(ROOT / 'train.py', *common, '--max_iters=40', '--learning_rate=1e20', '--decay_lr=False',
+                 '--init_from=resume', folder=workspace, check=False)
+    assert answer.returncode == 4 and answer.stderr.count('\n') == 1, answer.stderr
+    assert 'error: loss is nan' in answer.stderr and 'lower learning_rate' in answer.stderr
+    assert (workspace / 'out/checkpoints/step-4/model.safetensors').read_bytes() == good
+    assert 'the newest checkpoint is out/checkpoints/step-' in answer.stdout
+    for line in (workspace / 'out/metrics.jsonl').read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    run(ROOT / 'train.py', *common, '--max_iters=6', '--init_from=resume', folder=workspace)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_and_no_partial_one(workspace):
+    """By a limit on the size of files, which fails writes as a full disk does."""
+    common = ['config.py', '--use_retrieval=False', '--eval_interval=4']
+    run(ROOT / 'train.py', *common, '--max_iters=4', folder=workspace)
+    command = ' '.join(map(str, ['ulimit -f 200;', sys.executable, ROOT / 'train.py', *common, '--max_iters=8',
+                                 '--init_from=resume']))
+    answer = subprocess.run(['bash', '-c', command], cwd=workspace, capture_output=True, text=True)
+    assert answer.returncode == 2, answer.stderr
+    error, = [line for line in answer.stderr.splitlines() if line.startswith('error: ')]
+    assert 'the checkpoint of step 8 could not be written to out/checkpoints (' in error and 'make room there' in error
+    assert 'Traceback' not in answer.stderr and 'the newest checkpoint is of step 4' in error
+    assert sorted(path.name for path in (workspace / 'out/checkpoints').iterdir()) == ['latest', 'step-4']
+    run(ROOT / 'train.py', *common, '--max_iters=8', '--init_from=resume', folder=workspace)
+
+
+def test_an_exception_in_a_step_still_saves_the_last_finished_one(workspace, tmp_path):
+    """Out of memory at step 6, by a model that raises it."""
+    (tmp_path / 'sitecustomize.py').write_text('''
+import sys
+if sys.argv[0].endswith('train.py') or True:
+    import builtins
+    original = builtins.__import__
+    def patched(name, *args, **kwargs):
+        module = original(name, *args, **kwargs)
+        if name == 'model' and hasattr(module, 'RETRO') and not hasattr(module.RETRO, 'calls'):
+            forward, module.RETRO.calls = module.RETRO.forward, 0
+            def failing(self, *args, **kwargs):
+                module.RETRO.calls += self.training
+                if module.RETRO.calls > 10:
+                    raise RuntimeError('out of memory')
+                return forward(self, *args, **kwargs)
+            module.RETRO.forward = failing
+        return module
+    builtins.__import__ = patched
+''')
+    options = ['config.py', '--use_retrieval=False', '--eval_interval=100', '--dropout=0.1', '--max_iters=9']
+    answer = subprocess.run([sys.executable, str(ROOT / 'train.py'), *options], cwd=workspace, capture_output=True,
+                            text=True, env={**os.environ, 'PYTHONPATH': f'{tmp_path}:{ROOT}'})
+    assert answer.returncode == 1 and 'RuntimeError: out of memory' in answer.stderr
+    assert 'the newest checkpoint is out/checkpoints/step-5' in answer.stdout
+    run(ROOT / 'train.py', *options, '--init_from=resume', folder=workspace)
+    run(ROOT / 'train.py', *options, '--out_dir=whole', folder=workspace)
+    assert losses(workspace) == losses(workspace, 'whole')

@@ -13,20 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from configurator import UserError
+from data.corpus import val_batches
 from data.documents import as_dataset_configs
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
 from retrieval.loader import Loader, put, send
-from retrieval.local_server import local_server
 from retrieval.retriever import Retriever
 from tests.conftest import CHUNK
-
-
-@pytest.fixture
-def served(settings, workspace):
-    """The address of a server of the workspace's database."""
-    with local_server('milvus.db', 'chunks') as (address, _):
-        yield address
 
 
 def stream_of(settings, **options):
@@ -42,17 +35,20 @@ def has_ended(process):
         return True
 
 
-def test_batches_are_those_of_the_streams_with_the_neighbors_that_the_retriever_gives(settings, served):
+def test_batches_are_those_of_the_streams_with_the_neighbors_that_the_retriever_gives(settings):
     settings = settings.replace(retrieval_prefetch_batches=3)
     tokenizer = load_tokenizer(settings.tokenizer)
-    streams = [(stream_of(settings, seed=5), 2), (stream_of(settings), 6)]
-    loader = Loader(settings, streams, address=served)
-    ready = list(loader)
+    val = dict(configs=as_dataset_configs(settings.val_datasets, 'val_datasets'), chunk_size=CHUNK, max_tokens=900,
+               block_size=settings.block_size, batch_size=4)
+    loader = Loader(settings, stream_of(settings, seed=5), 6, val)
+    ready = loader.take_val()
+    assert len(ready) == 4
+    ready += list(loader)
     loader.close()
-    assert len(ready) == 8 and loader.waited > 0
-    retriever = Retriever(settings.replace(retrieval_cache_gb=0.0), tokenizer, address=served)
-    plain = [batch for options, count in streams
-             for batch in itertools.islice(SequenceStream(tokenizer=tokenizer, **options), count)]
+    assert len(ready) == 10 and loader.waited > 0
+    retriever = Retriever(settings.replace(retrieval_cache_gb=0.0), tokenizer)
+    plain = [*val_batches(tokenizer=tokenizer, **val),
+             *itertools.islice(SequenceStream(tokenizer=tokenizer, **stream_of(settings, seed=5)), 6)]
     for found, batch in zip(ready, plain, strict=True):
         chunks = batch.tokens.reshape(*batch.is_last_chunk.shape, CHUNK)
         neighbors = retriever.retrieve(chunks, batch.doc_ids, batch.is_last_chunk, batch.chunk_ids)
@@ -66,10 +62,10 @@ def test_batches_are_those_of_the_streams_with_the_neighbors_that_the_retriever_
     retriever.close()
 
 
-def test_a_second_epoch_neither_embeds_nor_searches(settings, served):
+def test_a_second_epoch_neither_embeds_nor_searches(settings):
     """Nor does a run that comes later, nor one of another model size: nothing here knows a model."""
     for epoch in range(2):
-        loader = Loader(settings, [(stream_of(settings), 20)], address=served)
+        loader = Loader(settings, stream_of(settings), 20)
         counts = [batch.counts for batch in loader]
         loader.close()
         asked = {name: sum(c[name] for c in counts) for name in counts[0]}
@@ -97,7 +93,7 @@ def test_no_more_batches_are_kept_ready_than_asked_for():
 
 
 def test_without_retrieval_batches_have_no_neighbors(settings):
-    loader = Loader(settings, [(stream_of(settings), 3)], retrieve=False)
+    loader = Loader(settings, stream_of(settings), 3, retrieve=False)
     assert [batch.neighbors for batch in loader] == [None] * 3
     loader.close()
 
@@ -105,7 +101,7 @@ def test_without_retrieval_batches_have_no_neighbors(settings):
 def test_an_exception_of_the_process_reaches_the_caller_with_its_own_traceback(settings, workspace):
     pq.write_table(pa.table({'id': ['a'], 'text': [3]}), workspace / 'numbers.parquet')
     wrong = stream_of(settings.replace(train_datasets=['numbers.parquet']))
-    loader = Loader(settings, [(wrong, None)], retrieve=False)
+    loader = Loader(settings, wrong, retrieve=False)
     with pytest.raises(TypeError) as error:
         next(loader)
     assert isinstance(error.value.__cause__, RemoteTraceback)
@@ -114,13 +110,13 @@ def test_an_exception_of_the_process_reaches_the_caller_with_its_own_traceback(s
     assert has_ended(loader.process.pid)
 
 
-def test_a_user_error_of_the_process_stays_one(settings, served):
+def test_a_user_error_of_the_process_stays_one(settings):
     with pytest.raises(UserError, match="no collection 'other' in milvus.db"):
-        next(Loader(settings.replace(retrieval_collection='other'), [(stream_of(settings), 1)], address=served))
+        next(Loader(settings.replace(retrieval_collection='other'), stream_of(settings), 1))
 
 
 def test_a_process_that_was_killed_is_told_and_not_waited_for(settings):
-    loader = Loader(settings, [(stream_of(settings), None)], retrieve=False)
+    loader = Loader(settings, stream_of(settings), retrieve=False)
     next(loader)
     os.kill(loader.process.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match='the loader process ended with code -9'):
@@ -130,7 +126,7 @@ def test_a_process_that_was_killed_is_told_and_not_waited_for(settings):
 
 
 def test_a_caller_can_give_up_waiting(settings):
-    loader = Loader(settings, [(stream_of(settings), None)], retrieve=False)
+    loader = Loader(settings, stream_of(settings), retrieve=False)
     os.kill(loader.process.pid, signal.SIGSTOP)
     assert loader.next(give_up=lambda: True) is None
     os.kill(loader.process.pid, signal.SIGCONT)

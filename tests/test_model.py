@@ -15,7 +15,7 @@ from model import (
     RETROConfig,
     attend,
     count_matches,
-    default_retrieval_layers,
+    document_starts,
 )
 
 C, L, K, V = 4, 3, 2, 50
@@ -282,6 +282,74 @@ def test_use_retrieval_false_equals_a_gpt2_of_transformers_with_the_same_weights
         assert not torch.allclose(retro(tokens, None, neighbors, mask)[0], expected.logits)
 
 
+@pytest.fixture
+def gpt2(tmp_path):
+    """Saves a tiny GPT-2 with other fields, and returns its path and itself."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def save(**fields):
+        torch.manual_seed(0)
+        shape = dict(vocab_size=V, n_positions=T, n_embd=16, n_layer=3, n_head=2, initializer_range=0.3)
+        model = GPT2LMHeadModel(GPT2Config(**shape | fields)).eval()
+        model.save_pretrained(tmp_path / 'gpt2')
+        return str(tmp_path / 'gpt2'), model
+    return save
+
+
+@pytest.mark.parametrize('fields', [
+    dict(activation_function='gelu'), dict(activation_function='relu'), dict(tie_word_embeddings=False),
+    dict(layer_norm_epsilon=1e-3), dict(scale_attn_weights=False), dict(scale_attn_by_inverse_layer_idx=True),
+    dict(reorder_and_upcast_attn=True), dict(n_inner=24)])
+def test_what_is_not_plain_gpt2_is_refused_by_the_fields_name(gpt2, fields):
+    path, _ = gpt2(**fields)
+    with pytest.raises(ValueError, match=f'is no plain GPT-2: {next(iter(fields))} is'):
+        RETRO.from_pretrained(path)
+
+
+def test_another_architecture_is_refused_by_its_name(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                 num_attention_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is no plain GPT-2: model_type is 'llama'"):
+        RETRO.from_pretrained(str(tmp_path))
+
+
+def test_gpt2s_fields_that_change_no_logit_are_taken_as_they_are(gpt2):
+    path, theirs = gpt2(resid_pdrop=0.3, attn_pdrop=0.2, n_inner=64, summary_type='last')
+    tokens, _, _ = make_batch()
+    ours = RETRO.from_pretrained(path).eval()
+    torch.testing.assert_close(ours(tokens)[0], theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('changes, said', [
+    (dict(n_layer=2), 'n_layer is 2 and that of .* 3'), (dict(n_head=4), 'n_head is 4'),
+    (dict(n_embd=32), 'n_embd is 32'),
+    (dict(bias=False), 'bias is False and that of .* True'), (dict(block_size=2 * T), f'block_size is {2 * T}'),
+    (dict(vocab_size=V - 1), f'vocab_size is {V - 1}')])
+def test_a_gpt2_of_another_shape_is_refused_by_the_fields_name(gpt2, changes, said):
+    path, _ = gpt2()
+    with pytest.raises(ValueError, match=said):
+        RETRO.from_pretrained(path, **changes)
+
+
+def test_a_smaller_block_and_a_padded_vocabulary_keep_gpt2s_logits(gpt2):
+    path, theirs = gpt2()
+    tokens, _, _ = make_batch()
+    ours = RETRO.from_pretrained(path, block_size=T // 2, vocab_size=64).eval()
+    logits, _ = ours(tokens[:, :T // 2])
+    expected = theirs(tokens[:, :T // 2]).logits
+    torch.testing.assert_close(logits[..., :V], expected, rtol=1e-4, atol=1e-4)
+    assert (logits[..., V:].logsumexp(-1) < expected.logsumexp(-1)).all()  # each is as likely as an average token
+
+
+def test_a_batch_without_targets_has_the_loss_zero_and_no_gradient():
+    model = make_model().train()
+    tokens, neighbors, mask = make_batch()
+    loss = model(tokens, torch.full_like(tokens, -1), neighbors, mask, loss_reduction='sum')[1]
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad.abs().max() == 0 for p in model.parameters() if p.grad is not None)
+
+
 def test_what_copies_starts_as_the_gpt2_that_it_is_loaded_from(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
@@ -329,6 +397,50 @@ def test_what_matches_is_copied_from_the_first_step_on():
     torch.testing.assert_close(y[0, 2 * C - 1, 8:], expected[8:], rtol=0.1, atol=0.1)  # the second head
 
 
+def test_documents_start_where_the_dense_mask_starts_anew():
+    doc_ids = torch.tensor([[5, 5, 7], [7, 8, 9], [9, 9, 9], [1, 2, 1]])
+    starts = document_starts(doc_ids, C)
+    assert starts.dtype == torch.int32 and starts.shape == (doc_ids.numel() + 1,) and starts[-1] == doc_ids.numel() * C
+    documents = torch.searchsorted(starts, torch.arange(4 * T), right=True).view(4, T)
+    dense = doc_ids.repeat_interleave(C, dim=1)
+    dense[3, 2 * C:] = 3  # the stream gives every document an id of its own
+    for packed, plain in zip(documents, dense, strict=True):
+        assert torch.equal(packed[:, None] == packed, plain[:, None] == plain)
+    assert len({documents[0, -1].item(), documents[1, 0].item(), documents[2, 0].item()}) == 3  # borders of sequences
+
+
+def test_where_flash_attention_takes_documents_no_mask_is_made_and_the_graph_is_one(monkeypatch):
+    """Traced without a GPU: shapes and types of the forward and backward pass, not its numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    monkeypatch.setattr('model.takes_documents', lambda *_: True)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([node.meta['example_value'] for node in graph.graph.nodes if 'example_value' in node.meta])
+        assert sum('varlen' in str(node.target) for node in graph.graph.nodes) == 3  # one in each block
+        return graph.forward
+
+    def batch():
+        tokens, neighbors, mask = make_batch()
+        return tokens, tokens, neighbors, mask, torch.tensor([[1, 1, 2], [3, 4, 4]])
+
+    with pytest.raises(NotImplementedError, match='CPU'):
+        torch.compile(make_model(), backend=backend, fullgraph=True)(*batch())
+    assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.bool and x.shape[-2:] == (T, T)
+                   for values in graphs for x in values)
+    with FakeTensorMode():
+        model = make_model()
+        logits, loss = model(*(torch.empty(x.shape, dtype=x.dtype) for x in batch()))
+        loss.backward()
+    assert logits.shape == (2, T, V) and model.transformer.h[0].attn.c_attn.weight.grad is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='flash attention for documents needs a GPU')
+def test_documents_of_flash_attention_equal_the_dense_mask(monkeypatch):
+    from bench.gpu import check_documents
+    check_documents('cuda')
+
+
 def test_targets_of_minus_one_do_not_count():
     model = make_model()
     tokens, _, _ = make_batch()
@@ -342,7 +454,7 @@ def test_targets_of_minus_one_do_not_count():
 @pytest.mark.parametrize('n_layer, expected', [(4, [4]), (12, [6, 9, 12]), (16, [9, 12, 15, 16]),
                                                (24, [9, 12, 15, 18, 21, 24])])
 def test_default_retrieval_layers_are_the_papers(n_layer, expected):
-    assert default_retrieval_layers(n_layer) == expected
+    assert RETROConfig(n_layer=n_layer).retrieval_layers == expected
 
 
 def test_residual_projections_start_smaller_the_deeper_the_model():
@@ -423,7 +535,9 @@ def test_generate_is_the_same_for_the_same_seed_and_stops_at_the_end_of_text():
     start = torch.randint(V, (2, 2))
     a, b, c = (model.generate(start, 8, top_k=10, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1))
     assert (a == b).all() and not (a == c).all()
-    assert model.generate(start, 40, vocabulary=3)[:, 2:].max() < 3
+    allowed = torch.arange(V) % 5 == 2  # of a vocabulary with gaps, all but the last few padding
+    written = model.generate(start, 40, allowed=allowed[:40])[:, 2:]
+    assert (written % 5 == 2).all() and written.max() < 40
     model.lm_head.weight.data.zero_()  # the tied embedding too: every logit is 0, and argmax is token 0
     assert model.generate(start, 8, temperature=0, end_of_text=0).shape == (2, 3)
 
@@ -431,7 +545,7 @@ def test_generate_is_the_same_for_the_same_seed_and_stops_at_the_end_of_text():
 @pytest.mark.parametrize('changes, said', [(dict(block_size=T + 1), 'multiple of retrieval_chunk_size'),
                                            (dict(retrieval_layers=[4]), 'from 1 to n_layer 3'),
                                            (dict(retrieval_layers=[0]), 'from 1 to n_layer 3'),
-                                           (dict(retrieval_longest_match=-1), 'from 0 to 127, but are 2, 2 and -1'),
+                                           (dict(retrieval_longest_match=-1), 'longest_match -1 is not from 0 to 127'),
                                            (dict(retrieval_longest_match=128), 'from 0 to 127'),
                                            (dict(n_head=3), 'multiple of n_head'),
                                            (dict(n_embd=15, n_head=3, retrieval_copy=True), 'multiple of 2 for')])

@@ -1,6 +1,6 @@
 """The command that fills a collection, run as one."""
 import shutil
-from pathlib import Path
+from contextlib import closing
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,8 +11,9 @@ from data.documents import DatasetConfig, load_documents, tokenize
 from data.tokenizer import load_tokenizer
 from retrieval.embedding import Embedder
 from retrieval.knowledge_base import FIELDS, open_knowledge_base
+from retrieval.local_server import join_server
 from retrieval.populate import read_batches
-from tests.conftest import CHUNK, release, run
+from tests.conftest import CHUNK, run
 
 
 def rows_of(settings, tokenizer):
@@ -24,7 +25,6 @@ def rows_of(settings, tokenizer):
                                        output_fields=[*FIELDS, 'embedding'])
     assert len(rows) == knowledge_base.count() < 16384
     knowledge_base.close()
-    release(Path.cwd())
     return {row['id']: row for row in rows}
 
 
@@ -60,10 +60,10 @@ def test_an_interrupted_filling_is_completed_and_changed_documents_are_replaced(
     complete = rows_of(settings, tokenizer)
     client_rows = [row for row in complete.values() if row['document'] == 'stdlib/textwrap']
     from pymilvus import MilvusClient
-    client = MilvusClient('milvus.db')
-    client.delete('chunks', filter=f'doc_id == {client_rows[0]["doc_id"]}')
-    client.close()
-    release(workspace)
+    with closing(join_server('milvus.db')) as lease:
+        client = MilvusClient(lease.address)
+        client.delete('chunks', filter=f'doc_id == {client_rows[0]["doc_id"]}')
+        client.close()
     table = pq.read_table('train.parquet').to_pylist()
     shutil.copy('train.parquet', 'original.parquet')
     for row in table:

@@ -12,7 +12,7 @@ from data.tokenizer import load_tokenizer
 from evaluation.report import choose_passages, token_texts, tokens_as_html
 from tests.conftest import ROOT, run
 
-EVIL = '</pre><script>document.title = "pwned"</script><img src=x onerror="document.title=\'pwned\'">'
+EVIL = '\x00\x1b[2J\u202e</pre><script>document.title = "pwned"</script><img src=x onerror="document.title=\'pwned\'">'
 
 
 @pytest.fixture(scope='module')
@@ -20,7 +20,7 @@ def reported(populated, tmp_path_factory):
     """A folder with a trained model and the report of its evaluation on text that holds markup."""
     folder = tmp_path_factory.mktemp('reported') / 'run'
     shutil.copytree(populated, folder)
-    run(ROOT / 'train.py', 'config.py', '--max_iters=30', '--lr_decay_iters=30', '--eval_interval=15', folder=folder)
+    run(ROOT / 'train.py', 'config.py', '--max_iters=30', '--eval_interval=15', folder=folder)
     text = (folder / 'config.py').read_text() + EVIL + 'for line in file:\n    print(line)\n' * 20
     lines = [dict(id=f'<b>{i}</b>', text=(EVIL + text) * 2) for i in range(3)]
     (folder / 'evil.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
@@ -48,6 +48,7 @@ def test_the_page_is_self_contained_and_all_text_in_it_is_escaped(reported):
     assert not [value for _, attributes in parser.tags for key, value in attributes.items()
                 if key in ('src', 'href') and not value.startswith(('#', 'data:'))]
     assert not re.search(r'url\((?!#)|@import', page)
+    assert not set(page) & set('\x00\x1b\u202e') and '\u241b' in page and '\ufffd' in page
     assert names.count('svg') == 3 and '<title>nanoRETRO: out on evil.jsonl</title>' in page
 
 

@@ -43,6 +43,15 @@ def test_retrieval_off_needs_no_database(trained):
     assert off.stdout.startswith(START) and 'nothing: no chunk' in off.stdout
 
 
+@pytest.mark.parametrize('start', ['\n', 'a', 'ab cd', 'import os'])
+@pytest.mark.parametrize('retrieval', ['on', 'off'])
+def test_the_shortest_prompts_are_continued(trained, start, retrieval):
+    """The default one is a single token."""
+    arguments = [] if start == '\n' else [f'--start={start}']
+    answer = sample(trained, *arguments, f'--retrieval={retrieval}', '--max_new_tokens=20', '--temperature=0')
+    assert answer.stdout.startswith(start) and len(answer.stdout) > len(start) + 1
+
+
 def test_a_prompt_comes_from_a_file_and_may_be_longer_than_the_block(trained, tmp_path):
     (tmp_path / 'prompt.txt').write_text(START * 10)
     answer = sample(trained, f'--start=FILE:{tmp_path}/prompt.txt', '--max_new_tokens=5')
@@ -55,6 +64,9 @@ def test_a_prompt_comes_from_a_file_and_may_be_longer_than_the_block(trained, tm
     (['--start=FILE:empty.txt'], "prompt file 'empty.txt' is empty"),
     (['--start='], '--start is empty'),
     (['--num_samples=0'], '--num_samples must be at least 1, but is 0'),
+    (['--temperature=nan'], '--temperature must be at least 0 and finite, but is nan'),
+    (['--temperature=inf'], '--temperature must be at least 0 and finite, but is inf'),
+    (['--seed=-1'], '--seed must be at least 0, but is -1'),
     (['--retrieval_milvus_uri=other.db'], "no collection 'chunks' in other.db"),
     (['--n_layer=3'], 'n_layer cannot be changed after training'),
     (['--n_layers=3'], "unknown config key 'n_layers'"),

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,18 +11,21 @@ from contextlib import nullcontext
 
 from system import pick_dtype
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import train
-from configurator import load_settings
+from configurator import UserError, load_settings
 from data.documents import DatasetConfig
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer, token_byte_counts
 from evaluation.validation import evaluate
 from model import RETRO, RETROConfig
-from tests.conftest import CHUNK, ROOT, SHARED, run
+from tests.conftest import CHUNK, ROOT, SHARED, run, run_ranks
 from training.checkpoint import load_checkpoint
+from training.checks import check_settings
 from training.distributed import Ranks
 
 
@@ -59,7 +63,7 @@ def test_training_logs_saves_and_plots_what_it_says(workspace):
 
 def test_an_interrupted_run_resumes_to_the_losses_of_an_unbroken_one(workspace):
     """Killed without warning in the middle, and gone on with from its last checkpoint."""
-    long = ['config.py', '--dropout=0.1', '--max_iters=40', '--lr_decay_iters=40']
+    long = ['config.py', '--dropout=0.1', '--max_iters=40']
     run(ROOT / 'train.py', *long, '--out_dir=whole', folder=workspace)
     command = [sys.executable, str(ROOT / 'train.py'), *long, '--out_dir=broken']
     process = subprocess.Popen(command, cwd=workspace, stdout=subprocess.DEVNULL,
@@ -82,12 +86,91 @@ def test_a_gpt_trains_without_a_knowledge_base_and_has_bpb_off_alone(workspace):
     assert len(evaluations) == 3 and not [line for line in evaluations if 'val_bpb_on' in line]
 
 
-def test_micro_batches_give_the_losses_of_one_large_batch(workspace):
-    run(ROOT / 'train.py', 'config.py', '--out_dir=micro', '--max_iters=3', '--grad_clip=0.0', folder=workspace)
-    run(ROOT / 'train.py', 'config.py', '--out_dir=large', '--max_iters=3', '--grad_clip=0.0', '--batch_size=8',
-        '--gradient_accumulation_steps=1', folder=workspace)
-    micro, large = (losses(workspace, name)[0] for name in ('micro', 'large'))
-    assert micro == pytest.approx(large, rel=5e-3)  # means of means: micro-batches differ a little in real targets
+@pytest.fixture
+def short_documents(workspace):
+    """The setting for documents of a few tokens to a few chunks, whose batches differ in their number of targets."""
+    texts = ['x' * (n % 7) + ' = 1\n' * (n % 41) for n in range(1, 400)]
+    pq.write_table(pa.table({'id': [str(n) for n in range(len(texts))], 'text': texts}), workspace / 'short.parquet')
+    return '--train_datasets=["short.parquet"]'
+
+
+def test_micro_batches_and_ranks_have_the_losses_and_weights_of_one_large_batch(workspace, short_documents):
+    common = ['config.py', short_documents, '--max_iters=5', '--eval_interval=100', '--grad_clip=0.5',
+              '--retrieval_cache_gb=0']
+    run(ROOT / 'train.py', *common, '--batch_size=8', '--gradient_accumulation_steps=1', '--out_dir=large',
+        folder=workspace)
+    run(ROOT / 'train.py', *common, '--batch_size=1', '--gradient_accumulation_steps=8', '--out_dir=micro',
+        folder=workspace)
+    run_ranks(2, ROOT / 'train.py', *common, '--batch_size=8', '--gradient_accumulation_steps=1', '--out_dir=ranks',
+              folder=workspace)
+    large, micro, ranks = (losses(workspace, name) for name in ('large', 'micro', 'ranks'))
+    for other in (micro, ranks):
+        assert other[0] == pytest.approx(large[0], rel=1e-5)
+        for step, values in large[1].items():
+            assert other[1][step] == pytest.approx(values, rel=1e-5)
+
+
+def test_the_logged_loss_is_the_mean_over_the_targets_of_all_steps_in_between(workspace, short_documents):
+    for interval in (1, 4):
+        run(ROOT / 'train.py', 'config.py', short_documents, '--max_iters=4', f'--log_interval={interval}',
+            f'--out_dir=by{interval}', '--use_retrieval=False', folder=workspace)
+    settings = load_settings([str(workspace / 'config.py')])
+    stream = SequenceStream([DatasetConfig(str(workspace / 'short.parquet'))],
+                            load_tokenizer(str(workspace / 'tokenizer.json')), CHUNK, settings.block_size, 4, lanes=8,
+                            interleave=64, seed=settings.seed)
+    targets = [sum(int((next(stream).targets >= 0).sum()) for _ in range(2)) for _ in range(4)]
+    assert len(set(targets)) > 1
+    each, _ = losses(workspace, 'by1')
+    mean = sum(each[step + 1] * count for step, count in enumerate(targets)) / sum(targets)
+    assert losses(workspace, 'by4')[0] == {4: pytest.approx(mean, rel=1e-6)}
+
+
+def test_val_figures_depend_on_neither_batch_size_nor_processes_and_are_those_of_the_evaluation(workspace):
+    run(ROOT / 'train.py', 'config.py', '--max_iters=4', folder=workspace)
+
+    def val_bpb(ranks, *options):
+        answer = run_ranks(ranks, ROOT / 'train.py', 'config.py', '--eval_only=True', '--eval_tokens=2000', *options,
+                           folder=workspace)
+        return [float(value) for value in re.findall(r'val_bpb_o[nf]+ ([0-9.]+)', answer.stdout)]
+    expected = val_bpb(1)
+    assert len(expected) == 2
+    for batch_size in (1, 2, 8):
+        assert val_bpb(1, f'--batch_size={batch_size}') == pytest.approx(expected, abs=2e-4)
+    assert val_bpb(2) == pytest.approx(expected, abs=2e-4)
+    run('-m', 'evaluation', '--max_tokens=2000', folder=workspace)
+    report = json.loads((workspace / 'out/evaluation.json').read_text())
+    assert [report['bpb_on'], report['bpb_off']] == pytest.approx(expected, abs=2e-4)
+
+
+def test_settings_that_follow_others_do_and_contradictions_are_refused():
+    settings = check_settings(load_settings(['--max_iters=100', '--learning_rate=0.5']))
+    assert (settings.lr_decay_iters, settings.min_lr) == (100, 0.05)
+    settings = check_settings(load_settings(['--lr_decay_iters=50', '--max_iters=100', '--min_lr=0']))
+    assert (settings.lr_decay_iters, settings.min_lr) == (50, 0.0)
+    for arguments, said in ((['--min_lr=0.1', '--learning_rate=0.01'], 'min_lr 0.1 is above learning_rate 0.01'),
+                            (['--retrieval_rerank=1'], 'retrieval_rerank 1 must be at least retrieval_k_neighbors 2'),
+                            (['--block_size=100'], 'block_size 100 must be a multiple of retrieval_chunk_size 64')):
+        with pytest.raises(UserError, match=said):
+            check_settings(load_settings(arguments))
+
+
+def test_a_shorter_run_decays_to_its_end_and_one_that_only_warms_up_says_so(workspace):
+    run(ROOT / 'train.py', 'config.py', '--max_iters=5', '--use_retrieval=False', folder=workspace)
+    rates = [line['lr'] for line in metrics(workspace) if 'lr' in line]
+    assert rates[-1] < 0.4 * max(rates) == pytest.approx(0.4e-2)
+    answer = run(ROOT / 'train.py', 'config.py', '--max_iters=2', '--use_retrieval=False', folder=workspace)
+    assert 'the learning rate never reaches its peak: warmup_iters 2 is not below lr_decay_iters 2' in answer.stdout
+
+
+def test_a_run_that_cannot_start_leaves_the_earlier_one_where_it_is(workspace):
+    common = ['config.py', '--max_iters=2', '--use_retrieval=False']
+    run(ROOT / 'train.py', *common, folder=workspace)
+    before = {path: path.read_bytes() for path in (workspace / 'out').rglob('*.*') if path.name != '.lock'}
+    answer = run(ROOT / 'train.py', *common, '--wandb_log=True', folder=workspace, check=False,
+                 env=dict(WANDB_MODE='online', WANDB_API_KEY='', HOME=str(workspace), WANDB_SILENT='true',
+                          NETRC=str(workspace / 'none')))
+    assert answer.returncode == 2 and 'wandb_log: Weights & Biases refuses' in answer.stderr
+    assert {path: path.read_bytes() for path in (workspace / 'out').rglob('*.*') if path.name != '.lock'} == before
 
 
 def test_eval_only_evaluates_the_checkpoint_and_writes_nothing(workspace):
@@ -115,8 +198,6 @@ def test_a_new_run_keeps_the_earlier_runs_files(workspace):
 
 
 def test_bits_per_byte_counts_the_utf8_bytes_of_the_text_and_not_its_tokens(prepared, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     texts = ['ünïcödé 𝛑 ' * 12, 'plain ascii ' * 20]
     pq.write_table(pa.table({'id': ['a', 'b'], 'text': texts}), tmp_path / 'val.parquet')
     tokenizer = load_tokenizer(str(prepared / 'tokenizer.json'))
@@ -132,7 +213,7 @@ def test_bits_per_byte_counts_the_utf8_bytes_of_the_text_and_not_its_tokens(prep
     for row, doc_ids in enumerate(batch.doc_ids):
         is_other = (doc_ids != doc_ids[0]).repeat_interleave(CHUNK)
         batch.targets[row, is_other] = -1
-    values = evaluate(model, [batch], torch.tensor(token_byte_counts(tokenizer)), nullcontext(), Ranks())
+    values = evaluate(model, [batch], torch.tensor(token_byte_counts(tokenizer)), nullcontext(), Ranks(), False)
     first = sum(len(tokenizer.decode_single_token_bytes(tokenizer.encode_ordinary(text)[0])) for text in texts)
     size = sum(len(text.encode()) for text in texts) - first  # a document's first token is predicted by nothing
     assert values['val_loss_off'] == pytest.approx(math.log(1024), rel=1e-5)
@@ -156,19 +237,15 @@ def test_bfloat16_trains_on_this_processor_where_it_is_fast(workspace):
     assert steps[4] < steps[1]
 
 
-@pytest.mark.parametrize('options', [[], ['--use_retrieval=False', '--gradient_accumulation_steps=1']])
-def test_torchrun_trains_on_two_processes_with_the_losses_of_one(workspace, options):
-    """
-    With retrieval: both find the local database, which one of them serves; and one asks a benchmark, where its data is
-    here, while the other waits.
-    """
+def test_torchrun_trains_on_two_processes_with_the_losses_of_one(workspace):
+    """Both find the local database; and one asks a benchmark, where its data is here, while the other waits."""
     more = []
-    if not options and (SHARED / 'data/logiqa-eval.txt').exists():
+    if (SHARED / 'data/logiqa-eval.txt').exists():
         (workspace / 'data').mkdir()
         questions = (SHARED / 'data/logiqa-eval.txt').read_text().strip().split('\n\n')[:4]
         (workspace / 'data/LogiQA.txt').write_text('\n\n' + '\n\n'.join(questions) + '\n')
         more = ["--multiple_choice_benchmarks=['LogiQA']", '--benchmark_data_dir=data']
-    common = ['config.py', *options, '--max_iters=4', '--grad_clip=0.0', '--eval_iters=2', '--retrieval_cache_gb=0']
+    common = ['config.py', '--max_iters=4', '--grad_clip=0.0', '--retrieval_cache_gb=0']
     answer = run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py', *common, *more,
                  '--out_dir=two', folder=workspace)
     run(ROOT / 'train.py', *common, '--out_dir=one', folder=workspace)
@@ -208,12 +285,14 @@ val_datasets = ['val.jsonl']
 retrieval_embedding_model = {find_minilm(package)!r}
 block_size, batch_size, gradient_accumulation_steps = 256, 2, 1
 n_layer, n_head, n_embd = 2, 2, 32
-eval_interval, eval_iters, max_iters, log_interval = 2, 1, 2, 1
+eval_interval, eval_tokens, max_iters, log_interval, warmup_iters = 2, 500, 2, 1, 1
 dtype, compile, device = 'float32', False, 'cpu'
 ''')
-    run('-m', 'retrieval.populate', 'mine.py', folder=tmp_path)
-    run(ROOT / 'train.py', 'mine.py', folder=tmp_path)
+    answers = [run('-m', 'retrieval.populate', 'mine.py', folder=tmp_path),
+               run(ROOT / 'train.py', 'mine.py', folder=tmp_path)]
     assert set(losses(tmp_path)[0]) == {1, 2}
+    for noise in ('Loading weights', 'clustering', 'Warning', 'WARNING'):  # of libraries
+        assert all(noise not in answer.stdout + answer.stderr for answer in answers)
     answer = run(ROOT / 'sample.py', '--out_dir=out', '--start=FILE:mine.py', '--max_new_tokens=8', '--show_neighbors',
                  folder=tmp_path)
     assert 'similarity' in answer.stdout

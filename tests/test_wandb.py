@@ -76,3 +76,15 @@ def test_training_and_evaluation_log_curves_scores_samples_and_the_report(worksp
     assert {'report.html', 'evaluation.json', 'leakage.png', 'similarity.png'} <= names
     for path in workspace.glob('wandb/**/*'):
         assert path.is_dir() or b'hush' not in path.read_bytes()
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_a_new_one_does_not(workspace):
+    env = OFFLINE | dict(WANDB_DIR=str(workspace))
+    common = ['config.py', '--use_retrieval=False', '--wandb_log=True']
+    for name, options in (('first', ['--max_iters=4']), ('resumed', ['--init_from=resume']), ('new', [])):
+        run(ROOT / 'train.py', *common, *options, f'--wandb_run_name={name}', folder=workspace, env=env)
+    ids = {name: {record.run.run_id for record in found if record.run.run_id} for name, found in
+           records(workspace).items()}
+    assert ids['first'] == ids['resumed'] != ids['new'] and all(len(found) == 1 for found in ids.values())
+    steps = [line['_step'] for line in history(records(workspace)['resumed']) if 'loss' in line]
+    assert steps == [5, 6, 7, 8]
