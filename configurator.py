@@ -10,31 +10,37 @@ that you trust.
 """
 import ast
 import difflib
+import errno
 import json
 import math
 import os
 import re
 import sys
 import traceback
-from contextlib import contextmanager
+import unicodedata
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from enum import Enum
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 TRAIN_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
 END_OF_SETTINGS = '# end of settings'
 RANGES = {  # of numeric settings: at least, and below
     **dict.fromkeys(('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size',
                      'n_layer', 'n_head', 'n_embd', 'retrieval_chunk_size', 'retrieval_k_neighbors',
-                     'retrieval_prefetch_batches'), (1, math.inf)),
-    **dict.fromkeys(('eval_tokens', 'keep_checkpoints', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'seed',
-                     'retrieval_rerank', 'retrieval_encoder_layers'), (0, math.inf)),
+                     'retrieval_prefetch_batches'), (1, 2**31)),
+    **dict.fromkeys(('keep_checkpoints', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'retrieval_rerank',
+                     'retrieval_encoder_layers'), (0, 2**31)),
+    **dict.fromkeys(('eval_tokens', 'seed'), (0, 2**62)),
     **dict.fromkeys(('learning_rate', 'weight_decay', 'grad_clip', 'retrieval_cache_gb', 'retrieval_timeout'),
                     (0.0, math.inf)),
     **dict.fromkeys(('dropout', 'beta1', 'beta2'), (0.0, 1.0)),
     'min_lr': (-1.0, math.inf),
     'retrieval_longest_match': (0, 128),  # matches are counted in int8
 }
+
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class UserError(Exception):
@@ -54,17 +60,58 @@ def user_errors_as_one_line():
     try:
         yield
     except UserError as error:
-        print('error:', ' '.join(str(error).split()), file=sys.stderr)
-        sys.exit(error.exit_code)
+        exit_with(error)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        exit_with(UserError(f'{error.filename or "a file"} cannot be written ({error.strerror}): make room there, or '
+                            f'name another folder'))
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)
 
 
+def exit_with(error):
+    """Print a UserError as one line on stderr and exit with its code."""
+    print('error:', visible(' '.join(str(error).split())), file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def visible(text):
+    """
+    Text of documents, models and files for a terminal or a page, which act on some characters: invisible ones, such as
+    those that control a terminal or turn the direction of writing, are shown as symbols. Tab, line feed and the joiners
+    that scripts and emoji need are kept.
+    """
+    return ''.join(c if c in '\t\n\u200c\u200d' else chr(0x2400 + ord(c)) if ord(c) < 32 else '\ufffd'
+                   if unicodedata.category(c) in ('Cc', 'Cf', 'Cs', 'Zl', 'Zp') or c in '\ufffe\uffff' else c
+                   for c in text)
+
+
 def save_atomically(save, path):
-    """Write to a temporary file and rename it: readers see the old or the complete new file."""
-    save(f'{path}.tmp')
-    os.replace(f'{path}.tmp', path)
+    """
+    Write to a temporary file and rename it, on disk when this returns: readers see the old or the complete new file,
+    whatever happens, and of two writers the later one's. The temporary file is removed if that fails.
+    """
+    tmp_path = f'{path}.{os.getpid()}.tmp'
+    try:
+        save(tmp_path)
+        sync(tmp_path)
+        os.replace(tmp_path, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(tmp_path)
+        raise
+    sync(os.path.dirname(path) or '.')
+
+
+def sync(path):
+    """Flush a file or folder to disk: a rename alone survives a crash of the process, but not of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(text, path):
@@ -119,7 +166,7 @@ def load_settings(arguments, given=None):
         print_help(settings, comments)
         sys.exit(0)
     for key, value in (given or {}).items():
-        if key in settings:  # a checkpoint of another version may have others
+        if key in settings and not is_secret(key):  # a checkpoint of another version may have others
             settings[key] = check_value(key, value, settings[key], 'the checkpoint')
     settings.update(read_overrides(arguments, settings))
     return Settings(**settings)
@@ -160,39 +207,45 @@ def run_config(path, settings):
         exec(compile(tree, path, 'exec'), names)
     except UserError:
         raise
-    except SyntaxError as error:
-        raise UserError(f'config file {path}, line {error.lineno}: {error.msg}') from error
+    except SyntaxError as error:  # in it, or in a module that it imports
+        where = f', {error.filename}' * (error.filename not in (None, path))
+        where += f', line {error.lineno}' * bool(error.lineno)
+        raise UserError(f'config file {path}{where}: {error.msg}') from error
     except Exception as error:  # whatever the user's code raises
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f', line {lines[-1]}' if lines else ''
         raise UserError(f'config file {path}{where}: {type(error).__name__}: {str(error)[:300]}') from error
-    assigned, bound = bound_names(tree)
+    assigned, has_star = assigned_names(tree)
     found = {}
     for key, value in names.items():
-        if key in assigned and not key.startswith('_'):
+        is_code = callable(value) or isinstance(value, ModuleType)  # what a config imports or defines to compute with
+        if key.startswith('_') or (is_code and not (key in assigned and key in settings)):
+            continue
+        is_misspelt = has_star and difflib.get_close_matches(key, settings, n=1, cutoff=0.8)
+        if key in settings or key in assigned or is_misspelt:
             check_key(key, settings, path)
-            found[key] = check_value(key, value, settings[key], path)
-        elif key in settings and key not in bound and type(value) is type(settings[key]):  # by a loop or import *
             found[key] = check_value(key, value, settings[key], path)
     return found
 
 
-def bound_names(tree):
-    """The names that a module assigns, outside its functions and classes, and those that it imports or defines."""
-    assigned, bound, nodes = set(), set(), list(tree.body)
+def assigned_names(tree):
+    """
+    The names that a module assigns, outside its functions and classes and by anything but a loop's head, and whether it
+    has an `import *`.
+    """
+    assigned, has_star, nodes = set(), False, list(tree.body)
     while nodes:
         node = nodes.pop()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            bound.add(node.name)
             continue
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            bound |= {(alias.asname or alias.name).split('.')[0] for alias in node.names}
+        has_star = has_star or (isinstance(node, ast.ImportFrom) and node.names[0].name == '*')
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(
             node, (ast.AnnAssign, ast.AugAssign)) else []
         assigned |= {name.id for target in targets for name in ast.walk(target)
                      if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
-        nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.stmt, ast.ExceptHandler))]
-    return assigned - bound, bound
+        nodes += [child for child in ast.iter_child_nodes(node)
+                  if isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case))]
+    return assigned, has_star
 
 
 def parse_flag(argument, settings):
@@ -207,7 +260,7 @@ def parse_flag(argument, settings):
     if not isinstance(settings[key], str):
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             pass  # stays a string, which check_value reports
     return {key: check_value(key, value, settings[key], 'the command line')}
 
@@ -232,7 +285,7 @@ def check_key(key, settings, where):
 def check_value(key, value, default, where):
     """The value, if it has its default's type and is in its range. An int is also a float."""
     if isinstance(default, float) and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
     if type(value) is not type(default):
         example, shown = ('(hidden)',) * 2 if is_secret(key) else (repr(default), repr(value))
         raise UserError(f'{key} in {where} must be of type {type(default).__name__}, such as {example}, '
@@ -244,7 +297,8 @@ def check_value(key, value, default, where):
 
 def check_range(key, value, least, below):
     if not least <= value < below:  # also if it is NaN
-        bound = f' and below {below}' if math.isfinite(below) else '' if math.isfinite(value) else ' and finite'
+        bound = f' and below {below}' if below < 2**31 or value >= below else ''  # above that it is a technical one
+        bound = ' and finite' if math.isinf(below) and not math.isfinite(value) else bound
         raise UserError(f'{key} must be at least {least}{bound}, but is {value}')
 
 

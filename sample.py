@@ -11,12 +11,10 @@ import argparse
 import contextlib
 import math
 
-from system import visible
-
 import numpy as np
 import torch
 
-from configurator import UserError, check_range, user_errors_as_one_line
+from configurator import RANGES, UserError, check_range, user_errors_as_one_line, visible
 from data.tokenizer import is_token
 from retrieval.knowledge_base import FIELDS
 from retrieval.retriever import Retriever, neighbor_function
@@ -54,8 +52,9 @@ def parse_arguments():
     parser.add_argument('--show_neighbors', action='store_true', help='print what each chunk retrieved')
     parser.add_argument('--retrieval', choices=('on', 'off'), default='on', help='off: without neighbors (default: on)')
     arguments, overrides = parser.parse_known_args()
-    for name, least in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('seed', 0)):
-        check_range(f'--{name}', getattr(arguments, name), least, math.inf)
+    for name, least, below in (('num_samples', 1, math.inf), ('max_new_tokens', 1, math.inf),
+                               ('temperature', 0, math.inf), ('top_k', 0, math.inf), ('seed', *RANGES['seed'])):
+        check_range(f'--{name}', getattr(arguments, name), least, below)
     return arguments, overrides
 
 

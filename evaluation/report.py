@@ -6,11 +6,9 @@ import html
 import io
 import os
 
-from system import visible
-
 import numpy as np
 
-from configurator import write_atomically
+from configurator import visible, write_atomically
 from evaluation.figures import (
     ARMS,
     COLORS,
@@ -25,7 +23,7 @@ from evaluation.figures import (
 )
 from evaluation.leakage import shared_tokens
 from retrieval.knowledge_base import FIELDS
-from training.metrics import read_metrics
+from training.metrics import read_curves
 
 SHORTEST_SHARED = 4  # tokens in the shortest run marked as shared
 
@@ -119,22 +117,21 @@ def curves(metrics_path):
     """Train loss and val bits per byte of the training run; empty if metrics_path does not exist."""
     if not os.path.exists(metrics_path):
         return ''
-    lines = read_metrics(metrics_path)
+    steps, evaluations = read_curves(metrics_path)
 
     def plot(axes):
-        steps = [line for line in lines if 'loss' in line]
         twin = axes.twinx()
         twin.plot([line['iter'] for line in steps], [line['loss'] for line in steps], lw=0.8, color=COLORS['baseline'],
                   alpha=0.6)
         twin.set_ylabel('train loss, nats per token')
         twin.spines[['top']].set_visible(False)
         for arm, style in (('off', 'o-'), ('on', 'o--')):
-            points = [line for line in lines if f'val_bpb_{arm}' in line]
+            points = evaluations[arm]
             if points:
                 axes.plot([p['iter'] for p in points], [p[f'val_bpb_{arm}'] for p in points], style, ms=3,
                           color=COLORS[arm], label=f'val, {ARMS[arm]}')
         axes.set(xlabel='step', ylabel='bits per byte')
-        finish(axes)
+        finish(axes, legend=any(evaluations.values()))
     return f'<section class="card">\n<h2>Training</h2>\n{svg(plot)}\n</section>'
 
 

@@ -2,6 +2,7 @@
 import numpy as np
 import torch
 
+from configurator import visible
 from data.tokenizer import is_token
 from retrieval.knowledge_base import FIELDS
 from retrieval.retriever import neighbor_function
@@ -29,7 +30,8 @@ def write_samples(model, prompts, tokenizer, device, context, retriever=None, se
         ids = [hit['id'] for chunk in hits[:prompts.shape[1] // model.config.retrieval_chunk_size]
                for hit in chunk[number] if hit['score'] > -1]
         found = retriever.knowledge_base.rows(np.array(ids), FIELDS) if ids else {}
-        rows.append([tokenizer.decode(prompt), written.get('on', [''] * len(prompts))[number], written['off'][number],
-                     '\n---\n'.join(f'{row["document"]}, chunk {row["position"] + 1}\n{row["text"]}'
-                                    for row in found.values())])
+        row = [tokenizer.decode(prompt), written.get('on', [''] * len(prompts))[number], written['off'][number],
+               '\n---\n'.join(f'{row["document"]}, chunk {row["position"] + 1}\n{row["text"]}'
+                              for row in found.values())]
+        rows.append([visible(text) for text in row])
     return rows

@@ -7,7 +7,17 @@ import sys
 import pytest
 
 import train
-from configurator import RANGES, UserError, check_range, defaults_and_comments, load_settings, to_json
+from configurator import (
+    RANGES,
+    UserError,
+    check_range,
+    defaults_and_comments,
+    load_settings,
+    save_atomically,
+    to_json,
+    visible,
+    write_atomically,
+)
 from tests.conftest import ROOT
 
 
@@ -68,7 +78,8 @@ def test_a_wrong_config_file_is_named_with_what_to_do(tmp_path, text, said):
     '--max_iters=-5',
     '--warmup_iters=-5', '--beta1=1.5', '--beta2=-0.1', '--seed=-1', '--retrieval_chunk_size=0', '--batch_size=0',
     '--n_embd=-8', '--weight_decay=-0.1', '--retrieval_timeout=-1', '--retrieval_cache_gb=-1', '--eval_tokens=-1',
-    '--log_interval=0', '--keep_checkpoints=-1', '--retrieval_longest_match=128', '--min_lr=-2'])
+    '--log_interval=0', '--keep_checkpoints=-1', '--retrieval_longest_match=128', '--min_lr=-2',
+    '--max_iters=100000000000', '--seed=99999999999999999999', f'--learning_rate={10**400}'])
 def test_a_number_out_of_its_range_is_refused_with_its_bounds(flag):
     key = flag[2:].partition('=')[0]
     with pytest.raises(UserError, match=f'{key} must be at least [-0-9.]+( and below [0-9.]+| and finite)?, but is '):
@@ -100,6 +111,9 @@ CONFIGS = {
     'comprehensions': b'_sizes = [size for size in range(4)]\nn_layer = _sizes[-1]\n',
     'annotations': b'n_layer: int = 3\n',
     'star imports': b'from math import *\nfrom base_config import *\n',
+    'match': b'match 1:\n    case 1:\n        n_layer = 3\n',
+    'an imported value that is changed': b'from base_config import n_layer\nn_layer = n_layer * 1\n',
+    'a setting as the variable of a loop': b'for n_layer in (1, 2, 3):\n    pass\n',
     'imported modules': b'import os, math as _m\nfrom json import dumps\nn_layer = 3\n',
 }
 
@@ -121,9 +135,18 @@ def test_a_config_file_may_be_any_python_that_sets_settings(tmp_path, monkeypatc
     ('return 3\n', "line 1: 'return' outside function"),
     ('n_layer = 3\nfor layers in []: pass\nn_layr = 4\n', "did you mean 'n_layer'?"),
     ('if True:\n    n_layr = 4\n', "did you mean 'n_layer'?"),
+    ('match 1:\n    case 1:\n        n_layr = 4\n', "did you mean 'n_layer'?"),
+    ('from misspelt import *\n', "unknown config key 'learnin_rate'"),
+    ('from mistyped import *\n', 'learning_rate in'),
+    ('for dropout in ("a", "b"): pass\n', 'dropout in'),
+    ('n_layer = 3\nimport broken\n', 'broken.py, line 4: '),
     ('\x00', 'null byte'),
 ])
-def test_an_error_in_a_config_file_is_named_with_its_line(tmp_path, text, said):
+def test_an_error_in_a_config_file_is_named_with_its_line(tmp_path, monkeypatch, text, said):
+    (tmp_path / 'misspelt.py').write_text('learnin_rate = 3.0\n')
+    (tmp_path / 'mistyped.py').write_text('learning_rate = "high"\n')
+    (tmp_path / 'broken.py').write_text('\n\n\n1 +\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError) as error:
         load_settings([config(tmp_path, text)])
     assert said in str(error.value) and 'c.py' in str(error.value)
@@ -135,6 +158,36 @@ def test_output_that_the_terminals_encoding_lacks_is_escaped():
     answer = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
                             env={**os.environ, 'PYTHONIOENCODING': 'ascii', 'PYTHONUTF8': '0'})
     assert answer.returncode == 2 and answer.stdout == 'caf\\xe9 \\u4e2d\n' and answer.stderr == 'error: \\u4e2d\n'
+
+
+def test_characters_that_a_terminal_or_a_page_acts_on_are_shown_as_symbols():
+    assert visible('a\x00b\x1b[31mc\td\n\x7f\u202eevil\u2066') == 'a\u2400b\u241b[31mc\td\n\ufffd\ufffdevil\ufffd'
+    assert visible('a\u200bb\u2028c\u2060\u180e\u206f\U000e0041') == 'a\ufffdb\ufffdc' + 4 * '\ufffd'
+    for text in ('ünïcödé 𝛑 中文 🙂', 'नमस्ते क्\u200dष', '👩\u200d💻', 'می\u200cخواهم'):
+        assert visible(text) == text
+
+
+def test_an_error_acts_on_no_terminal():
+    code = 'from configurator import *\nwith user_errors_as_one_line():\n    raise UserError("a\\x1b[2Jb\\u202ec")'
+    answer = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+                            env={**os.environ, 'PYTHONIOENCODING': 'utf-8'})
+    assert answer.returncode == 2 and answer.stderr == 'error: a\u241b[2Jb\ufffdc\n'
+
+
+def test_a_file_that_cannot_be_written_whole_is_removed_and_the_old_one_stays(tmp_path):
+    write_atomically('old', str(tmp_path / 'file'))
+    with pytest.raises(ValueError):
+        save_atomically(lambda path: [open(path, 'w').close(), int('x')], str(tmp_path / 'file'))
+    assert [path.name for path in tmp_path.iterdir()] == ['file'] and (tmp_path / 'file').read_text() == 'old'
+
+
+def test_a_full_disk_is_one_line_in_every_command():
+    code = ('import errno\nfrom configurator import *\nwith user_errors_as_one_line():\n'
+            '    raise OSError(errno.ENOSPC, "No space left on device", "out/file")')
+    answer = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 2
+    assert answer.stderr == ('error: out/file cannot be written (No space left on device): make room there, or name '
+                             'another folder\n')
 
 
 def test_json_has_null_for_what_is_not_finite():

@@ -115,7 +115,7 @@ def test_a_user_error_of_the_process_stays_one(settings):
         next(Loader(settings.replace(retrieval_collection='other'), stream_of(settings), 1))
 
 
-def test_a_process_that_was_killed_is_told_and_not_waited_for(settings):
+def test_a_process_that_was_killed_is_named_and_not_waited_for(settings):
     loader = Loader(settings, stream_of(settings), retrieve=False)
     next(loader)
     os.kill(loader.process.pid, signal.SIGKILL)

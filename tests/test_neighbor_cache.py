@@ -101,7 +101,7 @@ def test_a_full_cache_stays_within_its_size_and_evicts_nothing(cache, tmp_path):
     assert not cache.is_full and cache.get('hits', [b'1']) == {b'1': b'one'}
 
 
-def test_a_folder_that_can_not_be_used_is_named(tmp_path):
+def test_a_folder_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match="retrieval_cache_dir '.*file/cache' cannot be used.*retrieval_cache_gb to 0"):
         NeighborCache(str(tmp_path / 'file/cache'), 1, 'chunks', ['hits'])

@@ -100,7 +100,7 @@ def test_batches_hold_whole_documents_in_order(prepared):
     ('--retrieval_milvus_uri=http://root:hush@127.0.0.1:9', 'retrieval_milvus_uri holds a user or a password'),
     ('--retrieval_chunk_size=32', 'chunk_size: it has 16, the run 32'),
 ])
-def test_what_can_not_be_filled_is_one_clear_line_and_exit_code_2(workspace, argument, said):
+def test_what_cannot_be_filled_is_one_clear_line_and_exit_code_2(workspace, argument, said):
     answer = run('-m', 'retrieval.populate', 'config.py', argument, '--retrieval_milvus_token=hush', folder=workspace,
                  check=False)
     assert answer.returncode == 2 and said in answer.stderr

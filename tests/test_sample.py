@@ -67,12 +67,14 @@ def test_a_prompt_comes_from_a_file_and_may_be_longer_than_the_block(trained, tm
     (['--temperature=nan'], '--temperature must be at least 0 and finite, but is nan'),
     (['--temperature=inf'], '--temperature must be at least 0 and finite, but is inf'),
     (['--seed=-1'], '--seed must be at least 0, but is -1'),
+    (['--seed=99999999999999999999'], '--seed must be at least 0 and below 4611686018427387904'),
+    (['--dtype=float8'], "dtype 'float8' is none of"),
     (['--retrieval_milvus_uri=other.db'], "no collection 'chunks' in other.db"),
     (['--n_layer=3'], 'n_layer cannot be changed after training'),
     (['--n_layers=3'], "unknown config key 'n_layers'"),
     (['--tokenizer=nowhere.json'], 'tokenizer cannot be changed after training'),
 ])
-def test_what_can_not_be_sampled_is_one_clear_line_and_exit_code_2(trained, arguments, said):
+def test_what_cannot_be_sampled_is_one_clear_line_and_exit_code_2(trained, arguments, said):
     (trained / 'empty.txt').write_text(' \n')
     answer = sample(trained, *arguments, check=False)
     assert answer.returncode == 2 and said in answer.stderr
