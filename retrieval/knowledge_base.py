@@ -5,6 +5,7 @@ The only file that talks to Milvus: to a local file through Milvus Lite, or to a
 """
 import json
 import logging
+import math
 import os
 import uuid
 from contextlib import contextmanager
@@ -13,13 +14,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from configurator import UserError
-from retrieval.local_server import join_server
+from retrieval.local_server import forget_server, join_server
 
-# pymilvus reads these, and .env files, at import; here retrieval_milvus_uri alone names the server
-os.environ.setdefault('PYTHON_DOTENV_DISABLED', '1')
 os.environ.setdefault('GRPC_VERBOSITY', 'NONE')  # its errors come as exceptions, too
-for name in ('MILVUS_URI', 'MILVUS_DEFAULT_CONNECTION'):
-    os.environ.pop(name, None)
 
 VERSION = 1  # of the layout of a row
 PROPERTY = 'nanoretro.metadata'
@@ -89,8 +86,8 @@ class KnowledgeBase:
         try:
             if is_local(self.uri):
                 check_local_path(self.uri, self.collection, create)
-                self.lease = join_server(self.uri, create)
-                longest *= 6  # the local server runs at low priority
+                self.lease = join_server(self.uri, create, timeout or math.inf)
+                longest *= 60  # it is alive, at low priority, and may be indexing for another process
             address = self.lease.address if self.lease else self.uri
             self.client = connect(address, self.uri, self.token, min(timeout or longest, longest))
             with self._errors():
@@ -246,6 +243,7 @@ def connect(address, uri, token, timeout):
     if '@' in uri.partition('://')[2]:
         raise UserError('retrieval_milvus_uri holds a user or a password: give them as user:password in '
                         'retrieval_milvus_token, or as MILVUS_TOKEN in the environment, where they are kept secret')
+    forget_server()
     from pymilvus import MilvusClient  # takes a second to import
     logging.getLogger('pymilvus').setLevel(logging.CRITICAL)  # no tracebacks: our error gives the reason
     with milvus_errors(uri, bool(token)):
@@ -274,8 +272,10 @@ def milvus_errors(uri, has_token):
         status = getattr(status() if callable(status) else status, 'name', '')
         if status in ('UNAUTHENTICATED', 'PERMISSION_DENIED'):
             reason = 'the token was refused' if has_token else 'no token was given'
+            # training/checkpoint.py, load_run
+            hint = '' if has_token else f', and, if a checkpoint names the server, --retrieval_milvus_uri={uri}, too'
             raise UserError(f'Milvus at {uri} asks for authentication and {reason}: set retrieval_milvus_token, or '
-                            f'MILVUS_TOKEN in the environment, to user:password or an API key') from error
+                            f'MILVUS_TOKEN in the environment, to user:password or an API key{hint}') from error
         if (status in ('UNAVAILABLE', 'DEADLINE_EXCEEDED') or 'Fail connecting to server' in str(error)
                 or (isinstance(error, ValueError) and 'URL' in str(error))):
             raise Unreachable(f'no Milvus answers at {uri} ({status or type(error).__name__}): start it, e.g. with '

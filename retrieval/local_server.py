@@ -7,21 +7,22 @@ training process, and training, sampling and filling can use one local file at o
 
 It listens on a Unix socket in a folder that only the user can enter. Three files in the database's folder coordinate:
 .nanoretro-start is locked by whoever decides that a server starts or ends; .nanoretro-lease is locked, shared, by each
-process that uses it; .nanoretro-server is locked by the server, and holds its address and process id. The system drops
-the locks of a process that is killed.
+process that uses it; .nanoretro-server is locked by the server, and holds its address, its process id and the file's
+inode, which a copied database does not share. The system drops the locks of a process that is killed.
 
 `python -m retrieval.local_server out/milvus.db` is that process.
 """
 import fcntl
 import gc
+import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import IO
@@ -47,10 +48,11 @@ class Lease:
         self.file.close()
 
 
-def join_server(path, create=False):
+def join_server(path, create=False, timeout=math.inf):
     """
     A Lease on the server of the database at `path`, which is started if there is none. With `create` a missing
-    database is made, and the server is to write: it gets its share of the CPU. UserError if it cannot be opened.
+    database is made, and a server that starts is not nice, as it is to write. UserError if it cannot be opened, or if
+    another process takes more than `timeout` seconds to start or end a server.
     """
     if create:
         try:
@@ -59,20 +61,51 @@ def join_server(path, create=False):
             raise UserError(f'retrieval_milvus_uri {path!r} cannot be created there ({error.strerror}): name a path '
                             f'in a folder that you may write to') from error
     try:
-        lease = open(os.path.join(path, '.nanoretro-lease'), 'a')
-        fcntl.flock(lease, fcntl.LOCK_SH)
-        with open(os.path.join(path, '.nanoretro-start'), 'a') as start:
-            fcntl.flock(start, fcntl.LOCK_EX)
-            with open(os.path.join(path, '.nanoretro-server'), 'a+') as server:
-                if try_lock(server):
-                    fcntl.flock(server, fcntl.LOCK_UN)
-                    start_server(path, NICENESS * (not create))
-                server.seek(0)
-                address, pid = server.read().split()
-                return Lease(address, int(pid), lease)
+        with ExitStack() as opened:
+            # 'a+': NFS gives a shared lock on files that can be read alone, and an exclusive one on those to write
+            lease = opened.enter_context(open(os.path.join(path, '.nanoretro-lease'), 'a+'))
+            with (open(os.path.join(path, '.nanoretro-start'), 'a+') as start,
+                  open(os.path.join(path, '.nanoretro-server'), 'a+') as server):
+                wait_for(lambda: try_lock(start), path, timeout)
+                fcntl.flock(lease, fcntl.LOCK_SH)
+                address, pid, _ = wait_for(lambda: find_server(server, path, NICENESS * (not create)), path, timeout)
+            if not os.path.exists(address.removeprefix('unix:')):
+                raise UserError(f'retrieval_milvus_uri {path!r} is served by process {pid} of another user, machine '
+                                f'or container, which cannot be reached from here: wait for its end, or use a Milvus '
+                                f'server')
+            opened.pop_all()
+            return Lease(address, int(pid), lease)
     except OSError as error:
         raise UserError(f'retrieval_milvus_uri {path!r} cannot be used ({error.strerror}): it must be a database of '
                         f'Milvus Lite, in a folder that you may write to') from error
+
+
+def wait_for(condition, path, timeout):
+    """What condition() returns, once that is true. UserError after `timeout` seconds."""
+    started, said = time.monotonic(), False
+    while not (found := condition()):
+        waited = time.monotonic() - started
+        if waited > timeout:
+            raise UserError(f'another process has been starting or ending the server of {path} for {waited:.0f} s: see '
+                            f'whether it is stopped')
+        if waited > 10 and not said:
+            print(f'waiting for another process, which starts or ends the server of {path}', file=sys.stderr)
+            said = True
+        time.sleep(0.05)
+    return found
+
+
+def find_server(file, path, niceness):
+    """
+    Address, process id and inode that the database's server has written to its open file, or None if it has not yet.
+    If no process has the file locked, a server is started.
+    """
+    if try_lock(file):
+        fcntl.flock(file, fcntl.LOCK_UN)
+        start_server(path, niceness)
+    file.seek(0)
+    fields = file.read().split()
+    return fields if len(fields) == 3 else None
 
 
 def try_lock(file):
@@ -85,18 +118,31 @@ def try_lock(file):
 
 
 def start_server(path, niceness):
-    """Start the server of the database at `path`, and wait until it serves. UserError if it cannot."""
+    """Start the server of the database at `path`, and wait until one serves. UserError if it cannot."""
     if why_slow():
         print(why_slow(), file=sys.stderr)
+    forget_server()
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([root, *sys.path]), 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, '-m', 'retrieval.local_server', os.path.abspath(path), str(niceness)]
     with tempfile.TemporaryFile('w+') as stderr:
-        with subprocess.Popen([sys.executable, '-m', 'retrieval.local_server', path, str(niceness)], env=environment,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+        # in a folder of ours: Python looks for modules in the working folder first
+        with subprocess.Popen(command, env=environment, cwd=root, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=stderr, text=True) as process:
             is_ready = process.stdout.readline() == 'ready\n'
         if not is_ready:
             stderr.seek(0)
             raise cannot_start(path, stderr.read())
+
+
+def forget_server():
+    """
+    Remove from the environment what pymilvus reads at import: the setting retrieval_milvus_uri alone names the server.
+    Libraries that read .env files may have put it there again.
+    """
+    os.environ['PYTHON_DOTENV_DISABLED'] = '1'
+    for name in ('MILVUS_URI', 'MILVUS_DEFAULT_CONNECTION'):
+        os.environ.pop(name, None)
 
 
 def why_slow():
@@ -125,15 +171,19 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it ends when nobody uses it any more
         signal.signal(number, signal.SIG_IGN)
     os.nice(int(niceness))
-    ready = os.fdopen(os.dup(1), 'w')
+    ready = os.dup(1)
     os.dup2(2, 1)  # whatever libraries print must not be taken for the answer
     gc.set_threshold(100_000)  # a search makes many small objects and no cycles
     locked = open(os.path.join(path, '.nanoretro-server'), 'a+')
-    fcntl.flock(locked, fcntl.LOCK_EX)
+    if not try_lock(locked):  # by a server whose starter was killed
+        tell(ready)
+        return
+    inode = str(os.fstat(locked.fileno()).st_ino)
     locked.seek(0)
-    old_folder = os.path.dirname(locked.readline().strip().removeprefix('unix:'))
-    if os.path.dirname(old_folder) == tempfile.gettempdir() and os.path.basename(old_folder).startswith(PREFIX):
-        shutil.rmtree(old_folder, ignore_errors=True)  # of a server that was killed
+    fields = locked.read().split()
+    if len(fields) == 3 and fields[2] == inode:  # a server of this file was killed, and not one of the file copied
+        remove_socket(fields[0].removeprefix('unix:'))
+    locked.truncate(0)
     import grpc
     import milvus_lite.db
     from milvus_lite.adapter.grpc.servicer import MilvusServicer
@@ -141,31 +191,50 @@ def main():
     if not why_slow():
         from retrieval.lite_collection import ArrayCollection
         milvus_lite.db.Collection = ArrayCollection
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:  # for the user alone
-        database = milvus_lite.db.MilvusLite(path)
-        # one worker: search parameters are stored in the index, where a concurrent search would overwrite them
-        server = grpc.server(ThreadPoolExecutor(1), options=OPTIONS)
-        add_MilvusServiceServicer_to_server(MilvusServicer(database), server)
-        server.add_insecure_port(f'unix:{folder}/socket')
-        server.start()
-        locked.truncate(0)
-        locked.write(f'unix:{folder}/socket\n{os.getpid()}\n')
-        locked.flush()
-        print('ready', file=ready, flush=True)
-        ready.close()
-        for descriptor in (1, 2):  # what libraries log from here on would fill a file that nobody reads
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-        with open(os.path.join(path, '.nanoretro-start'), 'a') as start:
-            while True:
-                time.sleep(PATIENCE)
-                fcntl.flock(start, fcntl.LOCK_EX)
-                with open(os.path.join(path, '.nanoretro-lease'), 'a') as lease:
-                    if try_lock(lease):  # nobody is left, and who comes now waits until the database is closed
-                        server.stop(grace=0)
-                        database.close()
-                        locked.close()
-                        return
-                fcntl.flock(start, fcntl.LOCK_UN)
+    # one worker: search parameters are stored in the index, where a concurrent search would overwrite them
+    database, pool = milvus_lite.db.MilvusLite(path), ThreadPoolExecutor(1)
+    server = grpc.server(pool, options=OPTIONS)
+    # for the user alone; the path of a Unix socket holds 107 bytes at most
+    folder = tempfile.mkdtemp(prefix=PREFIX, dir='/tmp' if len(os.fsencode(tempfile.gettempdir())) > 70 else None)
+    address = f'{folder}/socket'
+    add_MilvusServiceServicer_to_server(MilvusServicer(database), server)
+    server.add_insecure_port(f'unix:{address}')
+    server.start()
+    locked.write(f'unix:{address}\n{os.getpid()}\n{inode}\n')
+    locked.flush()
+    tell(ready)
+    for descriptor in (1, 2):  # what libraries log from here on would fill a file that nobody reads
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    with open(os.path.join(path, '.nanoretro-start'), 'a+') as start:
+        while True:
+            time.sleep(PATIENCE)
+            fcntl.flock(start, fcntl.LOCK_EX)
+            with open(os.path.join(path, '.nanoretro-lease'), 'a+') as lease:
+                if try_lock(lease):  # nobody is left, and who comes now waits until the database is closed
+                    server.stop(grace=0).wait()
+                    pool.shutdown()  # a request whose client is gone may still be writing
+                    database.close()
+                    remove_socket(address)
+                    locked.truncate(0)
+                    return
+            fcntl.flock(start, fcntl.LOCK_UN)
+
+
+def tell(ready):
+    """Tell whoever started this process that a server serves, by a line to the file descriptor `ready`."""
+    with suppress(BrokenPipeError):  # it was killed
+        os.write(ready, b'ready\n')
+    os.close(ready)
+
+
+def remove_socket(address):
+    """Remove the socket and its folder."""
+    folder = os.path.dirname(address)
+    if os.path.basename(folder).startswith(PREFIX):
+        with suppress(OSError):
+            os.unlink(address)
+        with suppress(OSError):
+            os.rmdir(folder)
 
 
 if __name__ == '__main__':

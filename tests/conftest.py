@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -111,10 +112,11 @@ def become(command, folder, env, outputs):
 
 def start_server_in_a_fork(path, niceness):
     """As retrieval.local_server.start_server."""
-    from retrieval.local_server import cannot_start
+    from retrieval.local_server import cannot_start, forget_server
+    forget_server()
     ready, child = multiprocessing.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile('w+') as stderr:
-        process = forks.Process(target=become_server, args=(path, niceness, child, stderr.name))
+        process = forks.Process(target=become_server, args=(os.path.abspath(path), niceness, child, stderr.name))
         process.start()
         child.close()
         try:
@@ -132,6 +134,42 @@ def become_server(path, niceness, ready, stderr):
     sys.argv = ['local_server', path, str(niceness)]
     from retrieval.local_server import main
     main()
+
+
+PROCESSES = []  # that the running test has started
+
+
+def spawn(*command, folder, env=None, **options):
+    """A process of a test: a script of the project or Python's own arguments. It is killed when the test ends."""
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, text=True,
+                               env={**os.environ, 'PYTHONPATH': str(ROOT), **(env or {})}, **options)
+    PROCESSES.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    yield
+    while PROCESSES:
+        process = PROCESSES.pop()
+        process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+def has_server(path):
+    """Whether a server of the database at `path` is alive."""
+    from retrieval.local_server import try_lock
+    with open(path / '.nanoretro-server', 'a+') as file:
+        return not try_lock(file)
+
+
+def wait_until(condition, seconds=20):
+    deadline = time.time() + seconds
+    while not condition() and time.time() < deadline:
+        time.sleep(0.1)
+    assert condition()
 
 
 CONFIG = f'''
@@ -188,6 +226,7 @@ def populated(prepared, tmp_path_factory):
     folder = tmp_path_factory.mktemp('populated') / 'run'
     shutil.copytree(prepared, folder)
     run('-m', 'retrieval.populate', 'config.py', folder=folder)
+    wait_until(lambda: not has_server(folder / 'milvus.db'))  # it is copied next
     return folder
 
 

@@ -1,4 +1,5 @@
 """The process that serves a local database, and its fast path beside Milvus Lite's own."""
+import fcntl
 import os
 import shutil
 import signal
@@ -14,9 +15,10 @@ import pytest
 from configurator import UserError
 from data.tokenizer import load_tokenizer
 from retrieval import local_server as module
-from retrieval.local_server import PATIENCE, join_server, try_lock
+from retrieval.knowledge_base import connect
+from retrieval.local_server import PATIENCE, join_server
 from retrieval.retriever import Retriever
-from tests.conftest import CHUNK, ROOT, run
+from tests.conftest import CHUNK, ROOT, has_server, run, spawn, wait_until
 
 
 @pytest.fixture
@@ -46,19 +48,6 @@ def test_a_database_that_others_have_open_is_named(settings, workspace):
     join_server('milvus.db').close()
 
 
-def has_server(path):
-    """Whether a server of the database at `path` is alive."""
-    with open(path / '.nanoretro-server', 'a') as file:
-        return not try_lock(file)
-
-
-def wait_until(condition, seconds=20):
-    deadline = time.time() + seconds
-    while not condition() and time.time() < deadline:
-        time.sleep(0.1)
-    assert condition()
-
-
 def test_a_client_that_is_idle_for_long_is_not_sent_away(workspace):
     """As pymilvus' is while its process embeds: it pings all the time. Here it pings faster, to be quick."""
     import grpc
@@ -81,10 +70,14 @@ time.sleep(100)
 """
 
 
+def hold(database, folder=ROOT, **options):
+    """A process that has a lease, and prints its server's id."""
+    return spawn('-c', HOLD, database, folder=folder, stdout=subprocess.PIPE, **options)
+
+
 def test_whoever_comes_later_joins_the_server_and_the_last_one_to_leave_ends_it_also_by_being_killed(workspace):
     database = workspace / 'milvus.db'
-    processes = [subprocess.Popen([sys.executable, '-c', HOLD, str(database)], cwd=ROOT, text=True,
-                                  stdout=subprocess.PIPE) for _ in range(4)]  # they race to start it
+    processes = [hold(database) for _ in range(4)]  # they race to start it
     servers = {process.stdout.readline() for process in processes}
     assert len(servers) == 1 and '' not in servers
     for process in processes[:3]:  # the one that started it among them, or not
@@ -125,11 +118,117 @@ def test_a_server_that_was_killed_is_replaced_while_it_is_in_use(settings, token
 
 def test_a_damaged_server_file_removes_nothing(workspace):
     """What it names is removed only if a server of ours has made it."""
-    precious = workspace / 'precious'
+    precious, file = workspace / 'precious', workspace / 'milvus.db/.nanoretro-server'
     precious.mkdir()
-    (workspace / 'milvus.db/.nanoretro-server').write_text(f'unix:{precious}/socket\n1\n')
+    (precious / 'socket').touch()
+    file.write_text(f'unix:{precious}/socket\n1\n{file.stat().st_ino}\n')
     join_server(str(workspace / 'milvus.db')).close()
-    assert precious.is_dir()
+    assert (precious / 'socket').exists()
+
+
+def test_the_server_of_a_copied_database_leaves_that_of_the_original_alone(workspace):
+    with closing(join_server(str(workspace / 'milvus.db'))) as lease:
+        shutil.copytree(workspace / 'milvus.db', workspace / 'copy.db')
+        with closing(join_server(str(workspace / 'copy.db'))) as other:
+            assert other.pid != lease.pid
+        assert os.path.exists(lease.address.removeprefix('unix:'))
+        with closing(join_server(str(workspace / 'milvus.db'))) as again:
+            assert again.pid == lease.pid
+
+
+@pytest.mark.parametrize('seconds', [0.2, 0.6, 1.0, 1.5, 2.0])
+def test_whoever_is_killed_while_a_server_starts_is_in_nobodys_way(workspace, seconds):
+    database = workspace / 'milvus.db'
+    starter = hold(database)
+    time.sleep(seconds)
+    starter.kill()
+    others = [hold(database) for _ in range(2)]
+    servers = {process.stdout.readline() for process in others}
+    assert len(servers) == 1 and '' not in servers
+    for process in others:
+        process.kill()
+    wait_until(lambda: not has_server(database))
+
+
+def test_a_starter_that_is_stopped_is_waited_for_and_named(workspace, capsys):
+    with open(workspace / 'milvus.db/.nanoretro-start', 'a') as start:
+        fcntl.flock(start, fcntl.LOCK_EX)  # as of a process that Ctrl-Z stopped
+        with pytest.raises(UserError, match='another process has been starting or ending the server .* see whether it'):
+            join_server(str(workspace / 'milvus.db'), timeout=0.5)
+    join_server(str(workspace / 'milvus.db'), timeout=30).close()
+
+
+def test_all_spellings_of_a_path_are_one_database(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    (workspace / 'link.db').symlink_to('milvus.db')
+    leases = [join_server(path) for path in ('milvus.db', './milvus.db', 'link.db', str(workspace / 'milvus.db'))]
+    assert len({lease.pid for lease in leases}) == 1
+    for lease in leases:
+        lease.close()
+
+
+def test_a_long_temporary_folder_and_modules_in_the_working_folder_do_not_matter(workspace):
+    folder = workspace / ('long' * 30)
+    folder.mkdir()
+    for name in ('grpc', 'milvus_lite', 'json'):
+        (workspace / f'{name}.py').write_text('raise SystemExit("not this one")')
+    code = HOLD.replace('import sys, time', 'import sys; sys.path.remove(""); import time')
+    process = spawn('-c', code, 'milvus.db', folder=workspace, stdout=subprocess.PIPE, env=dict(TMPDIR=str(folder)))
+    assert int(process.stdout.readline()) > 0
+
+
+def test_a_socket_that_is_not_here_is_named(workspace):
+    """As when a container shares the folder."""
+    with closing(join_server(str(workspace / 'milvus.db'))) as lease:
+        os.rename(lease.address.removeprefix('unix:'), f'{workspace}/elsewhere')
+        with pytest.raises(UserError, match=f'is served by process {lease.pid} of another user, machine or container'):
+            join_server(str(workspace / 'milvus.db'))
+        os.rename(f'{workspace}/elsewhere', lease.address.removeprefix('unix:'))
+
+
+FILL = """
+import sys
+from contextlib import closing
+from retrieval.knowledge_base import connect
+from retrieval.local_server import join_server
+lease = join_server('milvus.db')
+client = connect(lease.address, 'milvus.db', '', 60)
+client.load_collection('chunks')
+row = client.query('chunks', 'position == 1', ['doc_id', 'position', 'document', 'text', 'tokens', 'embedding'])[0]
+for start in range(0, 20_000, 2000):
+    client.upsert('chunks', [{**row, 'id': number} for number in range(start, start + 2000)])
+print(lease.pid, flush=True)
+client.flush('chunks')
+"""
+
+
+def test_a_server_writes_nothing_once_another_one_may_start(workspace):
+    """Its last client is killed while it writes."""
+    process = spawn('-c', FILL, folder=workspace, stdout=subprocess.PIPE)
+    pid = int(process.stdout.readline())
+    time.sleep(0.2)  # for the request to arrive
+    process.kill()
+    wait_until(lambda: not has_server(workspace / 'milvus.db'), 60)
+
+    def state():
+        return {path: path.stat().st_mtime_ns for path in (workspace / 'milvus.db').rglob('*') if path.is_file()}
+    before = state()
+    wait_until(lambda: not os.path.exists(f'/proc/{pid}'), 60)
+    assert state() == before
+    with closing(join_server(str(workspace / 'milvus.db'))) as lease:
+        client = connect(lease.address, 'milvus.db', '', 60)
+        client.load_collection('chunks')
+        assert len(client.query('chunks', 'id >= 0 and id < 20000', ['id'])) == 20_000
+        client.close()
+
+
+def test_what_pymilvus_reads_from_the_environment_names_no_server(workspace):
+    """Also where another library has read a .env file since."""
+    code = ('import os\nfrom retrieval.knowledge_base import connect\nfrom retrieval.local_server import join_server\n'
+            'os.environ.update(MILVUS_URI="foo.db", MILVUS_DEFAULT_CONNECTION="bar")\n'
+            'lease = join_server("milvus.db")\n'
+            'print(connect(lease.address, "milvus.db", "", 60).list_collections())')
+    assert run('-c', code, folder=workspace).stdout == "['chunks']\n"
 
 
 def test_with_another_version_of_milvus_lite_its_own_search_answers_and_that_is_said(settings, tokenizer_of, capfd,
