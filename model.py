@@ -55,16 +55,13 @@ class RETROConfig:
         if wrong:
             raise ValueError(f'retrieval_layers {self.retrieval_layers} must be numbers from 1 to n_layer '
                              f'{self.n_layer}, but {wrong} are not')
-        for name, least, most in (('k_neighbors', 1, math.inf), ('encoder_layers', 0, math.inf),
-                                  ('longest_match', 0, 127)):  # matches are counted in int8
-            if not least <= getattr(self, f'retrieval_{name}') <= most:
-                raise ValueError(f'retrieval_{name} {getattr(self, f"retrieval_{name}")} is not from {least} to {most}')
+        if not 0 <= self.retrieval_longest_match <= 127:  # matches are counted in int8
+            raise ValueError(f'retrieval_longest_match {self.retrieval_longest_match} is not from 0 to 127')
 
     @classmethod
     def from_settings(cls, settings, vocab_size):
         """The architecture of a run's settings; vocab_size is padded to a multiple of 64, which is faster."""
-        names = {f.name for f in fields(cls)} - {'vocab_size'}
-        return cls(vocab_size=-(-vocab_size // 64) * 64, **{name: getattr(settings, name) for name in names})
+        return cls(**{f.name: getattr(settings, f.name, -(-vocab_size // 64) * 64) for f in fields(cls)})
 
     @property
     def has_encoder(self):
@@ -221,10 +218,9 @@ class Encoder(nn.Module):
 
 class CopyAttention(nn.Module):
     """
-    Cross-attention that can copy from its first step on. The score of a neighbor token has an added learned weight
-    times the match length, how many consecutive tokens agree going back from the query and from it. Its value is the
-    embedding of the token after it. So attention goes to where the last tokens occur in a neighbor, and finds what came
-    next. A null key allows attending to nothing.
+    Cross-attention that can copy from its first step on. A neighbor token's score has an added learned weight times the
+    match length: how many tokens agree going back from the query and from it. Its value is the embedding of the token
+    after it, so attention to where the last tokens occur finds what came next. A null key is for attending to nothing.
     """
 
     def __init__(self, config):
@@ -240,8 +236,8 @@ class CopyAttention(nn.Module):
         q = split_heads(self.c_q(x), COPY_HEADS)
         N, heads, S, d = q.shape
         # the two added dimensions are multiplied with a key's mask and its null flag
-        q = torch.cat([q / math.sqrt(d), torch.ones_like(q[..., :1]),
-                       self.nothing.to(q.dtype).view(heads, 1, 1).expand(N, heads, S, 1)], dim=-1)
+        nothing = self.nothing.to(q.dtype).view(heads, 1, 1).expand(N, heads, S, 1)
+        q = torch.cat([q / math.sqrt(d), torch.ones_like(nothing), nothing], dim=-1)
         # expanded over N: the gradient is then a sum over contiguous memory, several times faster on a CPU
         weight = self.match.to(q.dtype).expand(N, heads)[..., None, None]
         scores = torch.addcmul(q @ keys.transpose(-2, -1), weight, matches[:, None])  # (N, heads, S, M)
@@ -298,8 +294,7 @@ class ChunkedCrossAttention(nn.Module):
 
     def forward(self, x, neighbors):
         """x (B, T, D) and a NeighborContext of L <= T / C chunks, to (B, T, D); zero where a chunk has no neighbor."""
-        B, T, D = x.shape
-        L, C = neighbors.found.shape[1], self.chunk_size
+        (B, T, D), L, C = x.shape, neighbors.found.shape[1], self.chunk_size
         shifted = F.pad(self.ln(x)[:, C - 1:C - 1 + L * C], (0, 0, 0, max(0, C - 1 + L * C - T)))
         queries = shifted.reshape(B * L, C, D)
         if self.copies:
@@ -401,6 +396,7 @@ class RETRO(nn.Module):
         x = self.transformer.wte(tokens)
         if doc_ids is not None:
             mask = document_starts(doc_ids, c.retrieval_chunk_size)
+            doc_ids = F.pad((doc_ids[:, 1:] != doc_ids[:, :-1]).cumsum(1), (1, 0))  # a document that recurs is another
             doc_ids = doc_ids.repeat_interleave(c.retrieval_chunk_size, dim=1)  # (B, T)
             if (self.training and c.dropout) or not takes_documents(x.device.type, to_autocast_dtype(x).dtype,
                                                                     c.n_embd // c.n_head):
@@ -456,7 +452,9 @@ class RETRO(nn.Module):
         are fields of RETROConfig. What retrieval adds starts at random, a token_mix at zero. block_size may be smaller;
         rows that pad the vocabulary are the mean token. ValueError if the source is no plain GPT-2, or does not fit.
         """
-        from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+        from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, logging
+        logging.set_verbosity_error()  # what it would report is an error here
+        logging.disable_progress_bar()
         c = AutoConfig.from_pretrained(name, trust_remote_code=False)
         plain = GPT2Config(n_inner=getattr(c, 'n_inner', None) and 4 * c.n_embd)
         odd = [f'{key} is {value!r}' for key in GPT2_FIELDS if (value := getattr(c, key, None)) != getattr(plain, key)]
@@ -464,20 +462,23 @@ class RETRO(nn.Module):
             raise ValueError(f'{name} is no plain GPT-2: {", ".join(odd)}')
         theirs = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, bias=True, block_size=c.n_positions,
                       vocab_size=c.vocab_size)
-        config = RETROConfig(**{**theirs, 'token_mix': False, 'use_retrieval': False, **overrides})
-        fits = dict(block_size=config.block_size <= c.n_positions, vocab_size=config.vocab_size >= c.vocab_size)
-        wrong = [f'{key} is {getattr(config, key)} and that of {name} {value}' for key, value in theirs.items()
-                 if not fits.get(key, getattr(config, key) == value)]
+        ours = RETROConfig(**{**theirs, 'token_mix': False, 'use_retrieval': False, **overrides})
+        fits = dict(block_size=ours.block_size <= c.n_positions, vocab_size=0 <= ours.vocab_size - c.vocab_size < 128)
+        wrong = [f'{key} is {getattr(ours, key)} and that of {name} {value}' for key, value in theirs.items()
+                 if not fits.get(key, getattr(ours, key) == value)]
         if wrong:
             raise ValueError(f'{"; ".join(wrong)}: use the same')
-        source = GPT2LMHeadModel.from_pretrained(name).state_dict()
-        model = cls(config)
+        source, report = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+        source, odd = source.state_dict(), {key: found for key, found in report.items() if found}
+        if odd or not torch.equal(source['lm_head.weight'], source['transformer.wte.weight']):
+            raise ValueError(f'the weights of {name} are not those of its config ({odd or "lm_head is not tied"})')
+        model = cls(ours)
         with torch.no_grad():
             model.lm_head.weight.copy_(source['lm_head.weight'].mean(0))  # of rows that pad the vocabulary
-            for key, ours in model.named_parameters():
+            for key, parameter in model.named_parameters():
                 if key in source:  # and is not what retrieval adds
                     weight = source[key].t() if '.c_' in key else source[key]  # GPT-2's are (in, out); biases (out,)
-                    ours[:len(weight)].copy_(weight[:len(ours)])  # a smaller block_size, a padded vocabulary
+                    parameter[:len(weight)].copy_(weight[:len(parameter)])  # a smaller block, a padded vocabulary
             if model.mix:
                 model.mix.weight.zero_()
         return model
@@ -530,14 +531,13 @@ class RETRO(nn.Module):
                 masks.append(mask)
             first = max(0, math.ceil((tokens.shape[1] - block_size) / C))  # whole chunks leave the window
             visible = [torch.cat(x[first:], 1) for x in (neighbors, masks)] if neighbors[first:] else []
-            x = self.hidden(tokens[:, first * C:], *visible)
-            logits = self.lm_head(x[:, -1]).float()
+            logits = self.lm_head(self.hidden(tokens[:, first * C:], *visible)[:, -1]).float()
             if allowed is not None:
                 logits = logits[:, :len(allowed)].masked_fill(~allowed, -math.inf)
             if temperature == 0:
                 next_token = logits.argmax(-1, keepdim=True)
             else:
-                logits = logits / temperature
+                logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # which may be tiny
                 if top_k:
                     smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]
                     logits = logits.masked_fill(logits < smallest, -math.inf)

@@ -5,7 +5,7 @@ Documents, read through Hugging Face `datasets` from local files, saved folders 
     chunked = [chunk(document, tokenizer, chunk_size=64) for document in documents]
 """
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
@@ -29,6 +29,10 @@ class DatasetConfig:
     source: str = ''  # what the ids are unique in; default: the file's folder, or the dataset's name
 
     def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, (int, float) if field.name == 'weight' else str):
+                raise TypeError(f'{field.name} is {value!r}')
         if not self.source:
             is_file = self.path.endswith(tuple(LOADERS))
             self.source = os.path.basename(os.path.dirname(os.path.abspath(self.path))) if is_file else self.path

@@ -68,6 +68,7 @@ class SequenceStream:
         weights = np.array([config.weight for config in configs], dtype=float)
         if not ((weights > 0) & np.isfinite(weights)).all():
             raise UserError(f'dataset weights must be positive and finite, but are {weights.tolist()}')
+        weights = weights / weights.max()  # the sum of large ones would overflow
         self.weights = weights / weights.sum()
         self.tokenizer, self.chunk_size, self.chunks = tokenizer, chunk_size, block_size // chunk_size
         lanes = lanes or batch_size

@@ -30,16 +30,22 @@ def load_tokenizer(name):
     if not os.path.isfile(name):
         raise UserError(f"no tokenizer {name!r}: use 'gpt2', or make the corpus and its tokenizer first, e.g. with "
                         f'python data/python_source/prepare.py')
-    with open(name, encoding='utf-8') as file:
-        saved = json.load(file)
-    byte_by_char = unicode_to_byte()
-    ranks = {bytes(byte_by_char[c] for c in token): rank for token, rank in saved['model']['vocab'].items()
-             if token != END_OF_TEXT}
-    special = {token['content']: token['id'] for token in saved['added_tokens']}
-    if END_OF_TEXT not in special:
-        raise UserError(f'tokenizer {name!r} has no {END_OF_TEXT} token: add it as a special token')
-    return tiktoken.Encoding(name, pat_str=split_pattern(saved['pre_tokenizer']), mergeable_ranks=ranks,
-                             special_tokens=special)
+    try:
+        with open(name, encoding='utf-8') as file:
+            saved = json.load(file)
+        byte_by_char = unicode_to_byte()
+        ranks = {bytes(byte_by_char[c] for c in token): rank for token, rank in saved['model']['vocab'].items()
+                 if token != END_OF_TEXT}
+        special = {token['content']: token['id'] for token in saved['added_tokens']}
+        if END_OF_TEXT not in special:
+            raise UserError(f'tokenizer {name!r} has no {END_OF_TEXT} token: add it as a special token')
+        return tiktoken.Encoding(name, pat_str=split_pattern(saved['pre_tokenizer']), mergeable_ranks=ranks,
+                                 special_tokens=special)
+    except UserError:
+        raise
+    except Exception as error:  # of JSON, of a missing or mistyped part, of tiktoken
+        raise UserError(f"tokenizer {name!r} is not a byte-level BPE in Hugging Face's tokenizer.json format "
+                        f'({type(error).__name__}: {str(error)[:200]}): name another') from error
 
 
 def tokenizer_json(name, tokenizer):

@@ -403,10 +403,28 @@ def test_documents_start_where_the_dense_mask_starts_anew():
     assert starts.dtype == torch.int32 and starts.shape == (doc_ids.numel() + 1,) and starts[-1] == doc_ids.numel() * C
     documents = torch.searchsorted(starts, torch.arange(4 * T), right=True).view(4, T)
     dense = doc_ids.repeat_interleave(C, dim=1)
-    dense[3, 2 * C:] = 3  # the stream gives every document an id of its own
+    dense[3, 2 * C:] = 3  # a document that recurs is another
     for packed, plain in zip(documents, dense, strict=True):
         assert torch.equal(packed[:, None] == packed, plain[:, None] == plain)
     assert len({documents[0, -1].item(), documents[1, 0].item(), documents[2, 0].item()}) == 3  # borders of sequences
+
+
+@torch.no_grad()
+def test_a_document_that_recurs_in_a_sequence_does_not_see_itself():
+    """As where flash attention takes documents by where they start."""
+    model, (tokens, _, _) = make_model().eval(), make_batch()
+    doc_ids = torch.tensor([[1, 2, 1]] * 2)
+    other = tokens.clone()
+    other[:, :C] = (other[:, :C] + 1) % V
+    logits, changed = (model(given, doc_ids=doc_ids)[0] for given in (tokens, other))
+    assert torch.equal(logits[:, 2 * C:], changed[:, 2 * C:])
+
+
+@torch.no_grad()
+def test_a_tiny_temperature_takes_the_likeliest_token():
+    model, (tokens, _, _) = make_model().eval(), make_batch()
+    greedy = model.generate(tokens[:, :C], 5, temperature=0)
+    assert torch.equal(model.generate(tokens[:, :C], 5, temperature=1e-40), greedy)
 
 
 def test_where_flash_attention_takes_documents_no_mask_is_made_and_the_graph_is_one(monkeypatch):

@@ -143,9 +143,11 @@ def test_the_peps_load_as_they_are():
     ('missing.parquet', "no corpus at 'missing.parquet'"),
     (dict(path='{prepared}/train.parquet', text_field='body'), "no column 'body'.*id, text"),
     (dict(pth='x'), 'no path and no DatasetConfig'),
+    (dict(path=5), 'no path and no DatasetConfig .path is 5'),
+    (dict(path='x', weight='abc'), "no path and no DatasetConfig .weight is 'abc'"),
 ])
-def test_a_dataset_that_can_not_be_read_is_named_with_what_to_do(prepared, entry, said):
-    if isinstance(entry, dict) and 'path' in entry:
+def test_a_dataset_that_cannot_be_read_is_named_with_what_to_do(prepared, entry, said):
+    if isinstance(entry, dict) and isinstance(entry.get('path'), str):
         entry['path'] = entry['path'].format(prepared=prepared)
     with pytest.raises(UserError, match=said):
         list(load_documents(as_dataset_configs([entry], 'train_datasets')))
@@ -154,6 +156,11 @@ def test_a_dataset_that_can_not_be_read_is_named_with_what_to_do(prepared, entry
 def test_a_weight_that_is_not_positive_is_refused(prepared, tokenizer):
     with pytest.raises(UserError, match='weights must be positive'):
         SequenceStream([DatasetConfig(str(prepared / 'train.parquet'), weight=0.0)], tokenizer, CHUNK, BLOCK, 1)
+
+
+def test_weights_whose_sum_is_more_than_a_float_can_hold_are_weights(prepared, tokenizer):
+    config = DatasetConfig(str(prepared / 'train.parquet'), weight=1e308)
+    assert SequenceStream([config, config], tokenizer, CHUNK, BLOCK, 1).weights.tolist() == [0.5, 0.5]
 
 
 def test_documents_without_ids_are_different_documents_in_every_file_and_row(tmp_path):

@@ -56,6 +56,15 @@ def test_the_vocabulary_hash_knows_tokenizers_by_what_they_do_and_not_by_their_n
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+@pytest.mark.parametrize('data', [b'# nanoRETRO', b'{}', b'[]', b'\xff\xfe\x00', b'',
+                                  b'{"model": {"vocab": {"a": "b"}}}',
+                                  b'{"model": {"vocab": {"\xe4\xb8\xad": 1}}, "added_tokens": []}'])
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path, data):
+    (tmp_path / 'file.json').write_bytes(data)
+    with pytest.raises(UserError, match='file.json. is not a byte-level BPE in Hugging Face.*: name another'):
+        load_tokenizer(str(tmp_path / 'file.json'))
+
+
 def test_a_missing_tokenizer_is_named_with_what_to_do():
     with pytest.raises(UserError, match=r"no tokenizer 'nowhere.json'.*prepare.py"):
         load_tokenizer('nowhere.json')
