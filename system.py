@@ -4,6 +4,8 @@ thread library reads its environment once, at import (ruff's isort keeps that or
 """
 import os
 import re
+import select
+import shutil
 import sys
 import sysconfig
 import time
@@ -19,8 +21,6 @@ from tqdm import tqdm
 
 from configurator import UserError
 
-HIDDEN = {*map(chr, range(0x7f, 0xa0)), *'\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069',
-          *map(chr, range(0xd800, 0xe000)), '\ufeff', '\ufff9', '\ufffa', '\ufffb', '\ufffe', '\uffff'}
 PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40': 181e12, 'L4': 121e12, '4090': 165e12,
               '3090': 71e12, 'V100': 125e12, 'T4': 65e12}  # dense half precision, by the vendors' data sheets
 
@@ -64,15 +64,19 @@ def pick_dtype(dtype, device):
 
 
 def why_not_compile(device):
-    """Why torch.compile cannot work here, or ''."""
+    """Why torch.compile cannot work here, or ''. Inductor compiles C++ for CPUs; Triton compiles C, too, for GPUs."""
     if device.startswith('cuda'):
         from torch.utils._triton import has_triton
-        return '' if has_triton() else 'Triton is not installed, or does not support this GPU'
-    from torch._inductor import cpp_builder, exc
-    try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
-        return 'there is no C++ compiler; install g++, or set CXX'
+        if not has_triton():
+            return 'Triton is not installed, or does not support this GPU'
+        if not any(shutil.which(name) for name in (os.environ.get('CC', ''), 'cc', 'gcc', 'clang') if name):
+            return 'there is no C compiler; install gcc, or set CC'
+    else:
+        from torch._inductor import cpp_builder, exc
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            return 'there is no C++ compiler; install g++, or set CXX'
     include = sysconfig.get_paths()['include']
     return '' if os.path.isfile(os.path.join(include, 'Python.h')) else f'there is no Python.h in {include}'
 
@@ -114,15 +118,6 @@ def peak_flops(device, precision):
     return 2 * size ** 3 / fastest
 
 
-def visible(text):
-    """
-    Text of documents and models for a terminal or a page, which act on some characters: control characters other than
-    tab and line feed, and those that turn the direction of writing, are shown as symbols.
-    """
-    return ''.join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in '\t\n' else '\ufffd' if c in HIDDEN else c
-                   for c in text)
-
-
 def get_rng_state():
     """The state of torch's generators, as tensors."""
     return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
@@ -135,6 +130,18 @@ def set_rng_state(state):
 
 
 def say(message):
-    """Print a line above the progress bar, if there is one."""
-    tqdm.write(message)
-    sys.stdout.flush()
+    """Print a line above the progress bar, if there is one. That nobody reads it any more is no reason to stop."""
+    try:
+        tqdm.write(message)
+        sys.stdout.flush()
+    except OSError:
+        drop_lost_output()
+
+
+def drop_lost_output():
+    """If the terminal is gone, or the program that read a pipe, send what is printed from now on nowhere."""
+    for descriptor in (1, 2):
+        state = select.poll()
+        state.register(descriptor, select.POLLOUT)
+        if any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in state.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

@@ -44,7 +44,13 @@ from training.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from training.checks import NotFinite, check_settings, not_finite
+from training.checks import (
+    NotFinite,
+    check_settings,
+    check_step,
+    describe_schedule,
+    not_finite,
+)
 from training.distributed import StopSignals, find_ranks, join_ranks, share_of_step
 from training.metrics import Interval, Metrics, plot_metrics, summary, tokens_per_step
 from training.out_dir import check_writable, lock_run
@@ -153,10 +159,11 @@ def main(cleanup):
     no_compile = why_not_compile(ranks.device) if settings.compile else ''
     if no_compile and ranks.is_master:
         say(f'running without torch.compile: {no_compile}')
-    if settings.decay_lr and settings.warmup_iters >= settings.lr_decay_iters and ranks.is_master:
-        say(f'the learning rate never reaches its peak: warmup_iters {settings.warmup_iters} is not below '
-            f'lr_decay_iters {settings.lr_decay_iters}')
-    state = checkpoint.load_state(ranks.rank if is_resumed else None, ranks.device) if checkpoint else RunState()
+    if describe_schedule(settings) and ranks.is_master and not settings.eval_only:
+        say(describe_schedule(settings))
+    state = checkpoint.load_state(ranks.rank if is_resumed else None) if checkpoint else RunState()
+    if is_resumed and state.step >= settings.max_iters and ranks.is_master:
+        say(f'nothing is left to train: the checkpoint is of step {state.step}, and max_iters is {settings.max_iters}')
 
     torch.manual_seed(settings.seed)  # the same weights in every process
     if checkpoint or settings.init_from == 'scratch':
@@ -172,8 +179,6 @@ def main(cleanup):
                     say=lambda news: say(news if ranks.is_master else f'rank {ranks.rank}: {news}'))
     cleanup.callback(loader.close)
     val_batches = loader.take_val()
-    prompt_retriever = functools.cache(lambda: cleanup.enter_context(closing(
-        Retriever(settings, tokenizer, ranks.device, say))) if settings.use_retrieval else None)
 
     # model and optimizer
     device_type = ranks.device.split(':')[0]
@@ -210,10 +215,18 @@ def main(cleanup):
     metrics = Metrics(settings, ranks, model, precision, bar, cleanup, state)
 
     signals = StopSignals(cleanup)
+
+    def say_or_stop(news):  # of a retriever that waits for Milvus
+        signals.check()
+        say(news)
+
+    prompt_retriever = functools.cache(lambda: cleanup.enter_context(closing(
+        Retriever(settings, tokenizer, ranks.device, say_or_stop))) if settings.use_retrieval else None)
     interval = Interval(state.step, loader.waited)
     for batch in val_batches:
         interval.counts.update(batch.counts)
     failure = None
+    cleanup.push(lambda _, error, __: end_early(settings, ranks, state, save, error))
     while True:
         # fetch the step's micro-batches; the ranks agree to go on
         is_done, batches = state.step >= settings.max_iters or settings.eval_only, []
@@ -233,44 +246,39 @@ def main(cleanup):
             if state.step and val_loss < state.best_val_loss:
                 state.best_val_loss = val_loss
                 save(state)  # nothing, if it was saved above
-            failure = run_benchmarks(settings, benchmarks, metrics, state.step, val_batches[0].tokens, signals, model,
+            failure = run_benchmarks(settings, benchmarks, metrics, state.step, val_batches[0], signals, model,
                                      tokenizer, ranks.device, context, prompt_retriever)
             agree_to_go_on(settings, ranks, signals, failure, state, save)
             interval.paused += time.perf_counter() - start
         if is_done:
             break
 
-        try:
-            # forward and backward; the loss is the mean over the step's targets on all ranks
-            nats = 0.0
-            for micro_step, batch in enumerate(batches):
-                if ranks.world_size > 1:  # all-reduce gradients only in the last micro-step; DDP divides by world_size
-                    wrapped.require_backward_grad_sync = micro_step == micro_steps - 1
-                with context:
-                    _, loss = wrapped(batch.tokens, batch.targets, batch.neighbors, batch.neighbor_mask, batch.doc_ids,
-                                      loss_reduction='sum')
-                scaler.scale(loss * (ranks.world_size / max(1, targets))).backward()
-                nats += loss.detach()
-                interval.counts.update(batch.counts)
+        # forward and backward; the loss is the mean over the step's targets on all ranks
+        nats = 0.0
+        for micro_step, batch in enumerate(batches):
+            if ranks.world_size > 1:  # all-reduce gradients only in the last micro-step; DDP divides by world_size
+                wrapped.require_backward_grad_sync = micro_step == micro_steps - 1
+            with context:
+                _, loss = wrapped(batch.tokens, batch.targets, batch.neighbors, batch.neighbor_mask, batch.doc_ids,
+                                  loss_reduction='sum')
+            scaler.scale(loss * (ranks.world_size / max(1, targets))).backward()
+            nats += loss.detach()
+            interval.counts.update(batch.counts)
 
-            # clip and step
-            lr = get_lr(state.step, settings)
-            for group in optimizer.param_groups:
-                group['lr'] = lr
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(wrapped.parameters(), settings.grad_clip or math.inf)
-            # in float16 the scaler itself skips steps whose gradients overflow
-            failure = not_finite(state.step, loss=nats.item(), norm=0.0 if scaler.is_enabled() else norm.item())
-            if failure is None:
-                state.is_stepping = True
-                scaler.step(optimizer)
-                scaler.update()
-                state.finish_step(nats, targets, batches[-1].state)
-        except Exception as error:  # e.g. out of memory
-            failure = error
-            if ranks.world_size > 1:  # the others wait for this rank's gradients: the launcher ends them
-                say(describe_newest(settings, state))
-                raise
+        # clip and step
+        lr = get_lr(state.step, settings)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(wrapped.parameters(), settings.grad_clip or math.inf)
+        nats, norm = ranks.sum(nats.double()).item(), norm.item()
+        failure = check_step(state.step, nats, norm, scaler)
+        if failure is None:
+            state.is_stepping = True
+            scaler.step(optimizer)
+            scaler.update()
+            state.finish_step(nats, targets, batches[-1].state)
+            bar.update()
         optimizer.zero_grad(set_to_none=True)
 
         # log
@@ -278,7 +286,6 @@ def main(cleanup):
             metrics.log_steps(state, interval, lr, loader.waited)
             interval = Interval(state.step, loader.waited)
             state.losses, state.targets = [], 0
-        bar.update()
 
     bar.close()
     if ranks.is_master and not settings.eval_only:
@@ -332,21 +339,34 @@ def agree_to_go_on(settings, ranks, signals, failure, state, save, batches=()):
     if not codes.any():
         return targets.sum().item()
     signals.ignore()
-    if not (codes == NotFinite.exit_code).any() and not state.is_stepping and not settings.eval_only and state.step:
-        save(state)
-    if ranks.is_master and not settings.eval_only:
-        say(describe_newest(settings, state))
+    if not (codes == NotFinite.exit_code).any():
+        save_last_step(settings, state, save)
     if failure:
         raise failure
     sys.exit(codes.max().item())
 
 
-def describe_newest(settings, state):
-    """Where the newest checkpoint is."""
-    if not state.saved_steps:
-        return 'no step was finished, so there is nothing to save'
-    return (f'the newest checkpoint is {settings.out_dir}/checkpoints/step-{state.saved_steps[-1]}; resume from it '
-            f'with --init_from=resume')
+def save_last_step(settings, state, save):
+    """Save the last finished step, if there is one and the weights are still its."""
+    if state.step and not state.is_stepping and not settings.eval_only:
+        save(state)
+
+
+def end_early(settings, ranks, state, save, error):
+    """
+    When an exception ends the loop, say where the newest checkpoint is; first save the last finished step if it is one
+    that the ranks have not agreed on, e.g. out of memory. Several ranks cannot: the others wait for this one's
+    gradients, until the launcher ends them.
+    """
+    if error is None or settings.eval_only:
+        return
+    try:
+        if ranks.world_size == 1 and isinstance(error, Exception) and not isinstance(error, NotFinite):
+            save_last_step(settings, state, save)
+    finally:
+        if ranks.is_master or not isinstance(error, (SystemExit, UserError)):
+            say(f'the newest checkpoint is {settings.out_dir}/checkpoints/step-{state.saved_steps[-1]}; resume from it '
+                f'with --init_from=resume' if state.saved_steps else 'no checkpoint has been saved')
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ from system import autocast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from configurator import UserError, load_settings
 from data.tokenizer import load_tokenizer, tokenizer_json
@@ -137,7 +138,6 @@ def test_a_new_run_sets_a_checkpoint_of_an_earlier_version_aside(copy):
 
 def spoil(path):
     """A weight that is not finite."""
-    from safetensors.torch import load_file, save_file
     weights = load_file(path)
     weights['transformer.ln_f.weight'][3] = float('nan')
     save_file(weights, path)
@@ -164,6 +164,63 @@ def test_training_starts_from_the_weights_of_another_run(copy):
     answer = run(ROOT / 'train.py', 'config.py', '--init_from=out', '--out_dir=new', '--n_embd=16', folder=copy,
                  check=False)
     assert answer.returncode == 2 and 'n_embd: it has 32, the run 16' in answer.stderr
+
+
+def test_a_model_whose_losses_are_not_finite_is_not_evaluated(copy):
+    """Its weights are finite, and its activations overflow."""
+    path = copy / 'out/checkpoints/step-12/model.safetensors'
+    weights = load_file(path)
+    save_file({name: weight * 1e30 if name in ('transformer.wte.weight', 'transformer.ln_f.weight') else weight
+               for name, weight in weights.items()}, path)
+    for command in (['-m', 'evaluation'], [ROOT / 'train.py', 'config.py', '--eval_only=True']):
+        answer = run(*command, folder=copy, check=False)
+        assert answer.returncode == 4 and answer.stderr.count('\n') == 1, answer.stderr
+    assert not (copy / 'out/evaluation.json').exists()
+
+
+def test_what_eval_only_and_init_from_both_name_is_refused(copy):
+    answer = run(ROOT / 'train.py', 'config.py', '--eval_only=True', '--init_from=out', folder=copy, check=False)
+    assert answer.returncode == 2 and 'leave one of them out' in answer.stderr and answer.stderr.count('\n') == 1
+
+
+def spoil_gpt2(name, folder):
+    """What a folder of transformers can hold that is no GPT-2 for this run."""
+    path = folder / 'model.safetensors'
+    weights = load_file(path) if path.exists() else {}
+    config = json.loads((folder / 'config.json').read_text())
+    metadata = dict(format='pt')
+    if name == 'another head':
+        save_file(weights | {'lm_head.weight': torch.randn(1024, 32)}, path, metadata)
+    elif name == 'missing weights':
+        save_file({key: w for key, w in weights.items() if 'c_fc' not in key}, path, metadata)
+    elif name == 'another shape':
+        save_file(weights | {'transformer.wpe.weight': torch.randn(7, 32)}, path, metadata)
+    elif name == 'pickle':
+        path.unlink()
+        (folder / 'pytorch_model.bin').write_bytes(b'no pickle')
+    elif name == 'a list':
+        config = []
+    elif name == 'a string':
+        config['n_head'] = '2'
+    elif name == 'quantized':
+        config['quantization_config'] = dict(quant_method='bitsandbytes', load_in_4bit=True)
+    elif name == 'another tokenizer':
+        text = (folder / '../tokenizer.json').read_text()
+        (folder / 'tokenizer.json').write_text(text.replace('"import"', '"zzzzzz"'))
+    (folder / 'config.json').write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize('name', ['another head', 'missing weights', 'another shape', 'pickle', 'a list', 'a string',
+                                  'quantized', 'another tokenizer'])
+def test_a_folder_of_transformers_that_is_no_such_gpt2_is_one_line(copy, name):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_positions=64, n_embd=32, n_layer=2, n_head=2)).save_pretrained(
+        copy / 'gpt2')
+    spoil_gpt2(name, copy / 'gpt2')
+    answer = run(ROOT / 'train.py', 'config.py', '--init_from=gpt2', '--out_dir=new', '--bias=True',
+                 '--token_mix=False', '--use_retrieval=False', '--max_iters=1', folder=copy, check=False)
+    assert answer.returncode == 2 and answer.stderr.count('\n') == 1, answer.stderr
+    assert "init_from 'gpt2' cannot be used" in answer.stderr and not (copy / 'new').exists()
 
 
 def test_training_starts_from_a_gpt2_that_transformers_saved(copy):
@@ -195,8 +252,13 @@ def test_a_strangers_checkpoint_gets_no_token_switches_nothing_on_and_names_no_f
     assert settings.retrieval_cache_dir == load_settings([]).retrieval_cache_dir
     mine = load_run(str(copy / 'out'), ['--retrieval_milvus_uri=http://mine:1', '--wandb_log=True'])[0]
     assert mine.retrieval_milvus_token == 'root:hush' and mine.wandb_log
-    given = load_run(str(copy / 'out'), ['--retrieval_milvus_token=for:them'])[0]
-    assert given.retrieval_milvus_token == 'for:them'
+    with pytest.raises(UserError, match='http://stranger:1 may have it, give --retrieval_milvus_uri, too'):
+        load_run(str(copy / 'out'), ['--retrieval_milvus_token=for:them'])
+    both = ['--retrieval_milvus_token=for:them', '--retrieval_milvus_uri=http://stranger:1']
+    assert load_run(str(copy / 'out'), both)[0].retrieval_milvus_token == 'for:them'
+    meta['settings']['retrieval_milvus_token'] = 'theirs'
+    meta_path.write_text(json.dumps(meta))
+    assert load_run(str(copy / 'out'), both[1:])[0].retrieval_milvus_token == 'root:hush'
 
 
 def test_float16_skips_steps_that_overflow_and_resumes_with_the_scale_that_it_had(tmp_path, settings):
@@ -222,7 +284,7 @@ def test_float16_skips_steps_that_overflow_and_resumes_with_the_scale_that_it_ha
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            state.finish_step(loss.detach(), tokens[:, 1:].numel(), None)
+            state.finish_step(loss.item(), tokens[:, 1:].numel(), None)
             found.append((loss.item(), scaler.get_scale()))
         return found
 
@@ -236,7 +298,7 @@ def test_float16_skips_steps_that_overflow_and_resumes_with_the_scale_that_it_ha
     parts, checkpoint = start(), load_checkpoint(settings.out_dir, for_resume=True)
     checkpoint.load_model(parts[0])
     checkpoint.load_optimizer(parts[1], parts[2], parts[0])
-    assert first + train(*parts, checkpoint.load_state(0, 'cpu'), 6) == unbroken
+    assert first + train(*parts, checkpoint.load_state(0), 6) == unbroken
 
 
 def test_a_checkpoint_of_a_gpu_is_used_where_there_is_none(copy):
@@ -253,9 +315,12 @@ def test_a_checkpoint_of_a_gpu_is_used_where_there_is_none(copy):
 
 @pytest.mark.parametrize('out_dir, said', [('', 'out_dir is empty'), (' ', 'out_dir is empty'),
                                            ('dangling', "out_dir 'dangling' cannot be written"),
-                                           ('dangling/below', "out_dir 'dangling/below' cannot be written")])
+                                           ('dangling/below', "out_dir 'dangling/below' cannot be written"),
+                                           ('x' * 300, 'is no name for a folder'),
+                                           ('locked', 'locked/.lock cannot be opened (Is a directory)')])
 def test_an_out_dir_that_is_none_is_one_line(workspace, out_dir, said):
     (workspace / 'dangling').symlink_to('nowhere')
+    (workspace / 'locked/.lock').mkdir(parents=True)
     answer = run(ROOT / 'train.py', 'config.py', f'--out_dir={out_dir}', '--use_retrieval=False', folder=workspace,
                  check=False)
     assert answer.returncode == 2 and said in answer.stderr and answer.stderr.count('\n') == 1
@@ -276,18 +341,19 @@ def truncate(path):
 
 def cast_away(path):
     """A weight of another shape."""
-    from safetensors.torch import load_file, save_file
     weights = load_file(path)
     save_file(weights | {'transformer.ln_f.weight': weights['transformer.ln_f.weight'][:-1].contiguous()}, path)
 
 
 @pytest.mark.parametrize('name, damage, said', [
-    ('model.safetensors', truncate, 'is of another architecture, damaged, or no checkpoint'),
+    ('model.safetensors', truncate, 'cannot be read .*: it is damaged, or of something else'),
     ('model.safetensors', cast_away, 'its weights are not those of its architecture'),
-    ('model.safetensors', os.remove, 'is of another architecture, damaged, or no checkpoint'),
-    ('meta.json', truncate, 'is of another architecture, damaged, or no checkpoint'),
+    ('model.safetensors', os.remove, 'cannot be read .*: it is damaged, or of something else'),
+    ('meta.json', truncate, 'cannot be read .*: it is damaged, or of something else'),
     ('meta.json', lambda path: path.write_text('{"version": 99}'), 'its layout is of another version'),
-    ('tokenizer.json', os.remove, "no tokenizer"),
+    ('tokenizer.json', os.remove, "no tokenizer"), ('tokenizer.json', truncate, 'is not a byte-level BPE'),
+    ('meta.json', lambda path: path.write_text(path.read_text().replace('"settings": {', '"settings": "x", "y": {')),
+     'cannot be read'),
     ('meta.json', os.remove, "names 'step-12', which is no checkpoint.*there are steps"),
 ])
 def test_a_damaged_checkpoint_is_refused_by_name(copy, name, damage, said):

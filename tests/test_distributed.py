@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 import pytest
 
+import training.distributed
 from configurator import UserError, load_settings
 from tests.conftest import ROOT, run
 from training.distributed import LAUNCHER, Stopped, StopSignals, find_ranks, share_of_step
@@ -43,12 +44,31 @@ def test_an_environment_that_is_half_set_is_refused_with_what_it_holds(monkeypat
     assert all(f'{name}={value}' in str(error.value) for name, value in found.items())
 
 
-def test_it_is_one_line_of_the_command(workspace):
-    for env in (dict(WORLD_SIZE='4'), WHOLE):  # the latter lacks the master's address
-        answer = run(ROOT / 'train.py', 'config.py', '--use_retrieval=False', '--gradient_accumulation_steps=4',
-                     folder=workspace, env=env, check=False)
-        assert answer.returncode == 2 and answer.stderr.startswith("error: the launcher's environment is incomplete")
-        assert answer.stderr.count('\n') == 1
+@pytest.mark.parametrize('env, said', [
+    (dict(WORLD_SIZE='4'), "the launcher's environment is incomplete"),
+    (WHOLE, "the launcher's environment is incomplete"),  # no master's address
+    ({**WHOLE, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': 'abc'}, 'the processes cannot be joined (MASTER_ADDR=127'),
+    ({**WHOLE, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '99999'}, 'the processes cannot be joined (MASTER_ADDR=127'),
+    ])
+def test_it_is_one_line_of_the_command(workspace, env, said):
+    answer = run(ROOT / 'train.py', 'config.py', '--use_retrieval=False', '--gradient_accumulation_steps=4',
+                 folder=workspace, env=env, check=False)
+    assert answer.returncode == 2 and answer.stderr.startswith('error: ') and said in answer.stderr
+    assert answer.stderr.count('\n') == 1
+
+
+def test_an_unknown_backend_is_refused_with_one_process_too():
+    with pytest.raises(UserError, match="backend 'foo' is none of 'auto', "):
+        find_ranks(load_settings(['--device=cpu', '--backend=foo']))
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(training.distributed, 'pick_device', lambda device: device)
+    for name, value in WHOLE.items():
+        monkeypatch.setenv(name, value)
+    assert find_ranks(load_settings(['--device=cuda'])).device == 'cuda:1'
+    with pytest.raises(UserError, match="'cuda:3' is one GPU, and each of the 4 processes"):
+        find_ranks(load_settings(['--device=cuda:3']))
 
 
 @pytest.mark.parametrize('world_size, accumulation, batch_size, share', [

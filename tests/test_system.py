@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 
-from system import pick_device, pick_dtype, visible
+from system import pick_device, pick_dtype
 
 import pytest
 import torch
@@ -51,11 +51,6 @@ def test_without_a_compiler_a_run_says_so_and_goes_on(workspace, monkeypatch):
                             env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert answer.returncode == 0, answer.stderr
     assert 'running without torch.compile: there is no C++ compiler' in answer.stdout
-
-
-def test_characters_that_a_terminal_or_a_page_acts_on_are_shown_as_symbols():
-    assert visible('a\x00b\x1b[31mc\td\n\x7f\u202eevil\u2066') == 'a\u2400b\u241b[31mc\td\n\ufffd\ufffdevil\ufffd'
-    assert visible('ünïcödé 𝛑 中文 🙂') == 'ünïcödé 𝛑 中文 🙂'
 
 
 @pytest.mark.parametrize('given, expected', [({}, 'None 10000'), (dict(OMP_WAIT_POLICY='ACTIVE'), 'ACTIVE None'),

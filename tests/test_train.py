@@ -25,7 +25,7 @@ from evaluation.validation import evaluate
 from model import RETRO, RETROConfig
 from tests.conftest import CHUNK, ROOT, SHARED, run, run_ranks
 from training.checkpoint import load_checkpoint
-from training.checks import check_settings
+from training.checks import check_settings, check_step, describe_schedule
 from training.distributed import Ranks
 
 
@@ -148,10 +148,30 @@ def test_settings_that_follow_others_do_and_contradictions_are_refused():
     settings = check_settings(load_settings(['--lr_decay_iters=50', '--max_iters=100', '--min_lr=0']))
     assert (settings.lr_decay_iters, settings.min_lr) == (50, 0.0)
     for arguments, said in ((['--min_lr=0.1', '--learning_rate=0.01'], 'min_lr 0.1 is above learning_rate 0.01'),
+                            (['--min_lr=-0.5'], 'min_lr must be at least 0.0, or -1.0 for learning_rate / 10'),
+                            (['--warmup_iters=60', '--lr_decay_iters=50', '--max_iters=100'],
+                             'warmup_iters 60 is above lr_decay_iters 50'),
                             (['--retrieval_rerank=1'], 'retrieval_rerank 1 must be at least retrieval_k_neighbors 2'),
                             (['--block_size=100'], 'block_size 100 must be a multiple of retrieval_chunk_size 64')):
         with pytest.raises(UserError, match=said):
             check_settings(load_settings(arguments))
+
+
+def test_a_schedule_that_is_not_what_it_seems_is_said():
+    for flags, said in (([], ''), (['--max_iters=100'], 'never reaches its peak'),
+                        (['--max_iters=3000', '--lr_decay_iters=4000'], 'ends before the learning rate has decayed')):
+        assert said in describe_schedule(check_settings(load_settings(flags)))
+    assert not describe_schedule(check_settings(load_settings(['--max_iters=100', '--decay_lr=False'])))
+
+
+def test_float16s_overflows_are_no_error_until_the_loss_scale_is_used_up():
+    scaler = torch.amp.GradScaler('cpu')
+    assert check_step(3, 2.0, math.inf, scaler) is None
+    assert 'loss is nan at step 3' in str(check_step(3, math.nan, 1.0, scaler))
+    scaler = torch.amp.GradScaler('cpu', init_scale=0.5)
+    scaler.scale(torch.zeros(1))  # it is made at its first use
+    assert 'not finite at any loss scale' in str(check_step(3, 2.0, math.inf, scaler))
+    assert 'norm is inf' in str(check_step(3, 2.0, math.inf, torch.amp.GradScaler('cpu', enabled=False)))
 
 
 def test_a_shorter_run_decays_to_its_end_and_one_that_only_warms_up_says_so(workspace):
@@ -159,7 +179,7 @@ def test_a_shorter_run_decays_to_its_end_and_one_that_only_warms_up_says_so(work
     rates = [line['lr'] for line in metrics(workspace) if 'lr' in line]
     assert rates[-1] < 0.4 * max(rates) == pytest.approx(0.4e-2)
     answer = run(ROOT / 'train.py', 'config.py', '--max_iters=2', '--use_retrieval=False', folder=workspace)
-    assert 'the learning rate never reaches its peak: warmup_iters 2 is not below lr_decay_iters 2' in answer.stdout
+    assert 'the learning rate never reaches its peak: max_iters 2 is not above warmup_iters 2' in answer.stdout
 
 
 def test_a_run_that_cannot_start_leaves_the_earlier_one_where_it_is(workspace):

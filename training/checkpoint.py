@@ -21,19 +21,21 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 
-from system import get_rng_state, is_device, pick_device, say
+from system import get_rng_state, is_device, pick_device, pick_dtype, say
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from configurator import UserError, load_settings, read_overrides, to_json, write_atomically
-from data.tokenizer import load_tokenizer, vocabulary_hash
+from configurator import UserError, load_settings, read_overrides, sync, to_json, visible, write_atomically
+from data.tokenizer import load_tokenizer, token_bytes, vocabulary_hash
 from model import RETRO, RETROConfig
+from retrieval.knowledge_base import is_local
 from training.checks import NotFinite
 
 VERSION = 1  # of the layout
 LATEST = 'latest'
+RANK_STATE = ('stream', 'rng', 'losses', 'targets')  # fields of RunState in rank-N.pt
 MAY_DIFFER = {'dropout', 'retrieval_k_neighbors'}  # fields of RETROConfig that may change after training
 
 
@@ -44,8 +46,8 @@ class RunState:
     best_val_loss: float = math.inf
     stream: dict | None = None  # position in the training data
     rng: dict = field(default_factory=get_rng_state)
-    losses: list = field(default_factory=list)  # nats of each step since the last line of metrics.jsonl, tensors
-    targets: int = 0  # tokens that they are of, on all ranks
+    losses: list = field(default_factory=list)  # nats of each step since the last line of metrics.jsonl, of all ranks
+    targets: int = 0  # tokens that they are of
     saved_steps: list = field(default_factory=list)  # of this run's checkpoints, ascending
     evaluated_at: int | None = None  # step
     is_stepping: bool = False  # in the middle of an optimizer step, whose weights are neither old nor new
@@ -69,7 +71,7 @@ class Checkpoint:
     best_val_loss: float
     scaler: dict
     world_size: int
-    wandb_run_id: str | None
+    wandb_run_id: str | None = None
 
     @property
     def tokenizer_path(self):
@@ -89,22 +91,22 @@ class Checkpoint:
         """Load AdamW's moments and the GradScaler. Learning rate, betas and weight decay stay those of the run."""
         with as_user_error(self.folder):
             states = torch.load(os.path.join(self.folder, 'optimizer.pt'), map_location='cpu', weights_only=True)
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        parameters = itertools.chain(*(group['params'] for group in optimizer.param_groups))
-        numbered = {number: states[names[parameter]] for number, parameter in enumerate(parameters)
-                    if names[parameter] in states}
-        optimizer.load_state_dict(dict(state=numbered, param_groups=optimizer.state_dict()['param_groups']))
-        if self.scaler:  # the run that saved it was in float16, too
-            scaler.load_state_dict(self.scaler)
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            parameters = itertools.chain(*(group['params'] for group in optimizer.param_groups))
+            numbered = {number: states[names[parameter]] for number, parameter in enumerate(parameters)
+                        if names[parameter] in states}
+            optimizer.load_state_dict(dict(state=numbered, param_groups=optimizer.state_dict()['param_groups']))
+            if self.scaler:  # the run that saved it was in float16, too
+                scaler.load_state_dict(self.scaler)
 
-    def load_state(self, rank, device):
+    def load_state(self, rank=None):
         """The RunState to resume from on a rank; with None only what all ranks have in common, to evaluate."""
         state = RunState(self.step, self.best_val_loss, saved_steps=[self.step], wandb_run_id=self.wandb_run_id)
         if rank is not None:
             with as_user_error(self.folder):
                 saved = torch.load(os.path.join(self.folder, f'rank-{rank}.pt'), weights_only=True)
-            state.stream, state.rng, state.targets = saved['stream'], saved['rng'], saved['targets']
-            state.losses = [torch.tensor(loss, device=device) for loss in saved['losses']]
+                for name in RANK_STATE:
+                    setattr(state, name, saved[name])
             state.saved_steps = [step for step in list_steps(os.path.dirname(self.folder)) if step <= self.step]
         return state
 
@@ -118,13 +120,12 @@ def save_checkpoint(settings, ranks, tokenizer, tokenizer_text, model, optimizer
     if state.step in state.saved_steps:
         return
     check_finite(model, f'the model at step {state.step}')
-    losses = [loss.item() for loss in state.losses]
-    rank_states = ranks.gather(dict(stream=state.stream, rng=state.rng, losses=losses, targets=state.targets))
+    rank_states = ranks.gather({name: getattr(state, name) for name in RANK_STATE})
     if ranks.is_master:
         parent = os.path.join(settings.out_dir, 'checkpoints')
         folder = os.path.join(parent, f'step-{state.step}')
-        for leftover in glob.glob(f'{glob.escape(parent)}/step-*.tmp'):  # of a run that was killed while saving
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in glob.glob(f'{glob.escape(parent)}/*.tmp'):  # of a run that was killed while saving
+            (shutil.rmtree if os.path.isdir(leftover) else os.unlink)(leftover)
         parameters = dict(model.named_parameters())
         meta = dict(version=VERSION, step=state.step, model=asdict(model.config), settings=settings.without_secrets(),
                     vocabulary_hash=vocabulary_hash(tokenizer), scaler=scaler.state_dict(), world_size=ranks.world_size,
@@ -143,10 +144,11 @@ def save_checkpoint(settings, ranks, tokenizer, tokenizer_text, model, optimizer
             sync(f'{folder}.tmp')
             shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed before it updated the pointer
             os.replace(f'{folder}.tmp', folder)
-            write_atomically(f'step-{state.step}\n', os.path.join(parent, LATEST))
-            sync(parent)
+            write_atomically(f'step-{state.step}\n', os.path.join(parent, LATEST))  # syncs the folder, too
         except (OSError, RuntimeError, SafetensorError) as error:  # torch has its own for a full disk
             shutil.rmtree(f'{folder}.tmp', ignore_errors=True)
+            if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+                raise
             raise UserError(f'the checkpoint of step {state.step} could not be written to {parent} '
                             f'({describe_write_error(error, parent)}): make room there, or name another out_dir; the '
                             f'newest checkpoint is of step {max(state.saved_steps, default="none")}') from error
@@ -157,19 +159,10 @@ def save_checkpoint(settings, ranks, tokenizer, tokenizer_text, model, optimizer
     state.saved_steps.append(state.step)
 
 
-def sync(path):
-    """Flush a file or folder to disk: a rename alone survives a crash of the process, but not of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def describe_write_error(error, folder):
     """An error of writing to a folder, in one line; torch and safetensors do not say that the disk is full."""
     free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
-    return f'{type(error).__name__}: {str(error).splitlines()[0][:200]}; {free / 1e6:,.0f} MB are free'
+    return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}; {free / 1e6:,.0f} MB are free'
 
 
 def check_finite(model, name):
@@ -213,7 +206,7 @@ def find_checkpoint(out_dir, for_resume=False):
             raise UserError(f'{os.path.join(out_dir, "ckpt.pt")!r} is a checkpoint of an earlier version of nanoRETRO, '
                             f'which this one cannot read: train again, or use the version that made it')
         raise UserError(f'no checkpoint in {out_dir!r}: train first, or name the out_dir of a trained run')
-    with open(pointer, encoding='utf-8') as file:
+    with open(pointer, encoding='utf-8', errors='replace') as file:
         name = file.read().strip()
     folder = os.path.join(out_dir, 'checkpoints', name)
     if not re.fullmatch(r'step-\d+', name) or not os.path.isfile(os.path.join(folder, 'meta.json')):
@@ -233,6 +226,7 @@ def load_checkpoint(out_dir, for_resume=False):
         if meta['best_val_loss'] is None:
             meta['best_val_loss'] = math.inf
         RETROConfig(**meta['model'])
+        load_settings([], given=meta['settings'])
         return Checkpoint(folder, **meta)
 
 
@@ -246,10 +240,10 @@ class as_user_error:
         pass
 
     def __exit__(self, _, error, __):
-        if isinstance(error, Exception):
-            raise UserError(f'{self.folder!r} is of another architecture, damaged, or no checkpoint of nanoRETRO '
-                            f'({type(error).__name__}: {str(error)[:300]}): name the out_dir of a run of train.py'
-                            ) from error
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            raise UserError(f'checkpoint {self.folder!r} cannot be read ({type(error).__name__}: {str(error)[:300]}): '
+                            f'it is damaged, or of something else; name another out_dir, or the folder of an earlier '
+                            f'checkpoint') from error
 
 
 def check_fits(checkpoint, config, tokenizer, world_size=None):
@@ -274,7 +268,10 @@ def load_weights(folder, config, tokenizer):
     if os.path.isfile(os.path.join(folder, 'config.json')):
         try:
             model = RETRO.from_pretrained(folder, **asdict(config))
-        except (ValueError, OSError, SafetensorError) as error:
+            path = os.path.join(folder, 'tokenizer.json')
+            if os.path.isfile(path) and token_bytes(load_tokenizer(path)) != token_bytes(tokenizer):
+                raise ValueError('its tokenizer.json is not the tokenizer of this run')
+        except Exception as error:  # transformers and what it loads with raise many unrelated classes
             raise UserError(f'init_from {folder!r} cannot be used: {" ".join(str(error).split())[:500]}') from error
         check_finite(model, folder)
         return model
@@ -295,26 +292,33 @@ def load_run(out_dir, overrides=()):
     name it, too. UserError if there is no such run.
     """
     checkpoint = load_checkpoint(out_dir)
-    named = read_overrides(overrides, vars(load_settings([], given=checkpoint.settings)))
-    settings = load_settings([], given=checkpoint.settings)
+    settings, defaults = load_settings([], given=checkpoint.settings), load_settings([])
+    named = read_overrides(overrides, vars(settings))
     for key in ('wandb_log', 'multiple_choice_benchmarks', 'benchmark_data_dir', 'retrieval_cache_dir'):
-        setattr(settings, key, getattr(load_settings([]), key))
+        setattr(settings, key, getattr(defaults, key))
     if 'retrieval_milvus_uri' not in named:
+        if named.get('retrieval_milvus_token') and not is_local(settings.retrieval_milvus_uri):
+            raise UserError(f'retrieval_milvus_token is given, and the checkpoint alone names the server: if '
+                            f'{settings.retrieval_milvus_uri} may have it, give --retrieval_milvus_uri, too')
         settings.retrieval_milvus_token = ''
     settings = settings.replace(**named)
     if 'device' not in named and not is_device(settings.device):
-        print(f'the run was on {settings.device}, which is not here: using {pick_device("auto")}', file=sys.stderr)
-        settings.device, settings.dtype = 'auto', named.get('dtype', 'auto')
+        print(visible(f'the run was on {settings.device}, which is not here: using {pick_device("auto")}'),
+              file=sys.stderr)
+        settings.device = 'auto'
+    if 'dtype' not in named and settings.dtype == 'float16' and pick_device(settings.device) == 'cpu':
+        settings.dtype = 'auto'
     fixed = (checkpoint.model.keys() | {'tokenizer'}) - MAY_DIFFER
     changed = [key for key in sorted(fixed) if key in checkpoint.settings
                and getattr(settings, key) != checkpoint.settings[key]]
     if changed:
         raise UserError(f'{", ".join(changed)} cannot be changed after training: leave it out')
     device = pick_device(settings.device)
+    pick_dtype(settings.dtype, device)  # validates it
     with as_user_error(checkpoint.folder):
         tokenizer = load_tokenizer(checkpoint.tokenizer_path)
         if vocabulary_hash(tokenizer) != checkpoint.vocabulary_hash:
             raise ValueError('its tokenizer.json is not the one that it was trained with')
-    model = RETRO(RETROConfig(**checkpoint.model))
-    checkpoint.load_model(model)
+        model = RETRO(RETROConfig(**checkpoint.model))
+        checkpoint.load_model(model)
     return settings, tokenizer, model.eval().to(device), device

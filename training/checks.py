@@ -15,6 +15,8 @@ class NotFinite(UserError):
 
 def check_settings(settings):
     """The settings, with those that follow others filled in. UserError if they contradict each other."""
+    if -1.0 < settings.min_lr < 0.0:
+        raise UserError(f'min_lr must be at least 0.0, or -1.0 for learning_rate / 10, but is {settings.min_lr}')
     settings = settings.replace(lr_decay_iters=settings.lr_decay_iters or settings.max_iters,
                                 min_lr=settings.learning_rate / 10 if settings.min_lr < 0 else settings.min_lr)
     if settings.block_size % settings.retrieval_chunk_size:  # the data is on the chunk grid without retrieval, too
@@ -23,6 +25,13 @@ def check_settings(settings):
     if settings.decay_lr and settings.min_lr > settings.learning_rate:
         raise UserError(f'min_lr {settings.min_lr} is above learning_rate {settings.learning_rate}: lower it, or leave '
                         f'it at -1.0, which is a tenth of learning_rate')
+    if settings.decay_lr and settings.lr_decay_iters < settings.warmup_iters < settings.max_iters:
+        raise UserError(f'warmup_iters {settings.warmup_iters} is above lr_decay_iters {settings.lr_decay_iters}, so '
+                        f'that the learning rate would fall from its peak at once: lower it, or leave lr_decay_iters '
+                        f'at 0, which is max_iters')
+    if settings.eval_only and settings.init_from not in ('scratch', 'resume'):
+        raise UserError(f'eval_only evaluates the checkpoint in out_dir {settings.out_dir!r}, and init_from names '
+                        f'{settings.init_from!r}: leave one of them out')
     if settings.retrieval_rerank and settings.retrieval_rerank < settings.retrieval_k_neighbors:
         raise UserError(f'retrieval_rerank {settings.retrieval_rerank} must be at least retrieval_k_neighbors '
                         f'{settings.retrieval_k_neighbors}, or 0')
@@ -32,6 +41,31 @@ def check_settings(settings):
         except TypeError as error:
             raise UserError(f'{key} holds a value that cannot be saved ({error}): use plain values') from error
     return settings
+
+
+def describe_schedule(settings):
+    """What a reader of the settings may not expect of the learning rate, in one line, or ''."""
+    if not settings.decay_lr:
+        return ''
+    if settings.max_iters <= settings.warmup_iters:
+        return (f'the learning rate never reaches its peak: max_iters {settings.max_iters} is not above warmup_iters '
+                f'{settings.warmup_iters}')
+    if settings.max_iters < settings.lr_decay_iters:
+        return (f'the run ends before the learning rate has decayed: max_iters {settings.max_iters} is below '
+                f'lr_decay_iters {settings.lr_decay_iters}')
+    return ''
+
+
+def check_step(step, loss, norm, scaler):
+    """
+    A NotFinite error if a step's loss or gradient norm is not finite, else None. In float16 gradients overflow now and
+    then: the GradScaler skips the step and halves its scale. They are an error when that no longer helps.
+    """
+    if scaler.is_enabled() and math.isfinite(loss):
+        return None if scaler.get_scale() >= 1.0 else NotFinite(
+            f'the gradients at step {step} are not finite at any loss scale: lower learning_rate, or use '
+            f"dtype='bfloat16' or 'float32'")
+    return not_finite(step, loss=loss, norm=norm)
 
 
 def not_finite(step, **values):

@@ -4,10 +4,11 @@ no special case.
 """
 import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
-from system import pick_device
+from system import drop_lost_output, pick_device
 
 import torch
 import torch.distributed as dist
@@ -67,6 +68,8 @@ class Ranks:
 
 def find_ranks(settings):
     """The Ranks of this run by torchrun's environment, not joined yet."""
+    if settings.backend not in ('auto', *dist.Backend.backend_list):
+        raise UserError(f"backend {settings.backend!r} is none of 'auto', {str(dist.Backend.backend_list)[1:-1]}")
     found = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
     if not found:
         return Ranks(device=pick_device(settings.device))
@@ -76,13 +79,16 @@ def find_ranks(settings):
         if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
             raise ValueError
     except (KeyError, ValueError):
-        raise half_set(as_text) from None
-    is_cuda = pick_device(settings.device).startswith('cuda')
-    device = pick_device(f'cuda:{local_rank}') if is_cuda else 'cpu'
+        raise half_set_error(as_text) from None
+    device = pick_device(settings.device)
+    if world_size > 1 and ':' in device:
+        raise UserError(f"device {device!r} is one GPU, and each of the {world_size} processes has its own: use 'cuda'")
+    if device == 'cuda':
+        device = pick_device(f'cuda:{local_rank}')
     return Ranks(rank, world_size, local_world_size, device)
 
 
-def half_set(found):
+def half_set_error(found):
     return UserError(f"the launcher's environment is incomplete or contradictory ({found}): start with torchrun, which "
                      f'sets {", ".join(LAUNCHER)}, MASTER_ADDR and MASTER_PORT, or unset all of them')
 
@@ -92,9 +98,14 @@ def join_ranks(ranks, settings, cleanup):
     if ranks.world_size == 1:
         return
     if not {'MASTER_ADDR', 'MASTER_PORT'} <= os.environ.keys():
-        raise half_set('no MASTER_ADDR or MASTER_PORT')
+        raise half_set_error('no MASTER_ADDR or MASTER_PORT')
     auto = 'nccl' if ranks.device.startswith('cuda') else 'gloo'
-    dist.init_process_group(settings.backend if settings.backend != 'auto' else auto)
+    try:
+        dist.init_process_group(settings.backend if settings.backend != 'auto' else auto)
+    except (ValueError, RuntimeError) as error:  # torch's own errors of networks are RuntimeErrors
+        found = ', '.join(f'{name}={os.environ[name]}' for name in ('MASTER_ADDR', 'MASTER_PORT'))
+        raise UserError(f'the processes cannot be joined ({found}, backend {settings.backend}): '
+                        f'{" ".join(str(error).split())[:300]}') from error
     cleanup.callback(dist.destroy_process_group)
     ranks.control = dist.new_group(backend='gloo', timeout=timedelta(days=7))
 
@@ -127,14 +138,17 @@ class StopSignals:
         """`cleanup`, an ExitStack, restores the handlers."""
         self.received = []
         for number in SIGNALS:
-            cleanup.callback(signal.signal, number, signal.signal(number, self._on_signal))
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                cleanup.callback(signal.signal, number, signal.signal(number, self._on_signal))
 
     def _on_signal(self, number, frame):
         if number == signal.SIGINT in self.received:
             raise KeyboardInterrupt
-        if not self.received:
-            os.write(2, b'\nstopping with a checkpoint; Ctrl-C again to stop immediately\n')
         self.received.append(number)
+        drop_lost_output()  # a hangup, or Ctrl-C that ended a program behind a pipe, too
+        if len(self.received) == 1:
+            with suppress(OSError):
+                os.write(2, b'\nstopping with a checkpoint; Ctrl-C again to stop immediately\n')
 
     def check(self):
         """Raise Stopped if there is one."""

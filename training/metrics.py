@@ -2,6 +2,7 @@
 What a run reports: metrics.jsonl, Weights & Biases, the plot of the loss curves, and the table at the end.
 """
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -45,7 +46,7 @@ class Metrics:
             if ranks.is_master:
                 drop_metrics_after(self.path, state.step)
             evaluations = ranks.broadcast([(line['iter'], line.get('val_loss_on', line['val_loss_off']))
-                                           for line in read_metrics(self.path) if 'val_loss_off' in line]
+                                           for line in read_metrics(self.path) if is_evaluation(line)]
                                           if ranks.is_master else None)
             state.evaluated_at = max((step for step, _ in evaluations), default=None)
             state.best_val_loss = min([state.best_val_loss, *(loss for _, loss in evaluations)])
@@ -70,13 +71,11 @@ class Metrics:
 
     def log_steps(self, state, interval, lr, waited):
         """The steps of the Interval; `waited` is the loader's total."""
-        # reading the loss waits for the device, so it comes before the clock
-        nats = self.ranks.sum(torch.stack(state.losses).double().sum()).item()
         seconds = time.perf_counter() - interval.started - interval.paused
         counts = self.ranks.sum(torch.tensor(list(interval.counts.values()))).tolist()
         if not self.ranks.is_master:
             return
-        loss = nats / max(1, state.targets)
+        loss = math.fsum(state.losses) / state.targets if state.targets else math.nan
         rate = tokens_per_step(self.settings) * (state.step - interval.first_step) / seconds
         waited, mfu = waited - interval.waited_before, self.model.flops_per_token() * rate / self.peak_flops
         self.log(state.step, loss=loss, lr=lr, tokens_per_s=rate, retrieval_wait_s=waited, mfu=mfu,
@@ -99,8 +98,8 @@ def start_wandb(settings, state):
         run = wandb.init(project=settings.wandb_project, name=settings.wandb_run_name, id=state.wandb_run_id,
                          resume='allow' if state.wandb_run_id else None, config=settings.without_secrets())
     except wandb.errors.Error as error:  # e.g. no API key
-        raise UserError(f'wandb_log: Weights & Biases refuses ({str(error).splitlines()[0][:200]}): log in with wandb '
-                        f'login, set WANDB_MODE=offline, or leave wandb_log off') from error
+        raise UserError(f'wandb_log: Weights & Biases refuses ({" ".join(str(error).split())[:200]}): log in with '
+                        f'wandb login, set WANDB_MODE=offline, or leave wandb_log off') from error
     state.wandb_run_id = run.id
     return run
 
@@ -124,11 +123,29 @@ def read_metrics(path):
             for text in file:
                 try:
                     line = json.loads(text)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
-                if isinstance(line, dict) and isinstance(line.get('iter'), int):
+                if isinstance(line, dict) and {type(line.get('iter')), type(line.get('tokens'))} == {int}:
                     lines.append(line)
     return lines
+
+
+def is_evaluation(line):
+    """Whether a line of metrics.jsonl is that of an evaluation, with all of its figures."""
+    arms = [arm for arm in ('on', 'off') if arm == 'off' or f'val_bpb_{arm}' in line]
+    return all(is_number(line.get(f'val_{figure}_{arm}')) for figure in ('loss', 'bpb') for arm in arms)
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def read_curves(path):
+    """The lines of a metrics.jsonl with a train loss, and by arm those with val figures."""
+    lines = read_metrics(path)
+    evaluations = [line for line in lines if is_evaluation(line)]
+    return ([line for line in lines if is_number(line.get('loss'))],
+            {arm: [line for line in evaluations if f'val_bpb_{arm}' in line] for arm in ('off', 'on')})
 
 
 def drop_metrics_after(path, step):
@@ -140,8 +157,8 @@ def drop_metrics_after(path, step):
 def summary(path, corpus):
     """The final results of a run as a table, from its metrics.jsonl; `corpus` names what it was trained on."""
     lines = read_metrics(path)
-    last = next((line for line in lines[::-1] if 'val_bpb_off' in line), {})
-    steps = [line for line in lines if line.get('tokens_per_s')]
+    last = next((line for line in lines[::-1] if is_evaluation(line)), {})
+    steps = [line for line in lines if is_number(line.get('tokens_per_s')) and is_number(line.get('retrieval_wait_s'))]
     rows = [('corpus', corpus)]
     if lines:
         rows += [('steps', f'{lines[-1]["iter"]:,}'), ('tokens', f'{lines[-1]["tokens"]:,}')]
@@ -162,15 +179,14 @@ def plot_metrics(path, plot_path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    lines = read_metrics(path)
+    steps, evaluations = read_curves(path)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
-    steps = [line for line in lines if line.get('loss') is not None]
     left.plot([line['iter'] for line in steps], [line['loss'] for line in steps], lw=1, color='0.5', label='train loss')
     left.set(xlabel='step', ylabel='nats per token')
     right.margins(y=0.12)
     style = {'off': 'o-', 'on': 'o--'}  # on is drawn over off, and may coincide with it
     for key, label, color in (('off', 'retrieval off', 'tab:orange'), ('on', 'retrieval on', 'tab:blue')):
-        points = [line for line in lines if f'val_bpb_{key}' in line]
+        points = evaluations[key]
         left.plot([p['iter'] for p in points], [p[f'val_loss_{key}'] for p in points], style[key], ms=3, color=color,
                   label=f'val loss, {label}')
         right.plot([p['iter'] for p in points], [p[f'val_bpb_{key}'] for p in points], style[key], ms=3, color=color,
