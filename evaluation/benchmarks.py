@@ -143,12 +143,18 @@ def make_benchmark(name, arguments, data_dir):
     """DeepEval's object. Tasks and modes may be given as their enum's names or values."""
     cls = getattr(deepeval.benchmarks, name)
     takes, given = inspect.signature(cls.__init__).parameters, dict(arguments)
+    # None is DeepEval's default: all tasks, all problems
+    arguments = {key: value for key, value in arguments.items() if value is not None}
     for key, least in (('n_shots', 0), ('n_problems_per_task', 1), ('n_problems', 1)):
         value = arguments.get(key, least)
         if type(value) is not int or value < least:
             raise UserError(f'benchmark {name}: {key} must be an integer of at least {least}, but is {value!r}')
+    if not isinstance(arguments.get('tasks', []), (list, tuple)):
+        raise UserError(f'benchmark {name}: tasks must be a list, such as [{arguments["tasks"]!r}]')
     if not arguments.get('tasks', True):
         raise UserError(f'benchmark {name}: tasks is empty; leave it out to run all of them')
+    if not isinstance(arguments.get('dataset', []), list):
+        raise UserError(f'benchmark {name}: dataset must be a list, but is {arguments["dataset"]!r}')
     if 'n_problems_per_task' in arguments and 'n_problems_per_task' not in takes:
         arguments['n_problems'] = arguments.pop('n_problems_per_task')  # it has no tasks
     enums = [value for value in vars(sys.modules[cls.__module__]).values()
@@ -164,7 +170,7 @@ def make_benchmark(name, arguments, data_dir):
 
     try:
         if 'tasks' in arguments:
-            arguments['tasks'] = [as_member(value) for value in arguments['tasks']]
+            arguments['tasks'] = list(dict.fromkeys(as_member(value) for value in arguments['tasks']))
         if 'mode' in arguments:
             arguments['mode'] = as_member(arguments['mode'])
         if name == 'LogiQA':

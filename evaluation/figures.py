@@ -32,9 +32,8 @@ def summarize(corpus, size, nats, retrieved=None):
         total = sums[arm].sum()
         report |= {f'bpb_{arm}': bits_per_byte(sums[arm], size),
                    f'bpb_{arm}_interval': bootstrap(per_byte, corpus.document, sums[arm], size),
-                   f'loss_{arm}': total / count, f'perplexity_{arm}': math.exp(total / count),
-                   # math.exp overflows above 709
-                   f'word_perplexity_{arm}': math.exp(total / words) if total < 700 * words else None}
+                   f'loss_{arm}': total / count, f'perplexity_{arm}': perplexity(total, count),
+                   f'word_perplexity_{arm}': perplexity(total, words)}
     for other in ('off', 'baseline'):
         if 'on' in arms and other in arms:
             report |= {f'gain_over_{other}': 1 - sums['on'].sum() / sums[other].sum(),
@@ -63,6 +62,11 @@ def summarize(corpus, size, nats, retrieved=None):
     return report
 
 
+def perplexity(nats, count):
+    """None where it exceeds what a float can hold."""
+    return math.exp(nats / count) if nats < 700 * count else None
+
+
 def per_byte(nats, size):
     return nats / math.log(2) / size
 
@@ -89,8 +93,7 @@ def table(report):
     row('bits per byte', *(f'{report[f"bpb_{arm}"]:.4f}' for arm in arms))
     row('  95% interval', *(interval(report[f'bpb_{arm}_interval'], '{:.4f}') for arm in arms))
     row('loss, nats per token', *(f'{report[f"loss_{arm}"]:.4f}' if f'loss_{arm}' in report else '–' for arm in arms))
-    row('perplexity per token', *(f'{report[f"perplexity_{arm}"]:,.2f}' if f'loss_{arm}' in report else '–'
-                                  for arm in arms))
+    row('perplexity per token', *(figure(report.get(f'perplexity_{arm}'), '{:,.2f}') for arm in arms))
     row('perplexity per word', *(figure(report[f'word_perplexity_{arm}'], '{:,.4g}') for arm in arms))
     lines.append('')
     for other in ('off', 'baseline'):

@@ -15,7 +15,7 @@ from training.distributed import Stopped
 def evaluate(model, batches, token_bytes, context, ranks, use_retrieval, signals=None):
     """
     Val loss (nats per token) and bits per byte over the batches of all ranks, with retrieval on and off. Once there are
-    StopSignals it ends early, and the values are of no use.
+    StopSignals it returns early, with figures of a part.
     """
     model.eval()
     arms = ['on', 'off'] if use_retrieval else ['off']
@@ -42,8 +42,8 @@ def run_benchmarks(settings, benchmarks, metrics, step, prompts, signals, model,
                    open_retriever):
     """
     What the master alone does at an evaluation: the benchmarks and, for wandb, samples that continue the first chunks
-    of `prompts` (B, T). Returns the exception that ended it, or None; the caller raises it on all ranks. It ends early
-    once there are StopSignals.
+    of the Batch `prompts`. Returns the exception that ended it, or None; the caller raises it on all ranks. Once there
+    are StopSignals it returns early.
     """
     if not benchmarks and not metrics.wandb_run:
         return None
@@ -58,7 +58,8 @@ def run_benchmarks(settings, benchmarks, metrics, step, prompts, signals, model,
         if scores:
             metrics.log(step, benchmarks=scores)
         if metrics.wandb_run:
-            prompts = prompts[:4, :2 * settings.retrieval_chunk_size]
+            is_text = (prompts.targets >= 0).any(1)  # and no sequence that pads the val text
+            prompts = prompts.tokens[is_text][:4, :2 * settings.retrieval_chunk_size]
             rows = write_samples(model, prompts, tokenizer, device, context, retriever)
             metrics.log_table('samples', COLUMNS, rows, step)
     except Stopped:

@@ -225,6 +225,12 @@ def test_a_benchmark_that_is_asked_twice_has_two_names(saved):
     assert [benchmark.name for benchmark in prepare_benchmarks(modes, saved)] == ['ARC', 'ARC 2']
 
 
+def test_deepevals_defaults_may_be_given_and_a_task_that_is_named_twice_counts_once(saved):
+    benchmark, = prepare_benchmarks([('BBQ', dict(tasks=['AGE', 'AGE'], n_problems_per_task=None))], saved)
+    plain, = prepare_benchmarks([('BBQ', dict(tasks=['AGE']))], saved)
+    assert len(benchmark.exam.asked) == len(plain.exam.asked) and len(benchmark.benchmark.tasks) == 1
+
+
 def test_deepevals_telemetry_is_off(prepared):
     code = ('import os\nos.environ.pop("DEEPEVAL_TELEMETRY_OPT_OUT")\nimport evaluation.benchmarks\n'
             'from deepeval.telemetry.client import get_settings\n'
@@ -247,9 +253,11 @@ def test_all_known_benchmarks_are_tested():
     (('LogiQA', dict(n_problems_per_task=0)), 'n_problems_per_task must be an integer of at least 1, but is 0'),
     (('LogiQA', dict(n_problems_per_task=-1)), 'n_problems_per_task must be an integer of at least 1, but is -1'),
     (('MMLU', dict(tasks=[])), 'tasks is empty'),
+    (('MMLU', dict(tasks='ANATOMY')), "tasks must be a list, such as ['ANATOMY']"),
+    (('LogiQA', dict(dataset=5)), 'dataset must be a list, but is 5'),
     (('MMLU', dict(tasks=['astronomy'])), 'the data of benchmark MMLU is unavailable'),
 ])
-def test_what_can_not_be_asked_is_told(saved, entry, said):
+def test_what_cannot_be_asked_is_said(saved, entry, said):
     with pytest.raises(UserError, match=re.escape(said)) as error:
         prepare_benchmarks([entry], saved)
     assert len(str(error.value)) < 1500

@@ -11,7 +11,7 @@ from data.corpus import chunk_bytes, read_corpus
 from data.documents import DatasetConfig, Document, load_documents
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
-from evaluation.figures import summarize
+from evaluation.figures import perplexity, summarize
 from evaluation.leakage import longest_shared_runs, overlap, shared_tokens
 from evaluation.losses import bits_per_byte, bootstrap, evaluate_corpus
 from retrieval.retriever import Retriever
@@ -202,6 +202,10 @@ def test_the_bootstrap_resamples_documents_whole():
     assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
 
 
+def test_a_perplexity_that_no_float_can_hold_has_no_figure():
+    assert perplexity(700.0, 10) == pytest.approx(math.exp(70)) and perplexity(8000.0, 10) is None
+
+
 def test_there_is_no_interval_over_one_or_two_documents():
     assert bootstrap(lambda a, b: a / b, np.array([0, 0, 1]), np.ones(3), np.ones(3)) is None
 
@@ -259,7 +263,7 @@ def test_the_last_document_is_cut_on_the_grid_at_max_tokens(prepared):
     (['--retrieval_milvus_uri=other.db'], "no collection 'chunks' in other.db"),
     (["--multiple_choice_benchmarks=['Chess']"], "multiple_choice_benchmarks holds 'Chess', which is none of"),
 ])
-def test_what_can_not_be_evaluated_is_one_clear_line_and_exit_code_2(trained, arguments, said):
+def test_what_cannot_be_evaluated_is_one_clear_line_and_exit_code_2(trained, arguments, said):
     (trained / 'empty.jsonl').write_text('{"text": ""}\n')
     (trained / 'short.jsonl').write_text('{"text": "a"}\n')
     answer = run('-m', 'evaluation', *arguments, folder=trained, check=False)
