@@ -26,7 +26,7 @@ from system import autocast, keep_freed_memory, peak_flops, pick_device, pick_dt
 
 import torch
 
-from bench.train import measure
+from bench.train import measure, summarize
 from configurator import load_settings, to_json, user_errors_as_one_line, write_atomically
 from data.fingerprint import describe_corpus
 from model import RETRO, RETROConfig, SelfAttention, document_starts, takes_documents
@@ -210,7 +210,7 @@ retrieval_cache_dir = '{folder}/neighbors'
 
 
 def check_resume(folder, config, device, is_quick):
-    """train.py, killed by its own step limit and resumed, has the losses of a run that was not."""
+    """train.py, stopped by its step limit and resumed, has the losses of a run that was not."""
     options = [f'--device={device}', '--eval_interval=4', '--log_interval=1', '--eval_tokens=2000', '--warmup_iters=2',
                '--dropout=0.1', f'--compile={not is_quick}', *(f'--{key}={value}' for key, value in SMALL.items())]
     found = []
@@ -227,24 +227,21 @@ def check_resume(folder, config, device, is_quick):
 
 
 def measure_speed(config, device, is_quick):
-    """tokens/s by arm, MFU, peak memory and seconds waited."""
+    """By arm tokens/s, MFU, peak memory and the share of the time that it waited for batches; and the corpus."""
     shape = SMALL if is_quick else SHAPE
     settings = load_settings([str(config), *(f'--{key}={value}' for key, value in shape.items()), f'--device={device}',
                               f'--compile={not is_quick}', f'--retrieval_prefetch_batches={4 if is_quick else 16}'])
-    if device.startswith('cuda'):
-        torch.cuda.reset_peak_memory_stats()
     with ExitStack() as cleanup:
-        rates, retro, gpt = measure(settings, settings.retrieval_prefetch_batches, 1 if is_quick else 3, device,
-                                    cleanup, vocab_size=None if is_quick else 50257)
-    peak = peak_flops(device, pick_dtype('auto', device))
-    found = {}
-    for arm, values in rates.items():
-        rate = sorted(values)[len(values) // 2]
-        found[arm] = dict(tokens_per_s=round(rate), mfu=round((gpt if arm == 'gpt' else retro).flops_per_token() * rate
-                                                              / peak, 4))
-        found[arm]['over_frozen'] = round(rate / (sorted(rates['frozen'])[len(values) // 2]), 3)
-    found['peak_memory_gb'] = round(torch.cuda.max_memory_allocated() / 1e9, 2) if device.startswith('cuda') else None
-    return found, describe_corpus(settings.train_datasets)
+        arms, retro, gpt = measure(settings, settings.retrieval_prefetch_batches, 1 if is_quick else 3, device,
+                                   cleanup, vocab_size=None if is_quick else 50257)
+        size = arms['live'].loader.size
+    assert is_quick or size >= 100_000, f'the collection has {size:,} chunks, and not 100,000'
+    peak, found = peak_flops(device, pick_dtype('auto', device)), summarize(arms)
+    for name, figures in found.items():
+        model = gpt if name == 'gpt' else retro
+        figures['mfu'] = round(model.flops_per_token() * figures['tokens_per_s'] / peak, 4)
+        figures['memory_gb'] = round(arms[name].memory / 1e9, 2)
+    return found, f'{describe_corpus(settings.train_datasets)}, {size:,} chunks in the collection'
 
 
 @torch.no_grad()
@@ -296,12 +293,11 @@ def main():
         report['training'], report['corpus'] = measure_speed(config, device, arguments.quick)
         report['embedder_chunks_per_s'] = measure_embedder(device, arguments.quick)
     print(f'\n{report["device"]}, {report["precision"]}, corpus {report["corpus"]}\n')
-    print(f'{"":<12}{"tokens/s":>12}{"over frozen":>14}{"MFU":>8}')
-    for arm in ('frozen', 'live', 'remembered', 'busy', 'gpt'):
-        values = report['training'][arm]
-        print(f'{arm:<12}{values["tokens_per_s"]:>12,}{values["over_frozen"]:>14.3f}{values["mfu"]:>8.1%}')
-    print(f'\npeak memory {report["training"]["peak_memory_gb"]} GB | embedder '
-          f'{report["embedder_chunks_per_s"]:,} chunks/s')
+    print(f'{"":<12}{"tokens/s":>12}{"over frozen":>14}{"waited":>10}{"MFU":>8}{"memory":>12}')
+    for arm, figures in report['training'].items():
+        print(f'{arm:<12}{figures["tokens_per_s"]:>12,}{figures["over_frozen"]:>14.3f}{figures["waited"]:>10.1%}'
+              f'{figures["mfu"]:>8.1%}{figures["memory_gb"]:>9.2f} GB')
+    print(f'\nembedder: {report["embedder_chunks_per_s"]:,} chunks/s')
     report['seconds'] = round(time.time() - started)
     write_atomically(to_json(report, indent=1) + '\n', arguments.out)
     print(json.dumps(report))

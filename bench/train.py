@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -68,29 +68,35 @@ def make_step(settings, vocab_size, device):
 class Arm:
     """A training step, batches for it, and the processes beside it, which are stopped while other arms run."""
     step: Callable
+    loader: Loader
     batches: Iterator
     processes: list
+    rounds: list = field(default_factory=list)  # of each (3,): tokens, seconds, seconds waited for batches
+    memory: int = 0  # peak bytes on the GPU, the other arms' weights included
 
     def pause(self, paused):
         for process in self.processes:
             os.kill(process, signal.SIGSTOP if paused else signal.SIGCONT)
 
     def run(self, steps):
-        """Tokens of this many steps, and the seconds that they took."""
+        """Tokens of this many steps, the seconds that they took, and those waited for batches."""
         self.pause(False)
-        start, count = time.perf_counter(), 0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        start, count, waited = time.perf_counter(), 0, self.loader.waited
         for batch in itertools.islice(self.batches, steps):
             self.step(batch)
             count += batch.tokens.numel()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+            self.memory = max(self.memory, torch.cuda.max_memory_allocated())
         seconds = time.perf_counter() - start
         self.pause(True)
-        return np.array([count, seconds])
+        return np.array([count, seconds, self.loader.waited - waited])
 
 
 def measure(settings, window, rounds, device, cleanup, vocab_size=None):
-    """{arm: [tokens/s in each round]}, the RETRO and the GPT. vocab_size is the tokenizer's, unless given."""
+    """The Arms by name after the measured rounds, the RETRO, the GPT. vocab_size is the tokenizer's, unless given."""
     configs = as_dataset_configs(settings.train_datasets, 'train_datasets')
     stream = dict(configs=configs, interleave=INTERLEAVE, chunk_size=settings.retrieval_chunk_size,
                   block_size=settings.block_size, batch_size=settings.batch_size, seed=settings.seed)
@@ -127,24 +133,34 @@ def measure(settings, window, rounds, device, cleanup, vocab_size=None):
         if name == 'frozen':
             batches = (replace(batch, neighbors=neighbors, neighbor_mask=mask)
                        for batch, (neighbors, mask) in zip(loader, frozen, strict=False))
-        arms[name] = Arm(gpt_step if name == 'gpt' else retro_step, batches,
+        arms[name] = Arm(gpt_step if name == 'gpt' else retro_step, loader, batches,
                          [loader.process.pid, *beside.get(name, [])])
     for arm in arms.values():  # all are connected before the server is stopped
         list(itertools.islice(arm.batches, growing))
     for arm in arms.values():
         arm.pause(True)
-    rates = {name: [] for name in arms}
     for number in tqdm(range(rounds + 1), desc='rounds', disable=not sys.stderr.isatty()):
-        done = {name: np.zeros(2) for name in arms}
+        done = {name: np.zeros(3) for name in arms}
         for start in range(0, window, TURN):
             for name, arm in arms.items():
                 done[name] += arm.run(min(TURN, window - start))
-        for name, (count, seconds) in done.items():
-            if number:
-                rates[name].append(count / seconds)
+        for name, arm in arms.items():
+            arm.rounds += [done[name]] if number else []
     for arm in arms.values():
         arm.pause(False)
-    return rates, retro, gpt
+    return arms, retro, gpt
+
+
+def summarize(arms):
+    """By arm: the median tokens/s over the rounds, the lowest and highest, the ratio to frozen, the share waited."""
+    rates = {name: [tokens / seconds for tokens, seconds, _ in arm.rounds] for name, arm in arms.items()}
+    return {name: dict(tokens_per_s=round(statistics.median(rates[name])),
+                       spread=[round(min(rates[name])), round(max(rates[name]))],
+                       over_frozen=round(statistics.median(rate / frozen for rate, frozen in zip(
+                           rates[name], rates['frozen'], strict=True)), 3),
+                       waited=round(sum(waited for *_, waited in arm.rounds)
+                                    / sum(seconds for _, seconds, _ in arm.rounds), 4))
+            for name, arm in arms.items()}
 
 
 def main():
@@ -157,19 +173,17 @@ def main():
     device = pick_device(settings.device)
     keep_freed_memory()
     with ExitStack() as cleanup:
-        rates, retro, gpt = measure(settings, window, rounds, device, cleanup)
+        arms, retro, gpt = measure(settings, window, rounds, device, cleanup)
     corpus = describe_corpus(settings.train_datasets)
     report = dict(corpus=corpus, precision=pick_dtype(settings.dtype, device), steps_a_round=window, rounds=rounds)
     print(f'tokens/s in {rounds} rounds of {window} steps of {settings.batch_size} x {settings.block_size} tokens of '
           f'{corpus} on {device}, {report["precision"]}, {os.cpu_count()} cores\n')
-    print(f'{"":<12}{"median":>10}{"lowest":>10}{"highest":>10}{"over frozen":>14}')
-    for name in ('frozen', 'live', 'remembered', 'busy', 'gpt'):
-        ratios = [rate / frozen for rate, frozen in zip(rates[name], rates['frozen'], strict=True)]
-        report |= {name: round(statistics.median(rates[name])), f'{name}_spread': [round(min(rates[name])),
-                                                                                   round(max(rates[name]))],
-                   f'{name}_over_frozen': round(statistics.median(ratios), 3)}
-        print(f'{name:<12}{report[name]:>10,}{min(rates[name]):>10,.0f}{max(rates[name]):>10,.0f}'
-              f'{report[f"{name}_over_frozen"]:>14.3f}')
+    print(f'{"":<12}{"median":>10}{"lowest":>10}{"highest":>10}{"over frozen":>14}{"waited":>10}')
+    for name, found in summarize(arms).items():
+        report |= {name: found['tokens_per_s']} | {f'{name}_{key}': found[key]
+                                                   for key in ('spread', 'over_frozen', 'waited')}
+        print(f'{name:<12}{found["tokens_per_s"]:>10,}{found["spread"][0]:>10,}{found["spread"][1]:>10,}'
+              f'{found["over_frozen"]:>14.3f}{found["waited"]:>10.1%}')
     report |= dict(retro_over_gpt=round(1 / report['gpt_over_frozen'], 3),
                    flops_ratio=round(gpt.flops_per_token() / retro.flops_per_token(), 3))
     print(f'\nRETRO over GPT {report["retro_over_gpt"]:.3f}; by the FLOP count alone {report["flops_ratio"]:.3f}')

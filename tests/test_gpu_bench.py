@@ -20,4 +20,5 @@ def test_all_checks_pass_and_every_figure_is_there(tmp_path, monkeypatch, capsys
     for arm in ('frozen', 'live', 'remembered', 'gpt'):
         assert report['training'][arm]['tokens_per_s'] > 0 and report['training'][arm]['mfu'] > 0
         assert f'{report["training"][arm]["tokens_per_s"]:,}' in shown
-    assert report['embedder_chunks_per_s'] > 0 and 'chunks (' in report['corpus']
+        assert 0 <= report['training'][arm]['waited'] < 1
+    assert report['embedder_chunks_per_s'] > 0 and 'chunks in the collection' in report['corpus']
