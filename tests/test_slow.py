@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -15,27 +14,24 @@ import pytest
 
 from retrieval.knowledge_base import connect
 from retrieval.local_server import join_server
-from tests.conftest import ROOT, SHARED, run
+from tests.conftest import ROOT, SHARED, has_server, run, spawn, wait_until
 from tests.test_faults import LONG, Run
-from tests.test_local_server import has_server, wait_until
 from tests.test_train import losses, metrics
 
 pytestmark = pytest.mark.slow
 
 
-def start(*command, folder):
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+SILENT = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def test_a_run_killed_eight_times_has_the_losses_of_an_unbroken_one(workspace):
-    options = ['config.py', '--max_iters=600', '--eval_interval=10', '--dropout=0.1']
+    options = ['config.py', '--max_iters=1500', '--eval_interval=10', '--dropout=0.1']
     run(ROOT / 'train.py', *options, '--out_dir=whole', folder=workspace)
     dice, latest = random.Random(0), workspace / 'broken/checkpoints/latest'
     for number in range(8):
         before = latest.read_text() if number else ''
-        process = start(ROOT / 'train.py', *options, '--out_dir=broken', *['--init_from=resume'] * bool(number),
-                        folder=workspace)
+        process = spawn(ROOT / 'train.py', *options, '--out_dir=broken', *['--init_from=resume'] * bool(number),
+                        folder=workspace, **SILENT)
         wait_until(lambda b=before: latest.exists() and latest.read_text() != b, seconds=100)
         time.sleep(1.5 * dice.random())
         assert process.poll() is None
@@ -59,37 +55,39 @@ def test_populate_killed_twelve_times_leaves_the_rows_of_one_that_was_not(prepar
     folder = tmp_path / 'run'
     shutil.copytree(prepared, folder)
     dice, kills = random.Random(1), 0
-    for _ in range(12):
-        process = start('-m', 'retrieval.populate', 'config.py', folder=folder)
-        time.sleep(25 * dice.random())
+    for number in range(12):  # of 4 fillings, each killed 3 times from when its collection is there
+        if number % 3 == 0:
+            shutil.rmtree(folder / 'milvus.db', ignore_errors=True)
+        process = spawn('-m', 'retrieval.populate', 'config.py', folder=folder, **SILENT)
+        wait_until(lambda: (folder / 'milvus.db/collections/chunks').exists(), 60)
+        time.sleep(2 * dice.random())
         kills += process.poll() is None
         process.kill()
         process.wait()
-    run('-m', 'retrieval.populate', 'config.py', folder=folder)
-    assert kills >= 4 and rows_of(folder) == rows_of(populated)
+        wait_until(lambda: not has_server(folder / 'milvus.db'), 60)
+        if number % 3 == 2:
+            run('-m', 'retrieval.populate', 'config.py', folder=folder)
+            assert rows_of(folder) == rows_of(populated)
+    assert kills >= 8
 
 
 def test_a_local_file_is_shared_through_many_kills(workspace):
     """Trainings come and are killed, at any time, also those that started the server; one goes on through all of it."""
-    run(ROOT / 'train.py', *LONG, '--max_iters=400', '--eval_interval=400', '--out_dir=alone', folder=workspace)
-    lasting = Run(*LONG, '--max_iters=400', '--eval_interval=400', '--out_dir=lasting', folder=workspace)
-    dice, others, number = random.Random(2), [], 0
-    while lasting.process.poll() is None and number < 12:
-        number += 1
-        others.append(Run(*LONG, '--max_iters=4000', f'--out_dir=other{number}', folder=workspace))
+    options = [*LONG, '--max_iters=4000', '--eval_interval=4000']
+    dice, others = random.Random(2), [Run(*options, '--out_dir=first', folder=workspace, stdout=subprocess.DEVNULL)]
+    lasting = Run(*options, '--out_dir=lasting', folder=workspace)
+    for number in range(12):
+        others.append(Run(*options, f'--out_dir=other{number}', folder=workspace, stdout=subprocess.DEVNULL))
         time.sleep(8 * dice.random())
         if len(others) > 2:
             victim = others.pop(dice.randrange(len(others)))
-            victim.process.kill()
-            victim.process.wait()
-            victim.watchdog.cancel()
-            victim.process.stdout.close()
-    assert lasting.end() == 0, lasting.said
+            assert victim.process.poll() is None
+            victim.kill()
+    assert lasting.process.poll() is None
     for other in others:
-        other.process.kill()
-        other.process.wait()
-        other.watchdog.cancel()
-        other.process.stdout.close()
+        other.kill()
+    assert lasting.end(600) == 0, lasting.said
+    run(ROOT / 'train.py', *options, '--out_dir=alone', folder=workspace, timeout=600)
     assert losses(workspace, 'lasting') == losses(workspace, 'alone')
     wait_until(lambda: not has_server(workspace / 'milvus.db'))
 
