@@ -64,7 +64,7 @@ def user_errors_as_one_line():
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        exit_with(UserError(f'{error.filename or "a file"} cannot be written ({error.strerror}): make room there, or '
+        exit_with(UserError(f'{error.filename or "a file"} cannot be written ({error.strerror}): free some space, or '
                             f'name another folder'))
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
@@ -80,12 +80,15 @@ def exit_with(error):
 def visible(text):
     """
     Text of documents, models and files for a terminal or a page, which act on some characters: invisible ones, such as
-    those that control a terminal or turn the direction of writing, are shown as symbols. Tab, line feed and the joiners
-    that scripts and emoji need are kept.
+    those that control a terminal or turn the direction of writing, are shown as symbols. Kept are tab, line feed, the
+    soft hyphen, the joiners that scripts and emoji need, and the Arabic number signs, which are visible.
     """
-    return ''.join(c if c in '\t\n\u200c\u200d' else chr(0x2400 + ord(c)) if ord(c) < 32 else '\ufffd'
-                   if unicodedata.category(c) in ('Cc', 'Cf', 'Cs', 'Zl', 'Zp') or c in '\ufffe\uffff' else c
-                   for c in text)
+    def symbol(c):
+        if ord(c) < 32:
+            return chr(0x2400 + ord(c))
+        is_hidden = unicodedata.category(c) in ('Cc', 'Cf', 'Cs', 'Zl', 'Zp') and unicodedata.bidirectional(c) != 'AN'
+        return '\ufffd' if is_hidden or c in '\ufffe\uffff' else c
+    return ''.join(c if c in '\t\n\u00ad\u200c\u200d' else symbol(c) for c in text)
 
 
 def save_atomically(save, path):
@@ -102,7 +105,8 @@ def save_atomically(save, path):
         with suppress(OSError):
             os.unlink(tmp_path)
         raise
-    sync(os.path.dirname(path) or '.')
+    with suppress(OSError):  # some file systems sync no folders
+        sync(os.path.dirname(path) or '.')
 
 
 def sync(path):

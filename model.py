@@ -61,7 +61,8 @@ class RETROConfig:
     @classmethod
     def from_settings(cls, settings, vocab_size):
         """The architecture of a run's settings; vocab_size is padded to a multiple of 64, which is faster."""
-        return cls(**{f.name: getattr(settings, f.name, -(-vocab_size // 64) * 64) for f in fields(cls)})
+        given = {f.name: getattr(settings, f.name) for f in fields(cls) if f.name != 'vocab_size'}
+        return cls(vocab_size=-(-vocab_size // 64) * 64, **given)
 
     @property
     def has_encoder(self):
@@ -452,14 +453,12 @@ class RETRO(nn.Module):
         are fields of RETROConfig. What retrieval adds starts at random, a token_mix at zero. block_size may be smaller;
         rows that pad the vocabulary are the mean token. ValueError if the source is no plain GPT-2, or does not fit.
         """
-        from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, logging
-        logging.set_verbosity_error()  # what it would report is an error here
-        logging.disable_progress_bar()
+        from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
         c = AutoConfig.from_pretrained(name, trust_remote_code=False)
         plain = GPT2Config(n_inner=getattr(c, 'n_inner', None) and 4 * c.n_embd)
         odd = [f'{key} is {value!r}' for key in GPT2_FIELDS if (value := getattr(c, key, None)) != getattr(plain, key)]
         if odd:
-            raise ValueError(f'{name} is no plain GPT-2: {", ".join(odd)}')
+            raise ValueError(f'{name} is not a plain GPT-2: {", ".join(odd)}')
         theirs = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, bias=True, block_size=c.n_positions,
                       vocab_size=c.vocab_size)
         ours = RETROConfig(**{**theirs, 'token_mix': False, 'use_retrieval': False, **overrides})
@@ -469,9 +468,10 @@ class RETRO(nn.Module):
         if wrong:
             raise ValueError(f'{"; ".join(wrong)}: use the same')
         source, report = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
-        source, odd = source.state_dict(), {key: found for key, found in report.items() if found}
+        odd = [key for keys in report.values() for key in keys if 'masked_bias' not in str(key)]  # of earlier versions
+        source = source.state_dict()
         if odd or not torch.equal(source['lm_head.weight'], source['transformer.wte.weight']):
-            raise ValueError(f'the weights of {name} are not those of its config ({odd or "lm_head is not tied"})')
+            raise ValueError(f'the weights of {name} are not those of its config ({odd[:9] or "lm_head is not tied"})')
         model = cls(ours)
         with torch.no_grad():
             model.lm_head.weight.copy_(source['lm_head.weight'].mean(0))  # of rows that pad the vocabulary

@@ -2,12 +2,14 @@
 Machine-dependent helpers: device, precision, threads, allocator, peak FLOP/s, terminal. Import it before torch, whose
 thread library reads its environment once, at import (ruff's isort keeps that order).
 """
+import multiprocessing
 import os
 import re
 import select
 import shutil
 import sys
 import sysconfig
+import threading
 import time
 from contextlib import nullcontext
 
@@ -116,6 +118,21 @@ def peak_flops(device, precision):
         (a @ a)[0, 0].item()
         fastest = min(fastest, time.perf_counter() - start)
     return 2 * size ** 3 / fastest
+
+
+def quiet_transformers():
+    """Without transformers' reports and progress bars of loading; a download's bar is huggingface_hub's."""
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def end_with_parent():
+    """End this process, which multiprocessing has started, when the one that started it ends, however that is."""
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def get_rng_state():

@@ -361,7 +361,8 @@ def end_early(settings, ranks, state, save, error):
     if error is None or settings.eval_only:
         return
     try:
-        if ranks.world_size == 1 and isinstance(error, Exception) and not isinstance(error, NotFinite):
+        # UserErrors are agreed on, and saved, or of saving itself
+        if ranks.world_size == 1 and isinstance(error, Exception) and not isinstance(error, UserError):
             save_last_step(settings, state, save)
     finally:
         if ranks.is_master or not isinstance(error, (SystemExit, UserError)):

@@ -30,9 +30,9 @@ class DatasetConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, (int, float) if field.name == 'weight' else str):
-                raise TypeError(f'{field.name} is {value!r}')
+            value, kind = getattr(self, field.name), 'number' if field.name == 'weight' else 'str'
+            if not isinstance(value, dict(number=(int, float), str=str)[kind]):
+                raise TypeError(f'{field.name} must be a {kind}, but is {value!r}')
         if not self.source:
             is_file = self.path.endswith(tuple(LOADERS))
             self.source = os.path.basename(os.path.dirname(os.path.abspath(self.path))) if is_file else self.path

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.corpus import as_sequences
+from training.checks import NotFinite
 
 RETRIEVED_TOGETHER = 64  # sequences per request to the retriever
 
@@ -27,7 +28,7 @@ class Retrieved:
 def evaluate_corpus(model, corpus, batch_size, device, context, retriever=None, label='evaluating'):
     """
     The nats of each of the corpus' tokens, (N, C), 0 where none is predicted, by arm: 'off', and with a retriever
-    'on'; and the Retrieved, or None.
+    'on'; and the Retrieved, or None. NotFinite if a loss is NaN or infinite.
     """
     N, C = corpus.chunks.shape
     L = model.config.block_size // C
@@ -50,6 +51,10 @@ def evaluate_corpus(model, corpus, batch_size, device, context, retriever=None, 
     # a position's loss is that of the token after it
     nats = {arm: np.concatenate([[0], np.concatenate(losses).reshape(-1)[:N * C - 1]]).astype(np.float32).reshape(N, C)
             for arm, losses in nats.items()}
+    for arm, losses in nats.items():
+        if not np.isfinite(losses).all():
+            raise NotFinite(f'the losses with retrieval {arm} are not finite: evaluate an earlier checkpoint, or pass '
+                            f'--dtype=float32')
     if not retriever:
         return nats, None
     neighbors, mask, hits = (np.concatenate([getattr(batch, name).reshape(-1, *getattr(batch, name).shape[2:])

@@ -7,6 +7,8 @@ import logging
 import os
 from dataclasses import dataclass
 
+from system import quiet_transformers
+
 import numpy as np
 
 from configurator import UserError
@@ -28,8 +30,7 @@ class Embedder:
     def __init__(self, name, device='cpu'):
         import torch
         from sentence_transformers import SentenceTransformer  # takes seconds to import
-        from transformers.utils.logging import disable_progress_bar
-        disable_progress_bar()  # of loading; a download's is huggingface_hub's
+        quiet_transformers()
         is_folder = os.path.isdir(name)
         try:
             with quiet('huggingface_hub'), quiet('sentence_transformers'):

@@ -5,7 +5,6 @@ The only file that talks to Milvus: to a local file through Milvus Lite, or to a
 """
 import json
 import logging
-import math
 import os
 import uuid
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from configurator import UserError
-from retrieval.local_server import forget_server, join_server
+from retrieval.local_server import Unreachable, forget_server, join_server
 
 os.environ.setdefault('GRPC_VERBOSITY', 'NONE')  # its errors come as exceptions, too
 
@@ -46,10 +45,6 @@ class Metadata:
     dimension: int
     index: str
     version: int = VERSION
-
-
-class Unreachable(UserError):
-    """No Milvus answers, or it cannot serve yet. It may come back."""
 
 
 def open_knowledge_base(settings, vocabulary_hash, embedder, create=False):
@@ -86,7 +81,7 @@ class KnowledgeBase:
         try:
             if is_local(self.uri):
                 check_local_path(self.uri, self.collection, create)
-                self.lease = join_server(self.uri, create, timeout or math.inf)
+                self.lease = join_server(self.uri, create, **({} if timeout is None else dict(timeout=timeout)))
                 longest *= 60  # it is alive, at low priority, and may be indexing for another process
             address = self.lease.address if self.lease else self.uri
             self.client = connect(address, self.uri, self.token, min(timeout or longest, longest))

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing.pool import RemoteTraceback
 
+from system import end_with_parent
+
 import torch
 
 from data.corpus import val_batches
@@ -128,7 +130,7 @@ def run(settings, train, count, val, device, retrieve, keep_ready, ready, news):
     None, or the Failure that ended it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ignore Ctrl-C: the parent shuts us down
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     outbox = queue.Queue(max(keep_ready, settings.retrieval_prefetch_batches))
     is_closed = threading.Event()
     sender = threading.Thread(target=send, args=(outbox, ready, is_closed), daemon=True)
@@ -163,11 +165,6 @@ def load(streams, retriever, most):
             for batch in retriever.add_neighbors(batches) if retriever else batches:
                 yield batch, retriever and retriever.size
             together = min(2 * together, most)
-
-
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def put(outbox, item, is_closed):

@@ -14,7 +14,6 @@ inode, which a copied database does not share. The system drops the locks of a p
 """
 import fcntl
 import gc
-import math
 import os
 import signal
 import subprocess
@@ -37,6 +36,10 @@ OPTIONS = [('grpc.max_receive_message_length', 1 << 28), ('grpc.max_send_message
 PATIENCE = 0.5  # seconds between two looks at whether anybody is left
 
 
+class Unreachable(UserError):
+    """No Milvus answers, or it cannot serve yet. It may come back."""
+
+
 @dataclass
 class Lease:
     """The right to use a local database's server, for as long as it is open."""
@@ -48,11 +51,11 @@ class Lease:
         self.file.close()
 
 
-def join_server(path, create=False, timeout=math.inf):
+def join_server(path, create=False, timeout=600):
     """
     A Lease on the server of the database at `path`, which is started if there is none. With `create` a missing
-    database is made, and a server that starts is not nice, as it is to write. UserError if it cannot be opened, or if
-    another process takes more than `timeout` seconds to start or end a server.
+    database is made, and a server that starts runs at normal priority, since it will be written to. UserError if it
+    cannot be opened; Unreachable if another process takes more than `timeout` seconds to start or stop the server.
     """
     if create:
         try:
@@ -62,13 +65,14 @@ def join_server(path, create=False, timeout=math.inf):
                             f'in a folder that you may write to') from error
     try:
         with ExitStack() as opened:
-            # 'a+': NFS gives a shared lock on files that can be read alone, and an exclusive one on those to write
+            # 'a+': NFS requires read access for a shared lock, and write access for an exclusive one
             lease = opened.enter_context(open(os.path.join(path, '.nanoretro-lease'), 'a+'))
             with (open(os.path.join(path, '.nanoretro-start'), 'a+') as start,
                   open(os.path.join(path, '.nanoretro-server'), 'a+') as server):
-                wait_for(lambda: try_lock(start), path, timeout)
+                deadline = time.monotonic() + timeout
+                wait_for(lambda: try_lock(start), path, deadline)
                 fcntl.flock(lease, fcntl.LOCK_SH)
-                address, pid, _ = wait_for(lambda: find_server(server, path, NICENESS * (not create)), path, timeout)
+                address, pid, _ = wait_for(lambda: find_server(server, path, NICENESS * (not create)), path, deadline)
             if not os.path.exists(address.removeprefix('unix:')):
                 raise UserError(f'retrieval_milvus_uri {path!r} is served by process {pid} of another user, machine '
                                 f'or container, which cannot be reached from here: wait for its end, or use a Milvus '
@@ -80,16 +84,16 @@ def join_server(path, create=False, timeout=math.inf):
                         f'Milvus Lite, in a folder that you may write to') from error
 
 
-def wait_for(condition, path, timeout):
-    """What condition() returns, once that is true. UserError after `timeout` seconds."""
+def wait_for(condition, path, deadline):
+    """What condition() returns, once that is true. Unreachable after the deadline, by time.monotonic()."""
     started, said = time.monotonic(), False
     while not (found := condition()):
         waited = time.monotonic() - started
-        if waited > timeout:
-            raise UserError(f'another process has been starting or ending the server of {path} for {waited:.0f} s: see '
-                            f'whether it is stopped')
+        if time.monotonic() > deadline:
+            raise Unreachable(f'another process has been starting or stopping the server of {path} for {waited:.0f} s: '
+                              f'check whether it is suspended')
         if waited > 10 and not said:
-            print(f'waiting for another process, which starts or ends the server of {path}', file=sys.stderr)
+            print(f'waiting for another process to start or stop the server of {path}', file=sys.stderr)
             said = True
         time.sleep(0.05)
     return found
@@ -181,9 +185,9 @@ def main():
     inode = str(os.fstat(locked.fileno()).st_ino)
     locked.seek(0)
     fields = locked.read().split()
+    locked.truncate(0)
     if len(fields) == 3 and fields[2] == inode:  # a server of this file was killed, and not one of the file copied
         remove_socket(fields[0].removeprefix('unix:'))
-    locked.truncate(0)
     import grpc
     import milvus_lite.db
     from milvus_lite.adapter.grpc.servicer import MilvusServicer
@@ -211,11 +215,11 @@ def main():
             fcntl.flock(start, fcntl.LOCK_EX)
             with open(os.path.join(path, '.nanoretro-lease'), 'a+') as lease:
                 if try_lock(lease):  # nobody is left, and who comes now waits until the database is closed
+                    locked.truncate(0)
                     server.stop(grace=0).wait()
+                    remove_socket(address)
                     pool.shutdown()  # a request whose client is gone may still be writing
                     database.close()
-                    remove_socket(address)
-                    locked.truncate(0)
                     return
             fcntl.flock(start, fcntl.LOCK_UN)
 

@@ -15,7 +15,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
-from system import pick_device
+from system import end_with_parent, pick_device
 
 import numpy as np
 from tqdm import tqdm
@@ -84,6 +84,7 @@ def join(parts):
 
 def read_into(batches, settings):
     """The reading process: puts (Rows, seconds that they took), and at the end None or the exception."""
+    end_with_parent()
     try:
         tokenizer = load_tokenizer(settings.tokenizer)
         documents = load_documents(as_dataset_configs(settings.train_datasets, 'train_datasets'))
@@ -103,6 +104,7 @@ def read_into(batches, settings):
 def load_embedder(name, device):
     """In the embedding process: load the model once, into a global."""
     global embedder
+    end_with_parent()
     embedder = Embedder(name, device)
     return EmbedderInfo(embedder.name, embedder.fingerprint, embedder.dimension)
 

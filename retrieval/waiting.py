@@ -5,7 +5,7 @@ on without neighbors in silence.
 import time
 
 from configurator import UserError
-from retrieval.knowledge_base import Unreachable
+from retrieval.local_server import Unreachable
 
 LONGEST_PAUSE = 5  # seconds between two attempts
 

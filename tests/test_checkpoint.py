@@ -316,7 +316,7 @@ def test_a_checkpoint_of_a_gpu_is_used_where_there_is_none(copy):
 @pytest.mark.parametrize('out_dir, said', [('', 'out_dir is empty'), (' ', 'out_dir is empty'),
                                            ('dangling', "out_dir 'dangling' cannot be written"),
                                            ('dangling/below', "out_dir 'dangling/below' cannot be written"),
-                                           ('x' * 300, 'is no name for a folder'),
+                                           ('x' * 300, 'is not a valid folder name'),
                                            ('locked', 'locked/.lock cannot be opened (Is a directory)')])
 def test_an_out_dir_that_is_none_is_one_line(workspace, out_dir, said):
     (workspace / 'dangling').symlink_to('nowhere')

@@ -163,7 +163,8 @@ def test_output_that_the_terminals_encoding_lacks_is_escaped():
 def test_characters_that_a_terminal_or_a_page_acts_on_are_shown_as_symbols():
     assert visible('a\x00b\x1b[31mc\td\n\x7f\u202eevil\u2066') == 'a\u2400b\u241b[31mc\td\n\ufffd\ufffdevil\ufffd'
     assert visible('a\u200bb\u2028c\u2060\u180e\u206f\U000e0041') == 'a\ufffdb\ufffdc' + 4 * '\ufffd'
-    for text in ('ünïcödé 𝛑 中文 🙂', 'नमस्ते क्\u200dष', '👩\u200d💻', 'می\u200cخواهم'):
+    for text in ('ünïcödé 𝛑 中文 🙂',
+                 'नमस्ते क्\u200dष', '👩\u200d💻', 'می\u200cخواهم', 'soft\u00adhyphen', '\u0600\u06f1'):
         assert visible(text) == text
 
 
@@ -186,7 +187,7 @@ def test_a_full_disk_is_one_line_in_every_command():
             '    raise OSError(errno.ENOSPC, "No space left on device", "out/file")')
     answer = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode == 2
-    assert answer.stderr == ('error: out/file cannot be written (No space left on device): make room there, or name '
+    assert answer.stderr == ('error: out/file cannot be written (No space left on device): free some space, or name '
                              'another folder\n')
 
 

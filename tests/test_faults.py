@@ -3,6 +3,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -35,7 +36,6 @@ def server(tmp_path_factory):
 @pytest.fixture(scope='module')
 def undisturbed(server, prepared, tmp_path_factory):
     """A folder with an undisturbed run of LONG from the server in `whole`."""
-    import shutil
     folder = tmp_path_factory.mktemp('faults') / 'run'
     shutil.copytree(prepared, folder)
     for command in (['-m', 'retrieval.populate', 'config.py'], [ROOT / 'train.py', *LONG, '--out_dir=whole']):
@@ -77,9 +77,13 @@ class Run:
         self.process.wait()
 
     def processes(self):
-        """The processes of its session that are alive."""
-        answer = subprocess.run(['ps', '-s', str(self.process.pid), '-o', 'pid=,stat='], capture_output=True, text=True)
-        return [line for line in answer.stdout.splitlines() if not line.split()[1].startswith('Z')]
+        return alive(self.process.pid)
+
+
+def alive(session):
+    """The processes of a session that are alive."""
+    answer = subprocess.run(['ps', '-s', str(session), '-o', 'pid=,stat='], capture_output=True, text=True)
+    return [line for line in answer.stdout.splitlines() if not line.split()[1].startswith('Z')]
 
 
 def test_training_waits_for_a_server_that_was_killed_and_goes_on_as_if_nothing_had_been(server, undisturbed):
@@ -137,6 +141,17 @@ def test_a_killed_run_leaves_no_process(workspace):
     killed.kill()
     wait_until(lambda: not killed.processes())
     wait_until(lambda: not has_server(workspace / 'milvus.db'))
+
+
+def test_a_filling_that_is_killed_leaves_no_process(prepared, tmp_path):
+    folder = tmp_path / 'run'
+    shutil.copytree(prepared, folder)
+    process = spawn('-m', 'retrieval.populate', 'config.py', folder=folder, start_new_session=True)
+    wait_until(lambda: (folder / 'milvus.db/collections/chunks').exists(), 60)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not alive(process.pid))
+    wait_until(lambda: not has_server(folder / 'milvus.db'))
 
 
 def test_one_rank_that_stops_stops_all_with_a_checkpoint(workspace):

@@ -16,7 +16,7 @@ from configurator import UserError
 from data.tokenizer import load_tokenizer
 from retrieval import local_server as module
 from retrieval.knowledge_base import connect
-from retrieval.local_server import PATIENCE, join_server
+from retrieval.local_server import PATIENCE, Unreachable, join_server
 from retrieval.retriever import Retriever
 from tests.conftest import CHUNK, ROOT, has_server, run, spawn, wait_until
 
@@ -153,7 +153,7 @@ def test_whoever_is_killed_while_a_server_starts_is_in_nobodys_way(workspace, se
 def test_a_starter_that_is_stopped_is_waited_for_and_named(workspace, capsys):
     with open(workspace / 'milvus.db/.nanoretro-start', 'a') as start:
         fcntl.flock(start, fcntl.LOCK_EX)  # as of a process that Ctrl-Z stopped
-        with pytest.raises(UserError, match='another process has been starting or ending the server .* see whether it'):
+        with pytest.raises(Unreachable, match='another process has been starting or stopping .*: check whether it'):
             join_server(str(workspace / 'milvus.db'), timeout=0.5)
     join_server(str(workspace / 'milvus.db'), timeout=30).close()
 

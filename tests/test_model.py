@@ -302,7 +302,7 @@ def gpt2(tmp_path):
     dict(reorder_and_upcast_attn=True), dict(n_inner=24)])
 def test_what_is_not_plain_gpt2_is_refused_by_the_fields_name(gpt2, fields):
     path, _ = gpt2(**fields)
-    with pytest.raises(ValueError, match=f'is no plain GPT-2: {next(iter(fields))} is'):
+    with pytest.raises(ValueError, match=f'is not a plain GPT-2: {next(iter(fields))} is'):
         RETRO.from_pretrained(path)
 
 
@@ -310,7 +310,7 @@ def test_another_architecture_is_refused_by_its_name(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
     LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                  num_attention_heads=2)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is no plain GPT-2: model_type is 'llama'"):
+    with pytest.raises(ValueError, match="is not a plain GPT-2: model_type is 'llama'"):
         RETRO.from_pretrained(str(tmp_path))
 
 

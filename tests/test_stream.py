@@ -143,8 +143,8 @@ def test_the_peps_load_as_they_are():
     ('missing.parquet', "no corpus at 'missing.parquet'"),
     (dict(path='{prepared}/train.parquet', text_field='body'), "no column 'body'.*id, text"),
     (dict(pth='x'), 'no path and no DatasetConfig'),
-    (dict(path=5), 'no path and no DatasetConfig .path is 5'),
-    (dict(path='x', weight='abc'), "no path and no DatasetConfig .weight is 'abc'"),
+    (dict(path=5), 'no path and no DatasetConfig .path must be a str, but is 5'),
+    (dict(path='x', weight='abc'), "no path and no DatasetConfig .weight must be a number, but is 'abc'"),
 ])
 def test_a_dataset_that_cannot_be_read_is_named_with_what_to_do(prepared, entry, said):
     if isinstance(entry, dict) and isinstance(entry.get('path'), str):

@@ -19,9 +19,10 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
-from system import get_rng_state, is_device, pick_device, pick_dtype, say
+from system import get_rng_state, is_device, pick_device, pick_dtype, quiet_transformers, say
 
 import torch
 from safetensors import SafetensorError
@@ -125,7 +126,8 @@ def save_checkpoint(settings, ranks, tokenizer, tokenizer_text, model, optimizer
         parent = os.path.join(settings.out_dir, 'checkpoints')
         folder = os.path.join(parent, f'step-{state.step}')
         for leftover in glob.glob(f'{glob.escape(parent)}/*.tmp'):  # of a run that was killed while saving
-            (shutil.rmtree if os.path.isdir(leftover) else os.unlink)(leftover)
+            with suppress(OSError):
+                (shutil.rmtree if os.path.isdir(leftover) else os.unlink)(leftover)
         parameters = dict(model.named_parameters())
         meta = dict(version=VERSION, step=state.step, model=asdict(model.config), settings=settings.without_secrets(),
                     vocabulary_hash=vocabulary_hash(tokenizer), scaler=scaler.state_dict(), world_size=ranks.world_size,
@@ -240,7 +242,8 @@ class as_user_error:
         pass
 
     def __exit__(self, _, error, __):
-        if isinstance(error, Exception) and not isinstance(error, UserError):
+        of_machine = (UserError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+        if isinstance(error, Exception) and not isinstance(error, of_machine):
             raise UserError(f'checkpoint {self.folder!r} cannot be read ({type(error).__name__}: {str(error)[:300]}): '
                             f'it is damaged, or of something else; name another out_dir, or the folder of an earlier '
                             f'checkpoint') from error
@@ -267,9 +270,10 @@ def load_weights(folder, config, tokenizer):
     """
     if os.path.isfile(os.path.join(folder, 'config.json')):
         try:
+            quiet_transformers()  # what they would report is an error here
             model = RETRO.from_pretrained(folder, **asdict(config))
             path = os.path.join(folder, 'tokenizer.json')
-            if os.path.isfile(path) and token_bytes(load_tokenizer(path)) != token_bytes(tokenizer):
+            if os.path.isfile(path) and token_bytes(load_tokenizer(path))[:tokenizer.n_vocab] != token_bytes(tokenizer):
                 raise ValueError('its tokenizer.json is not the tokenizer of this run')
         except Exception as error:  # transformers and what it loads with raise many unrelated classes
             raise UserError(f'init_from {folder!r} cannot be used: {" ".join(str(error).split())[:500]}') from error

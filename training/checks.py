@@ -25,10 +25,10 @@ def check_settings(settings):
     if settings.decay_lr and settings.min_lr > settings.learning_rate:
         raise UserError(f'min_lr {settings.min_lr} is above learning_rate {settings.learning_rate}: lower it, or leave '
                         f'it at -1.0, which is a tenth of learning_rate')
-    if settings.decay_lr and settings.lr_decay_iters < settings.warmup_iters < settings.max_iters:
-        raise UserError(f'warmup_iters {settings.warmup_iters} is above lr_decay_iters {settings.lr_decay_iters}, so '
-                        f'that the learning rate would fall from its peak at once: lower it, or leave lr_decay_iters '
-                        f'at 0, which is max_iters')
+    if settings.decay_lr and settings.lr_decay_iters <= settings.warmup_iters < settings.max_iters:
+        raise UserError(f'warmup_iters {settings.warmup_iters} must be below lr_decay_iters {settings.lr_decay_iters}: '
+                        f'the learning rate would fall from its peak at once; lower it, or leave lr_decay_iters at 0, '
+                        f'which is max_iters')
     if settings.eval_only and settings.init_from not in ('scratch', 'resume'):
         raise UserError(f'eval_only evaluates the checkpoint in out_dir {settings.out_dir!r}, and init_from names '
                         f'{settings.init_from!r}: leave one of them out')
@@ -62,7 +62,7 @@ def check_step(step, loss, norm, scaler):
     then: the GradScaler skips the step and halves its scale. They are an error when that no longer helps.
     """
     if scaler.is_enabled() and math.isfinite(loss):
-        return None if scaler.get_scale() >= 1.0 else NotFinite(
+        return None if math.isfinite(norm) or scaler.get_scale() >= 1.0 else NotFinite(
             f'the gradients at step {step} are not finite at any loss scale: lower learning_rate, or use '
             f"dtype='bfloat16' or 'float32'")
     return not_finite(step, loss=loss, norm=norm)

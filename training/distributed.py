@@ -68,8 +68,9 @@ class Ranks:
 
 def find_ranks(settings):
     """The Ranks of this run by torchrun's environment, not joined yet."""
-    if settings.backend not in ('auto', *dist.Backend.backend_list):
-        raise UserError(f"backend {settings.backend!r} is none of 'auto', {str(dist.Backend.backend_list)[1:-1]}")
+    known = ('auto', *(name for name in dist.Backend.backend_list if name not in ('undefined', 'fake')))
+    if any(part.rpartition(':')[2] not in known for part in settings.backend.split(',')):  # cpu:gloo,cuda:nccl
+        raise UserError(f'backend {settings.backend!r} is none of {str(known)[1:-1]}')
     found = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
     if not found:
         return Ranks(device=pick_device(settings.device))

@@ -16,7 +16,7 @@ def check_writable(out_dir):
     if not out_dir.strip():
         raise UserError("out_dir is empty: name a folder, such as 'out'")
     if '\0' in out_dir or any(len(os.fsencode(name)) > 255 for name in out_dir.split(os.sep)):
-        raise UserError(f'out_dir {out_dir[:80]!r} ... is no name for a folder: name another')
+        raise UserError(f'out_dir {out_dir[:300]!r} is not a valid folder name: name another')
     existing = os.path.abspath(out_dir)
     while not os.path.lexists(existing):  # a dangling link exists
         existing = os.path.dirname(existing)
