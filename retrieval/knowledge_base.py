@@ -81,7 +81,7 @@ class KnowledgeBase:
         try:
             if is_local(self.uri):
                 check_local_path(self.uri, self.collection, create)
-                self.lease = join_server(self.uri, create, **({} if timeout is None else dict(timeout=timeout)))
+                self.lease = join_server(self.uri, create, timeout or 600)
                 longest *= 60  # it is alive, at low priority, and may be indexing for another process
             address = self.lease.address if self.lease else self.uri
             self.client = connect(address, self.uri, self.token, min(timeout or longest, longest))
@@ -251,7 +251,7 @@ def check_local_path(uri, collection, create):
     if not uri.endswith('.db'):
         raise UserError(f'retrieval_milvus_uri {uri!r} is neither the path of a local file ending in .db nor an '
                         f'address such as http://127.0.0.1:19530')
-    if not create and not os.path.exists(uri):
+    if not create and not os.path.isfile(os.path.join(uri, 'LOCK')):  # of Milvus Lite; nothing is written elsewhere
         raise no_collection(uri, collection)
 
 
@@ -267,7 +267,7 @@ def milvus_errors(uri, has_token):
         status = getattr(status() if callable(status) else status, 'name', '')
         if status in ('UNAUTHENTICATED', 'PERMISSION_DENIED'):
             reason = 'the token was refused' if has_token else 'no token was given'
-            # training/checkpoint.py, load_run
+            # a server that a checkpoint alone names gets no token (training/checkpoint.py)
             hint = '' if has_token else f', and, if a checkpoint names the server, --retrieval_milvus_uri={uri}, too'
             raise UserError(f'Milvus at {uri} asks for authentication and {reason}: set retrieval_milvus_token, or '
                             f'MILVUS_TOKEN in the environment, to user:password or an API key{hint}') from error

@@ -301,6 +301,18 @@ def test_float16_skips_steps_that_overflow_and_resumes_with_the_scale_that_it_ha
     assert first + train(*parts, checkpoint.load_state(0), 6) == unbroken
 
 
+def test_a_folder_that_a_strangers_checkpoint_names_is_left_as_it_is(copy):
+    meta_path = copy / 'out/checkpoints/step-12/meta.json'
+    meta = json.loads(meta_path.read_text())
+    meta['settings']['retrieval_milvus_uri'] = str(copy / 'precious.db')
+    meta_path.write_text(json.dumps(meta))
+    (copy / 'precious.db').mkdir()
+    (copy / 'precious.db/file').write_text('precious')
+    answer = run(ROOT / 'sample.py', START, folder=copy, check=False)
+    assert answer.returncode == 2 and "no collection 'chunks' in" in answer.stderr
+    assert [path.name for path in (copy / 'precious.db').iterdir()] == ['file']
+
+
 def test_a_checkpoint_of_a_gpu_is_used_where_there_is_none(copy):
     meta_path = copy / 'out/checkpoints/step-12/meta.json'
     meta = json.loads(meta_path.read_text())
