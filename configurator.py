@@ -32,7 +32,8 @@ RANGES = {  # of numeric settings: at least, and below
     **dict.fromkeys(('keep_checkpoints', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'retrieval_rerank',
                      'retrieval_encoder_layers'), (0, 2**31)),
     **dict.fromkeys(('eval_tokens', 'seed'), (0, 2**62)),
-    **dict.fromkeys(('learning_rate', 'weight_decay', 'grad_clip', 'retrieval_cache_gb', 'retrieval_timeout'),
+    **dict.fromkeys(('learning_rate', 'weight_decay', 'grad_clip', 'retrieval_cache_gb', 'retrieval_timeout',
+                     'data_cache_gb'),
                     (0.0, math.inf)),
     **dict.fromkeys(('dropout', 'beta1', 'beta2'), (0.0, 1.0)),
     'min_lr': (-1.0, math.inf),
@@ -155,6 +156,8 @@ def as_plain(value):
         return asdict(value)
     if isinstance(value, Enum):
         return value.name
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, dict):
         return {key: as_plain(v) for key, v in value.items()}
     return [as_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

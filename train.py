@@ -28,9 +28,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import UserError, drop_secrets_from_argv, load_settings, user_errors_as_one_line
-from data.documents import as_dataset_configs
 from data.fingerprint import describe_corpus
-from data.stream import INTERLEAVE
 from data.tokenizer import load_tokenizer, token_byte_counts, tokenizer_json
 from evaluation.validation import evaluate, run_benchmarks
 from model import RETRO, RETROConfig
@@ -40,12 +38,14 @@ from retrieval.retriever import Retriever
 from training.checkpoint import (
     RunState,
     check_fits,
+    describe_resume,
     load_checkpoint,
     load_weights,
     save_checkpoint,
 )
 from training.checks import (
     NotFinite,
+    check_found_themselves,
     check_settings,
     check_step,
     describe_schedule,
@@ -73,6 +73,8 @@ benchmark_data_dir = ''  # their data, for machines that cannot reach the hub (e
 # data
 train_datasets = []  # list of DatasetConfig (data/documents.py) or paths, for training and for populate
 val_datasets = []  # the same, for evaluation
+data_cache_dir = 'out/datasets'  # the datasets as tokens, made when they are first read and when their files change
+data_cache_gb = 100.0  # its maximum size, beyond which the datasets that no run has used for longest are removed
 tokenizer = 'gpt2'  # 'gpt2', or the path of a byte-level tokenizer.json
 gradient_accumulation_steps = 40  # micro-batches per step, over all processes
 batch_size = 12  # sequences per micro-batch
@@ -148,7 +150,7 @@ def main(cleanup):
     is_resumed, checkpoint = settings.init_from == 'resume' and not settings.eval_only, None
     if is_resumed or settings.eval_only:
         checkpoint = load_checkpoint(settings.out_dir, for_resume=is_resumed)
-        check_fits(checkpoint, config, tokenizer, ranks.world_size if is_resumed else None)
+        check_fits(checkpoint, config, tokenizer)
     benchmarks = []
     if settings.multiple_choice_benchmarks and ranks.is_master:
         from evaluation.benchmarks import prepare_benchmarks  # imports DeepEval, which takes seconds
@@ -162,6 +164,8 @@ def main(cleanup):
     if describe_schedule(settings) and ranks.is_master and not settings.eval_only:
         say(describe_schedule(settings))
     state = checkpoint.load_state(ranks.rank if is_resumed else None) if checkpoint else RunState()
+    if is_resumed and ranks.is_master and (changes := describe_resume(checkpoint, settings, ranks.world_size)):
+        say(changes)
     if is_resumed and state.step >= settings.max_iters and ranks.is_master:
         say(f'nothing is left to train: the checkpoint is of step {state.step}, and max_iters is {settings.max_iters}')
 
@@ -195,7 +199,7 @@ def main(cleanup):
     tokenizer_text = '' if settings.eval_only or not ranks.is_master else tokenizer_json(settings.tokenizer, tokenizer)
     save = functools.partial(save_checkpoint, settings, ranks, tokenizer, tokenizer_text, model, optimizer, scaler)
     torch.manual_seed(settings.seed + ranks.rank)
-    if is_resumed:
+    if is_resumed and state.rng:
         set_rng_state(state.rng)
     state.rng = get_rng_state()
 
@@ -220,6 +224,7 @@ def main(cleanup):
         signals.check()
         say(news)
 
+    warn_once = functools.cache(lambda text: say(text) if ranks.is_master else None)
     prompt_retriever = functools.cache(lambda: cleanup.enter_context(closing(
         Retriever(settings, tokenizer, ranks.device, say_or_stop))) if settings.use_retrieval else None)
     interval = Interval(state.step, loader.waited)
@@ -283,7 +288,8 @@ def main(cleanup):
 
         # log
         if failure is None and (state.step % settings.log_interval == 0 or state.step == settings.max_iters):
-            metrics.log_steps(state, interval, lr, loader.waited)
+            counts = metrics.log_steps(state, interval, lr, loader.waited)
+            failure = check_found_themselves(counts, warn_once)
             interval = Interval(state.step, loader.waited)
             state.losses, state.targets = [], 0
 
@@ -295,15 +301,12 @@ def main(cleanup):
 
 
 def make_streams(settings, ranks, micro_steps, micro_batch, state):
-    """This rank's share of the data, for the Loader: arguments of the training stream, batch count, and val's."""
-    grid = dict(chunk_size=settings.retrieval_chunk_size, block_size=settings.block_size)
-    val = dict(configs=as_dataset_configs(settings.val_datasets, 'val_datasets'), batch_size=settings.batch_size,
-               max_tokens=settings.eval_tokens, rank=ranks.rank, world_size=ranks.world_size, **grid)
+    """This rank's share of the data, for the Loader: of the training stream, how many batches, and of the val text."""
     count = micro_steps * micro_batch  # sequences of a step
-    train = dict(configs=as_dataset_configs(settings.train_datasets, 'train_datasets'), batch_size=micro_batch,
-                 lanes=settings.batch_size * settings.gradient_accumulation_steps, first=ranks.rank * count,
-                 count=count, interleave=INTERLEAVE, seed=settings.seed, state=state.stream, **grid)
-    return (None if settings.eval_only else train), max(0, settings.max_iters - state.step) * micro_steps, val
+    train = dict(batch_size=micro_batch, step_size=settings.batch_size * settings.gradient_accumulation_steps,
+                 first=ranks.rank * count, count=count, seed=settings.seed, state=state.stream)
+    return (None if settings.eval_only else train, max(0, settings.max_iters - state.step) * micro_steps,
+            dict(rank=ranks.rank, world_size=ranks.world_size))
 
 
 def get_lr(step, settings):

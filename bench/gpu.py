@@ -184,8 +184,9 @@ def check_nccl(device):
 
 
 def run(*command, folder):
+    paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
     subprocess.run([sys.executable, *map(str, command)], cwd=folder, check=True, stdout=sys.stderr,
-                   env={**os.environ, 'PYTHONPATH': str(ROOT)})
+                   env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
 
 
 def prepare(folder, is_quick):

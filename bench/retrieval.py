@@ -21,9 +21,10 @@ from system import pick_device
 
 from bench.milvus_server import MilvusServer, why_not
 from configurator import load_settings, user_errors_as_one_line
+from data.chunk_store import open_datasets
 from data.documents import as_dataset_configs
 from data.fingerprint import describe_corpus
-from data.stream import INTERLEAVE, SequenceStream
+from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
 from retrieval.populate import populate
 from retrieval.retriever import Retriever
@@ -56,14 +57,14 @@ def time_stages(retriever):
     return seconds
 
 
-def measure(settings, is_remembered, tokenizer, grid, rounds, together):
+def measure(settings, is_remembered, tokenizer, datasets, rounds, together):
     """Yields, for each round of `together` batches, milliseconds per batch by stage, and retrieving chunks/s."""
     with closing(Retriever(settings, tokenizer, pick_device(settings.device))) as retriever:
-        stream = SequenceStream(tokenizer=tokenizer, **grid)
+        stream = SequenceStream(datasets, settings.block_size, settings.batch_size)
         if is_remembered:
             for _ in range(rounds):
                 retriever.add_neighbors(list(islice(stream, together)))
-            stream = SequenceStream(tokenizer=tokenizer, **grid)
+            stream = SequenceStream(datasets, settings.block_size, settings.batch_size)
         seconds = time_stages(retriever)
         for _ in range(rounds):
             seconds.clear()
@@ -86,9 +87,7 @@ def main():
     settings = settings.replace(retrieval_cache_gb=4.0)
     if is_quick:
         settings.train_datasets = settings.val_datasets
-    configs = as_dataset_configs(settings.train_datasets, 'train_datasets')
-    grid = dict(configs=configs, chunk_size=settings.retrieval_chunk_size, block_size=settings.block_size,
-                batch_size=settings.batch_size, interleave=INTERLEAVE)
+    datasets = open_datasets(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, settings)
     arms = {}
     with ExitStack() as cleanup:
         folder = cleanup.enter_context(tempfile.TemporaryDirectory())
@@ -103,7 +102,7 @@ def main():
         for name, database in databases.items():
             for is_remembered, arm in ((False, 'first time'), (True, 'remembered')):
                 database = database.replace(retrieval_cache_dir=f'{folder}/{name} {arm}')
-                measured = measure(database, is_remembered, tokenizer, grid, rounds, together)
+                measured = measure(database, is_remembered, tokenizer, datasets, rounds, together)
                 arms[f'{name}, {arm}'] = cleanup.enter_context(closing(measured))
         results = {name: [] for name in arms}
         for _ in range(rounds):

@@ -32,9 +32,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import load_settings, user_errors_as_one_line
-from data.documents import as_dataset_configs
 from data.fingerprint import describe_corpus
-from data.stream import INTERLEAVE
 from data.tokenizer import load_tokenizer
 from model import RETRO, RETROConfig
 from retrieval.knowledge_base import is_local
@@ -97,9 +95,7 @@ class Arm:
 
 def measure(settings, window, rounds, device, cleanup, vocab_size=None):
     """The Arms by name after the measured rounds, the RETRO, the GPT. vocab_size is the tokenizer's, unless given."""
-    configs = as_dataset_configs(settings.train_datasets, 'train_datasets')
-    stream = dict(configs=configs, interleave=INTERLEAVE, chunk_size=settings.retrieval_chunk_size,
-                  block_size=settings.block_size, batch_size=settings.batch_size, seed=settings.seed)
+    stream = dict(batch_size=settings.batch_size, seed=settings.seed)
     folder = cleanup.enter_context(tempfile.TemporaryDirectory())
     server = []
     if is_local(settings.retrieval_milvus_uri):

@@ -32,22 +32,12 @@ def join_chunks(chunks, lengths):
     return chunks.reshape(-1)[:lengths.sum() - 1]
 
 
-def with_continuation(chunks, lengths):
-    """
-    Each chunk followed by the next chunk of the same document: tokens (L, 2C) and how many of them are real (L,).
-    The last chunk has no continuation. Padding always comes last.
-    """
-    tokens = np.concatenate([chunks, np.roll(chunks, -1, axis=0)], axis=1)
-    tokens[-1, chunks.shape[1]:] = chunks[-1, -1]
-    next_lengths = np.append(lengths[1:], 0).astype(lengths.dtype)
-    return tokens, lengths + next_lengths
-
-
 def document_hash(source, document_id):
     """`doc_id`: the same document has the same on every machine."""
-    return hash64(source, document_id)
+    return hash64(len(source), source, document_id)  # with its length, no two sources and ids are joined alike
 
 
 def chunk_hashes(source, document_id, start, stop):
     """`id` of a document's chunks start:stop, from their positions, int64."""
-    return np.array([hash64(source, document_id, position) for position in range(start, stop)], dtype=np.int64)
+    return np.array([hash64(len(source), source, document_id, position) for position in range(start, stop)],
+                    dtype=np.int64)

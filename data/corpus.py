@@ -2,22 +2,21 @@
 A fixed text on the chunk grid: whole documents, one after another, as sequences of block_size tokens. What validation
 while training and `python -m evaluation` both evaluate; it depends on neither the batch size nor the number of ranks.
 """
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
 
 from configurator import UserError
-from data.documents import chunk, load_documents
+from data.chunking import chunk_document
 from data.stream import Batch
-from data.tokenizer import token_byte_counts
-
-ORDER = 0  # seed of the order of the documents
+from data.tokenizer import token_byte_counts, tokenize
 
 
 @dataclass
 class Corpus:
     """Documents, one after another on the chunk grid: N chunks of C tokens, and D documents."""
-    names: list  # (D,) source/id
+    names: list  # (D,) what the documents are called
     texts: list  # (D,) what is evaluated of each
     chunks: np.ndarray  # (N, C) int32
     lengths: np.ndarray  # (N,) real tokens of each
@@ -35,30 +34,45 @@ class Corpus:
         return is_real
 
 
-def read_corpus(documents, tokenizer, chunk_size, max_tokens=0):
+def read_corpus(datasets, tokenizer, max_tokens=0):
     """
-    The Documents as a Corpus, up to max_tokens, where 0 means all; the last one is cut there, on the grid. UserError
-    if there is no text.
+    The documents of ChunkedDatasets as a Corpus, in the order of their doc_ids, up to max_tokens, where 0 means all.
+    The last one is cut there, on the grid. UserError if there is no text.
     """
+    def documents_of(dataset):
+        for block in dataset.blocks():
+            starts = np.flatnonzero(block.positions == 0)
+            for part in np.split(np.arange(len(block.ids)), starts[1:]):
+                name, = dataset.names(block.documents[part[:1]])
+                yield (int(block.doc_ids[part[0]]), name, block.tokens[part], block.lengths[part], block.ids[part])
+    return join_documents(heapq.merge(*map(documents_of, datasets), key=lambda document: document[0]), tokenizer,
+                          max_tokens)
+
+
+def chunk_texts(names, texts, tokenizer, chunk_size):
+    """Texts (D,) as a Corpus of another tokenizer or chunk size, without ids."""
+    parts = ((0, name, *chunk_document(tokenize(text, tokenizer), chunk_size, tokenizer.eot_token), None)
+             for name, text in zip(names, texts, strict=True))
+    return join_documents(parts, tokenizer, 0)
+
+
+def join_documents(documents, tokenizer, max_tokens):
+    """A Corpus of (doc_id, name, tokens (L, C), lengths (L,), chunk ids (L,) or None) up to max_tokens."""
     parts, names, texts, total = [], [], [], 0
-    for document in documents:
-        chunked = chunk(document, tokenizer, chunk_size)
-        if chunked is None:
-            continue
-        count = len(chunked.tokens)
-        if max_tokens and total + chunked.lengths.sum() > max_tokens:
-            count = max(1, (max_tokens - total) // chunk_size)
-        tokens, lengths = chunked.tokens[:count], chunked.lengths[:count]
-        is_whole = count == len(chunked.tokens)
-        parts.append((tokens, lengths, np.full(count, len(names)), np.full(count, chunked.doc_id),
-                      chunked.chunk_ids[:count], np.arange(count), np.arange(count) == count - 1))
-        names.append(document.name)
-        texts.append(document.text if is_whole else tokenizer.decode(tokens.reshape(-1).tolist()))
+    for doc_id, name, tokens, lengths, ids in documents:
+        count = len(tokens)
+        if max_tokens and total + lengths.sum() > max_tokens:
+            count = max(1, (max_tokens - total) // tokens.shape[1])
+        tokens, lengths = tokens[:count], lengths[:count]
+        ids = np.zeros(count, dtype=np.int64) if ids is None else ids[:count]
+        parts.append((tokens, lengths, np.full(count, len(names)), np.full(count, doc_id), ids, np.arange(count),
+                      np.arange(count) == count - 1))
+        real = tokens.reshape(-1)[:lengths.sum()]
+        names.append(name)
+        texts.append(tokenizer.decode(real[real != tokenizer.eot_token].tolist()))
         total += int(lengths.sum())
-        if max_tokens and total + chunk_size > max_tokens:
+        if max_tokens and total + tokens.shape[1] > max_tokens:
             break
-    if not names:
-        raise UserError('there is no text to evaluate: all documents are empty; name others')
     corpus = Corpus(names, texts, *(np.concatenate(column) for column in zip(*parts, strict=True)))
     if not chunk_bytes(corpus, tokenizer).any():
         raise UserError('there is no text to evaluate: no document is longer than a token; name others')
@@ -92,12 +106,11 @@ def chunk_bytes(corpus, tokenizer):
     return (np.array(token_byte_counts(tokenizer))[corpus.chunks] * corpus.predicted).sum(1)
 
 
-def val_batches(configs, tokenizer, chunk_size, block_size, batch_size, max_tokens, rank=0, world_size=1):
+def val_batches(datasets, tokenizer, block_size, batch_size, max_tokens, rank=0, world_size=1):
     """
-    This rank's Batches of the val text: the documents of the DatasetConfigs in a shuffled order, up to max_tokens. All
-    ranks have as many, of batch_size sequences each.
+    This rank's Batches of the val text, of ChunkedDatasets, up to max_tokens. All ranks have as many, of batch_size
+    sequences each.
     """
-    documents = load_documents(configs, np.random.default_rng(ORDER))
-    corpus = read_corpus(documents, tokenizer, chunk_size, max_tokens)
+    corpus = read_corpus(datasets, tokenizer, max_tokens)
     sequences = as_sequences(corpus, block_size, multiple=batch_size * world_size).rows(slice(rank, None, world_size))
     return [sequences.rows(slice(start, start + batch_size)) for start in range(0, len(sequences.tokens), batch_size)]

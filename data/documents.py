@@ -1,140 +1,245 @@
 """
-Documents, read through Hugging Face `datasets` from local files, saved folders or the hub, and put on the chunk grid.
+Documents as they were written: those of a file, a folder, a pattern such as docs/*.jsonl, a folder of
+`datasets.save_to_disk`, or a dataset of the hub.
 
-    documents = load_documents(as_dataset_configs(['my/documents.jsonl'], 'train_datasets'))
-    chunked = [chunk(document, tokenizer, chunk_size=64) for document in documents]
+    for document in load_documents(as_dataset_configs(['my/documents.jsonl'], 'train_datasets')):
+        print(document.id, document.text)
+
+A document is its id, or, without one, a hash of its text, and the source that the user gave: never where it lies, how
+its file is called, or what else stands there.
 """
+import glob
+import hashlib
 import os
-from dataclasses import asdict, dataclass, fields
-
-import numpy as np
+import re
+from dataclasses import asdict, dataclass, field, fields
 
 from configurator import UserError
-from data.chunking import chunk_document, chunk_hashes, document_hash
+from data.formats import BOM, KNOWN, ROWS, BadRow, as_tree, check_columns, read_rows, rows_of_batches, split_ending
 
 os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
-
-LOADERS = {'.parquet': 'parquet', '.jsonl': 'json', '.jsonl.gz': 'json', '.json': 'json', '.csv': 'csv', '.txt': 'text'}
 
 
 @dataclass
 class DatasetConfig:
-    """One dataset: a local file, a folder of `datasets.save_to_disk`, or a dataset of the hub."""
-    path: str  # FILE.parquet, .jsonl, .jsonl.gz, .json, .csv, .txt (one document), a saved folder, or a hub's name
+    """One dataset, of one weight, whatever the number of its files."""
+    path: str  # a file, a folder of files or of `datasets.save_to_disk`, a pattern such as docs/*.jsonl, a hub's name
     name: str = ''  # configuration of a hub's dataset
     split: str = 'train'  # split of a hub's dataset or of a saved folder that has several
     weight: float = 1.0  # share of the documents drawn, relative to the other datasets of the list
-    text_field: str = 'text'  # column that holds the document
-    id_field: str = 'id'  # column that identifies the document; without it, its file and row number do
-    source: str = ''  # what the ids are unique in; default: the file's folder, or the dataset's name
+    text_field: str = 'text'  # column that holds the text; a path such as 'doc.text' if it is nested
+    id_field: str = 'id'  # column that identifies the document; without it, a hash of its text does
+    source: str = ''  # tells documents of the same id apart, of datasets that number theirs alike
+    skip_bad: bool = False  # leave out and count rows without a text, instead of ending with an error
 
     def __post_init__(self):
-        for field in fields(self):
-            value, kind = getattr(self, field.name), 'number' if field.name == 'weight' else 'str'
-            if not isinstance(value, dict(number=(int, float), str=str)[kind]):
-                raise TypeError(f'{field.name} must be a {kind}, but is {value!r}')
-        if not self.source:
-            is_file = self.path.endswith(tuple(LOADERS))
-            self.source = os.path.basename(os.path.dirname(os.path.abspath(self.path))) if is_file else self.path
+        if isinstance(self.path, os.PathLike):
+            self.path = os.fspath(self.path)
+        kinds = dict(weight=(int, float), skip_bad=bool)
+        for item in fields(self):
+            value, kind = getattr(self, item.name), kinds.get(item.name, str)
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                kind = 'number' if item.name == 'weight' else kind.__name__
+                raise TypeError(f'{item.name} must be a {kind}, but is {value!r}')
+        if not self.path:
+            raise TypeError('path must not be empty')
+
+    @property
+    def needs_id(self):
+        """Whether each row must have the id column: it was asked for."""
+        return self.id_field != 'id'
 
 
 @dataclass
 class Document:
     source: str
-    id: str
+    id: str  # its id column, or a hash of its text
     text: str
+    has_id: bool = True
+    where: str = ''  # it was read, for error messages
 
     @property
     def name(self):
-        return f'{self.source}/{self.id}'
+        """What it is called where it is shown: its source and id, or the beginning of a text without an id."""
+        name = self.id if self.has_id else f'{self.id[:8]} {" ".join(self.text[:200].split())[:60]}'
+        return f'{self.source}/{name}' if self.source else name
 
 
 @dataclass
-class ChunkedDocument:
-    """A document's L chunks of C tokens on the grid, as the collection and the training stream both have them."""
-    document: Document
-    tokens: np.ndarray  # (L, C) int32
-    lengths: np.ndarray  # (L,) real tokens of each
-    doc_id: int
-    chunk_ids: np.ndarray  # (L,) int64
+class Counts:
+    """What was found in a dataset."""
+    files: int = 0
+    other_files: int = 0  # of a folder, whose kind cannot be read
+    documents: int = 0  # different ones, with text
+    duplicates: int = 0  # of the same id and text
+    empty: int = 0  # without text
+    bad: int = 0  # rows that were left out
 
-    @property
-    def is_last_chunk(self):
-        """(L,) bool."""
-        return np.arange(len(self.tokens)) == len(self.tokens) - 1
+    def describe(self):
+        """One line, of what there is."""
+        parts = [f'{self.documents:,} documents' + f' in {self.files:,} files' * (self.files > 1)]
+        parts += [f'{count:,} {what}' for count, what in (
+            (self.duplicates, 'duplicates'), (self.empty, 'empty'), (self.bad, 'bad rows left out'),
+            (self.other_files, 'files of other kinds')) if count]
+        return ', '.join(parts)
 
 
-def tokenize(document, tokenizer):
-    """Token ids (n,) int32. Text that looks like a special token is text."""
-    return tokenizer.encode_to_numpy(document.text, disallowed_special=()).astype(np.int32)
+@dataclass
+class Files:
+    """Where a dataset lies."""
+    paths: list = field(default_factory=list)  # of files with known endings
+    other: int = 0  # files with unknown ones, which a folder may hold
+    saved: str = ''  # the folder of a saved dataset, whose files `paths` are
+    hub: str = ''  # its name on the hub
+    rows: object = None  # of a dataset of the hub, once it is there
 
 
-def chunk(document, tokenizer, chunk_size):
-    """The Document as a ChunkedDocument; None if it is empty."""
-    tokens = tokenize(document, tokenizer)
-    if not len(tokens):
-        return None
-    chunks, lengths = chunk_document(tokens, chunk_size, tokenizer.eot_token)
-    return ChunkedDocument(document, chunks, lengths, document_hash(document.source, document.id),
-                           chunk_hashes(document.source, document.id, 0, len(chunks)))
+def find_files(config):
+    """The Files of a DatasetConfig. UserError if there is nothing."""
+    path = os.path.expanduser(config.path)
+    if os.path.isfile(path):
+        if not split_ending(path)[0]:
+            raise UserError(f'{config.path!r} is a file of no kind that can be read: its name has to end in one of '
+                            f'{KNOWN}')
+        return Files([path])
+    if os.path.isdir(path):
+        found = files_of_folder(path)
+    elif glob.has_magic(path):
+        matches = [files_of_folder(match) if os.path.isdir(match) else Files([match]) if split_ending(match)[0] else
+                   Files(other=1) for match in sorted(glob.glob(path, recursive=True))]
+        if not matches:
+            raise UserError(f'no file matches {config.path!r}: correct the pattern, or make the files first')
+        if any(match.saved for match in matches):
+            raise UserError(f'{config.path!r} matches a folder of save_to_disk: name each of them as a dataset')
+        by_place = {os.path.realpath(p): p for match in matches[::-1] for p in match.paths[::-1]}  # links lead to some
+        found = Files(list(by_place.values())[::-1], sum(match.other for match in matches))
+    elif not split_ending(path)[0] and re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', config.path):
+        return Files(hub=config.path)
+    else:
+        raise UserError(f'no corpus at {config.path!r}: make it first, e.g. with python data/python_source/prepare.py, '
+                        f'or name another file in the config')
+    if not found.paths:
+        raise UserError(f'{config.path!r} has no file that can be read, and {found.other:,} of other kinds: their '
+                        f'names have to end in one of {KNOWN}')
+    return found
+
+
+def files_of_folder(folder):
+    """The Files below a folder, without hidden ones, links followed."""
+    if {'dataset_info.json', 'state.json'} <= set(os.listdir(folder)) or os.path.isfile(f'{folder}/dataset_dict.json'):
+        paths = glob.glob(f'{glob.escape(folder)}/**', recursive=True)
+        return Files(sorted(path for path in paths if os.path.isfile(path)), saved=folder)
+    found, seen = Files(), set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith('.')
+                            and os.path.realpath(os.path.join(parent, name)) not in seen)
+        seen.update(os.path.realpath(os.path.join(parent, name)) for name in ['.', *folders])  # links may form a ring
+        for name in sorted(names):
+            if split_ending(name)[0] and not name.startswith('.'):
+                found.paths.append(os.path.join(parent, name))
+            else:
+                found.other += not name.startswith('.')
+    return found
+
+
+def read_documents(config, counts, files=None):
+    """
+    Yields every Document of a DatasetConfig, in the order of its files, duplicates and empty ones with an id included,
+    and counts what it finds in `counts`, but for duplicates. UserError if something cannot be read.
+    """
+    files = files or find_files(config)
+    counts.files, counts.other_files = len(files.paths), files.other
+    for path, where, row in read_all_rows(config, files):
+        if isinstance(row, BadRow):
+            if not config.skip_bad:
+                raise UserError(f'{path}, {where}: {row}; correct it, or leave such rows out with '
+                                f'DatasetConfig({config.path!r}, skip_bad=True)')
+            counts.bad += 1
+            continue
+        document_id, text = row
+        text = as_unicode(text).removeprefix(BOM)
+        has_id = document_id is not None
+        if text:
+            counts.documents += 1
+        else:
+            counts.empty += 1
+            if not has_id:
+                continue
+        document_id = as_unicode(document_id) if has_id else text_hash(text)
+        yield Document(config.source, document_id, text, has_id, f'{path}, {where}')
+
+
+def read_all_rows(config, files):
+    """(path, where, row) of all files, or of a saved dataset or one of the hub."""
+    if files.saved or files.hub:
+        rows = files.rows or open_with_datasets(config, files)
+        try:
+            names = check_columns(as_tree(rows.features.arrow_schema), config)
+        except UserError as error:
+            raise UserError(f'dataset {config.path!r}: {error}') from error
+        rows = rows.select_columns(sorted({name if name in rows.column_names else name.partition('.')[0]
+                                           for name in names})).with_format('arrow')
+        for where, row in rows_of_batches(rows.iter(ROWS), config):
+            yield config.path, where, row
+        return
+    for path in files.paths:
+        for where, row in read_rows(path, config):
+            yield path, where, row
+
+
+def open_with_datasets(config, files):
+    """The rows of a saved dataset, which stay where they lie, or of one of the hub."""
+    import datasets  # takes a second to import
+    datasets.disable_progress_bars()
+    try:
+        if files.hub:
+            return datasets.load_dataset(config.path, config.name or None, split=config.split)
+        rows = datasets.load_from_disk(files.saved)
+        return rows[config.split] if isinstance(rows, dict) else rows
+    except Exception as error:  # the library raises many unrelated classes
+        what = f'{config.path!r} is no file or folder here, and the hub did not provide it as a dataset' if files.hub \
+            else f'the saved dataset {config.path!r} could not be read'
+        reason = f'no split {config.split!r}' if isinstance(error, KeyError) else (
+            f'{type(error).__name__}: {" ".join(str(error).split())[:300]}')
+        raise UserError(f'{what} ({reason}): name a file, a folder, a pattern such as docs/*.jsonl, or another '
+                        f'dataset') from error
+
+
+def as_unicode(text):
+    """The text with U+FFFD for lone surrogates, which are no characters; tiktoken does the same."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
+
+def text_hash(text):
+    """What identifies a document without an id, 32 hex digits."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def load_documents(configs):
+    """Every Document with text of the DatasetConfigs, as they were written, duplicates included."""
+    for config in configs:
+        for document in read_documents(config, Counts()):
+            if document.text:
+                yield document
 
 
 def as_dataset_configs(entries, setting):
     """A setting's list of paths, dicts or DatasetConfigs, as DatasetConfigs. UserError if it is anything else."""
+    if isinstance(entries, (str, os.PathLike, dict, DatasetConfig)):
+        entries = [entries]
     if not entries:
         raise UserError(f'{setting} is empty: list the documents in a config file, e.g. {setting} = '
                         f"[DatasetConfig('my/documents.jsonl')]")
     configs = []
     for entry in entries:
-        if isinstance(entry, str):
+        if isinstance(entry, (str, os.PathLike)):
             entry = dict(path=entry)
         try:
             configs.append(DatasetConfig(**(entry if isinstance(entry, dict) else asdict(entry))))
         except TypeError as error:
             raise UserError(f'{setting} holds {entry!r}, which is no path and no DatasetConfig ({error})') from error
     return configs
-
-
-def open_dataset(config):
-    """The dataset's rows, random access. UserError if it is missing or lacks its text column."""
-    import datasets  # takes a second to import
-    datasets.disable_progress_bars()
-    extension = next((e for e in LOADERS if config.path.endswith(e)), None)
-    if extension and not os.path.isfile(config.path):
-        raise UserError(f'no corpus at {config.path!r}: make it first, e.g. with python '
-                        f'data/python_source/prepare.py, or name another file in the config')
-    try:
-        if extension:
-            options = {'sample_by': 'document'} if extension == '.txt' else {}
-            rows = datasets.load_dataset(LOADERS[extension], data_files=config.path, split='train', **options)
-        elif os.path.isdir(config.path):
-            rows = datasets.load_from_disk(config.path)
-            rows = rows[config.split] if isinstance(rows, dict) else rows
-        else:
-            rows = datasets.load_dataset(config.path, config.name or None, split=config.split)
-    except Exception as error:  # the library raises many unrelated classes
-        raise UserError(f'dataset {config.path!r} could not be read ({type(error).__name__}: {str(error)[:300]}): name '
-                        f'a file, a folder written by save_to_disk, or a dataset that the hub has') from error
-    if config.text_field not in rows.column_names:
-        raise UserError(f'dataset {config.path!r} has no column {config.text_field!r}: its columns are '
-                        f'{", ".join(rows.column_names)}; set text_field')
-    if not len(rows):
-        raise UserError(f'dataset {config.path!r} has no documents')
-    return rows
-
-
-def read_document(rows, index, config):
-    row = rows[int(index)]
-    document_id = row.get(config.id_field)
-    if document_id is None:  # the same row of two files must not be the same document
-        document_id = ':'.join([os.path.basename(config.path), *filter(None, [config.name]), config.split, str(index)])
-    return Document(config.source, str(document_id), row[config.text_field] or '')
-
-
-def load_documents(configs, rng=None):
-    """Every document of every dataset once, in order, or all shuffled if `rng` (a NumPy Generator) is given."""
-    datasets = [open_dataset(config) for config in configs]
-    index = [(dataset, row) for dataset, rows in enumerate(datasets) for row in range(len(rows))]
-    for i in rng.permutation(len(index)) if rng else range(len(index)):
-        dataset, row = index[i]
-        yield read_document(datasets[dataset], row, configs[dataset])

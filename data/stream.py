@@ -1,20 +1,18 @@
 """
-Training sequences from documents: weighted datasets, cut on the chunk grid and packed into runs of whole chunks.
+Training sequences: runs of whole chunks from weighted datasets (chunk_store.py), in an order that is a pure function of
+the seed and the documents.
 
-A sequence comes from a lane. Each lane reads its own documents one after another, so the sequences of a batch come
-from different documents, and a lane's position is a few small numbers: the state that lets a resumed run see the same
-batches. Which documents a lane reads depends on its index among all lanes of all ranks, so ranks share the data
-without talking to each other.
+A dataset's chunks, document after document, form a ring. An epoch enters it somewhere, cuts it into sequences, and
+takes these in a shuffled order: each chunk once, whatever the number of ranks, micro-batches or workers. So the state
+is how many sequences of each dataset are taken, and any sequence can be computed from its number alone.
 """
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import numpy as np
 
 from configurator import UserError
-from data.documents import DatasetConfig, chunk, open_dataset, read_document
 
-INTERLEAVE = 64  # of training: steps between two sequences of the same document
+ROUNDS = 6  # of the Feistel network that shuffles
 
 
 @dataclass
@@ -25,11 +23,11 @@ class Batch:
     doc_ids: np.ndarray  # (B, L) int64, of the document that each chunk belongs to
     chunk_ids: np.ndarray  # (B, L) int64
     is_last_chunk: np.ndarray  # (B, L) bool, of its document
-    state: dict = field(default_factory=dict, repr=False)  # the stream's state after this batch
+    state: dict = field(default_factory=dict, repr=False)  # the stream's, after the last batch of a step
     neighbors: np.ndarray | None = None  # (B, L, K, R) int32
     neighbor_mask: np.ndarray | None = None  # (B, L, K, R) bool, True where there is a token
     hits: np.ndarray | None = None  # (B, L, K) of HIT (retrieval/knowledge_base.py), the neighbors' ids and scores
-    counts: dict = field(default_factory=dict)  # of its chunks: remembered, looked_up, embedded, searched_again
+    counts: dict = field(default_factory=dict)  # of its chunks, by what retrieval did for them
     num_targets: int | None = None  # counted by to()
 
     def rows(self, index):
@@ -55,142 +53,120 @@ class Batch:
 
 class SequenceStream:
     """
-    An endless iterator of Batch, of `batch_size` sequences each. A training step takes `lanes` sequences over all
-    micro-batches of all ranks; this stream serves the `count` of them from `first` on. `interleave` sets of lanes
-    take turns, step by step, so that the sequences of a long document lie that many steps apart. Documents are drawn
-    in a shuffled order, each once before any is drawn again.
+    An endless iterator of Batch, of `batch_size` sequences each, from ChunkedDatasets. A training step takes
+    `step_size` sequences over all micro-batches of all ranks; this stream serves `count` of them from `first` on.
     """
 
-    def __init__(self, configs: list[DatasetConfig], tokenizer, chunk_size, block_size, batch_size, lanes=None, first=0,
-                 count=None, interleave=1, seed=0, state=None):
-        self.configs = configs
-        self.datasets = [open_dataset(config) for config in configs]
-        weights = np.array([config.weight for config in configs], dtype=float)
+    def __init__(self, datasets, block_size, batch_size, step_size=None, first=0, count=None, seed=0, state=None):
+        self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
+        self.chunks = block_size // datasets[0].chunk_size  # L
+        self.step_size, self.first = step_size or batch_size, first
+        self.count = count or self.step_size
+        weights = np.array([dataset.config.weight for dataset in datasets], dtype=float)
         if not ((weights > 0) & np.isfinite(weights)).all():
             raise UserError(f'dataset weights must be positive and finite, but are {weights.tolist()}')
-        weights = weights / weights.max()  # the sum of large ones would overflow
-        self.weights = weights / weights.sum()
-        self.tokenizer, self.chunk_size, self.chunks = tokenizer, chunk_size, block_size // chunk_size
-        lanes = lanes or batch_size
-        interleave = min(interleave, max(1, sum(map(len, self.datasets)) // lanes))  # no more lanes than documents
-        self.batch_size, self.seed = batch_size, seed
-        self.total_lanes, self.scatter = lanes * interleave, interleave > 1
-        self.permutation = lru_cache(maxsize=2 * len(configs))(self._permutation)
-        self.lanes = [Lane(self, turn * lanes + first + i) for turn in range(interleave) for i in range(count or lanes)]
-        self.positions = [lane.position() for lane in self.lanes]
-        self.turn = 0  # the lane that the next batch begins with
+        # a weight is a share of documents: as sequences, it grows with their mean length
+        shares = weights / weights.max() * [dataset.num_chunks / len(dataset) for dataset in datasets]
+        self.shares = shares / shares.sum()
+        self.taken = np.zeros(len(datasets), dtype=np.int64)  # sequences of each dataset, by all ranks
+        self.served = 0  # of this step's `count`
         if state is not None:
             self.load_state(state)
 
     def state(self):
-        """Plain numbers that load_state() takes."""
-        return dict(total_lanes=self.total_lanes, seed=self.seed, turn=self.turn, positions=list(self.positions),
-                    datasets=self._describe_datasets())
+        """Plain values that load_state() takes, of whole steps."""
+        return dict(taken=self.taken.tolist(), seed=self.seed, datasets=self._describe_datasets())
 
     def _describe_datasets(self):
-        return [[config.source, len(rows), config.weight]
-                for config, rows in zip(self.configs, self.datasets, strict=True)]
+        return [[dataset.hash, len(dataset), dataset.config.weight] for dataset in self.datasets]
 
     def load_state(self, state):
+        if 'taken' not in state:
+            raise UserError('the checkpoint is of an earlier version of nanoRETRO, which drew documents in another '
+                            'order: start a new run from its weights with --init_from=FOLDER')
         if state['datasets'] != self._describe_datasets():
-            raise UserError(f'the checkpoint was made with other train_datasets: source, documents and weight were '
+            raise UserError(f'the checkpoint was made with other train_datasets: hash, documents and weight were '
                             f'{state["datasets"]}, and are now {self._describe_datasets()}; resume with the same ones')
-        if (state['total_lanes'], state['seed'], len(state['positions'])) != (self.total_lanes, self.seed,
-                                                                              len(self.lanes)):
-            raise UserError(f'the checkpoint was made with other settings of the data ({state["total_lanes"]} lanes in '
-                            f'all, {len(state["positions"])} on this rank, seed {state["seed"]}; the run has '
-                            f'{self.total_lanes}, {len(self.lanes)} and {self.seed}): keep batch_size, '
-                            f'gradient_accumulation_steps, seed and the number of processes when resuming')
-        self.turn, self.positions = state['turn'], list(state['positions'])
-        for lane, position in zip(self.lanes, self.positions, strict=True):
-            lane.move_to(position)
+        if state['seed'] != self.seed:
+            raise UserError(f'the checkpoint was made with seed {state["seed"]}, and the run has {self.seed}: the '
+                            f'documents would come in another order; keep the seed when resuming')
+        self.taken = np.array(state['taken'], dtype=np.int64)
 
-    def _permutation(self, dataset, epoch):
-        return np.random.default_rng([self.seed, dataset, epoch]).permutation(len(self.datasets[dataset]))
-
-    def pick_dataset(self, lane, draw):
+    def _next_step(self):
+        """The dataset of each of the step's sequences, and its number among those that are taken of it."""
         if len(self.datasets) == 1:
-            return 0
-        return int(np.random.default_rng([self.seed, lane, draw]).choice(len(self.datasets), p=self.weights))
+            return np.zeros(self.step_size, dtype=np.int64), self.taken[0] + np.arange(self.step_size)
+        taken, drawn = self.taken.copy(), np.zeros((2, self.step_size), dtype=np.int64)
+        for i in range(self.step_size):  # the one that is furthest behind its share
+            dataset = int((self.shares * (taken.sum() + 1) - taken).argmax())
+            drawn[:, i] = dataset, taken[dataset]
+            taken[dataset] += 1
+        return drawn
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        serving = range(self.turn, self.turn + self.batch_size)
-        sequences = [self.lanes[i].take(self.chunks) for i in serving]
-        for i in serving:
-            self.positions[i] = self.lanes[i].position()
-        self.turn = (self.turn + self.batch_size) % len(self.lanes)
-        return Batch(*(np.stack(column) for column in zip(*sequences, strict=True)), self.state())
+        if self.served == 0:
+            self.drawn = self._next_step()
+        start = self.first + self.served
+        chosen, numbers = (column[start:start + self.batch_size] for column in self.drawn)
+        parts = [read_sequences(self.datasets[d], numbers[chosen == d], self.chunks, [self.seed, d])
+                 for d in np.unique(chosen)]
+        order = np.argsort(np.argsort(chosen, kind='stable'))
+        batch = Batch(*(np.concatenate(column)[order] for column in zip(*parts, strict=True)))
+        self.served += self.batch_size
+        if self.served >= self.count:
+            self.taken += np.bincount(self.drawn[0], minlength=len(self.datasets))
+            self.served = 0
+            batch.state = self.state()
+        return batch
 
 
-class Lane:
+def read_sequences(dataset, numbers, L, seed):
     """
-    Reads its documents one after another. Its position is how many chunks of the current document are taken (0
-    between documents) and how many documents it has drawn from each dataset.
+    Sequences (n,) of L chunks of a dataset, by their numbers in its endless stream: tokens (n, T), targets (n, T),
+    doc_ids (n, L), chunk_ids (n, L), is_last_chunk (n, L). The last of an epoch may end in chunks without targets.
     """
-
-    def __init__(self, stream, index):
-        self.stream, self.index = stream, index
-        self.drawn = [0] * len(stream.datasets)
-        self.offset = 0
-        self.current = None  # a ChunkedDocument
-
-    def position(self):
-        return [self.offset, *self.drawn]
-
-    def move_to(self, position):
-        self.offset, *self.drawn = position
-        self.current = None
-        if self.offset:  # undo the draw of the document that it is in; take() opens it again
-            self.drawn[self.stream.pick_dataset(self.index, sum(self.drawn) - 1)] -= 1
-
-    def open_next_document(self):
-        """Draw the next document that is not empty. If the stream scatters, a lane's first is entered midway."""
-        stream, empty = self.stream, 0
-        while True:
-            draw = sum(self.drawn)
-            dataset = stream.pick_dataset(self.index, draw)
-            rows = stream.datasets[dataset]
-            epoch, rank = divmod(self.drawn[dataset] * stream.total_lanes + self.index, len(rows))
-            self.drawn[dataset] += 1
-            document = read_document(rows, stream.permutation(dataset, epoch)[rank], stream.configs[dataset])
-            self.current = chunk(document, stream.tokenizer, stream.chunk_size)
-            if self.current:
-                break
-            empty += 1
-            if empty > len(rows):
-                raise UserError(f'dataset {stream.configs[dataset].path!r} has only empty documents')
-        if draw == 0 and stream.scatter and not self.offset:
-            chunks = len(self.current.tokens)
-            self.offset = int(np.random.default_rng([stream.seed, self.index]).integers(chunks))
-
-    def take(self, count):
-        """The next `count` chunks: tokens (T,), targets (T,), doc_ids (L,), chunk_ids (L,), is_last_chunk (L,)."""
-        parts = []
-        while count:
-            if self.current is None:
-                self.open_next_document()
-            stop = min(self.offset + count, len(self.current.tokens))
-            parts.append(cut(self.current, self.offset, stop))
-            count -= stop - self.offset
-            self.offset = stop
-            if stop == len(self.current.tokens):
-                self.current, self.offset = None, 0
-        return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+    M, C = dataset.num_chunks, dataset.chunk_size
+    per_epoch = -(-M // L)
+    epochs, ranks = np.divmod(numbers, per_epoch)
+    chunks = np.zeros((len(numbers), L), dtype=np.int64)
+    is_chunk = np.zeros((len(numbers), L), dtype=bool)
+    for epoch in np.unique(epochs):
+        of_epoch = epochs == epoch
+        key = [*seed, int(epoch)]
+        place = shuffle(ranks[of_epoch], per_epoch, key)[:, None] * L + np.arange(L)
+        is_chunk[of_epoch] = place < M
+        chunks[of_epoch] = (place + np.random.default_rng(key).integers(M)) % M
+    found = dataset.read(chunks.reshape(-1))
+    is_chunk = is_chunk.reshape(-1)
+    found.tokens[~is_chunk], found.targets[~is_chunk] = dataset.end_of_text, -1
+    found.doc_ids[~is_chunk], found.ids[~is_chunk], found.is_last_chunk[~is_chunk] = 0, 0, True
+    return (found.tokens.astype(np.int64).reshape(-1, L * C), found.targets.reshape(-1, L * C),
+            *(values.reshape(-1, L) for values in (found.doc_ids, found.ids, found.is_last_chunk)))
 
 
-def cut(chunked, start, stop):
+def shuffle(numbers, size, seed):
     """
-    Chunks start:stop of a ChunkedDocument: tokens and targets, flat, doc_ids, chunk_ids and is_last_chunk. A token's
-    target is the next token of its document. Padding is no target, and the end-of-text has none.
+    Where a pseudorandom permutation of range(size) puts the numbers (n,): a Feistel network over the next even number
+    of bits, repeated until it ends inside of the range. It needs no memory, however large the range.
     """
-    size = chunked.tokens.shape[1]
-    tokens = chunked.tokens[start:stop].reshape(-1).astype(np.int64)
-    following = chunked.tokens.reshape(-1)[start * size + 1:stop * size + 1]
-    end = chunked.lengths.sum() - 1  # position of the end-of-text, the last token that is predicted
-    targets = np.full(len(tokens), -1, dtype=np.int64)
-    targets[:len(following)] = np.where(np.arange(start * size, start * size + len(following)) < end, following, -1)
-    return (tokens, targets, np.full(stop - start, chunked.doc_id, dtype=np.int64), chunked.chunk_ids[start:stop],
-            chunked.is_last_chunk[start:stop])
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.default_rng(seed).integers(2**64, size=ROUNDS, dtype=np.uint64)
+    found, is_outside = np.array(numbers, dtype=np.uint64), np.ones(len(numbers), dtype=bool)
+    while is_outside.any():
+        left, right = found[is_outside] >> half, found[is_outside] & mask
+        for key in keys:
+            left, right = right, left ^ (mix(right ^ key) & mask)
+        found[is_outside] = left << half | right
+        is_outside = found >= size
+    return found.astype(np.int64)
+
+
+def mix(values):
+    """uint64 values, each bit of which depends on all bits of the input: the finalizer of SplitMix64."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xbf58476d1ce4e5b9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94d049bb133111eb)
+    return values ^ (values >> np.uint64(31))

@@ -7,13 +7,17 @@ The tokenizer, as a tiktoken Encoding: OpenAI's `gpt2`, or a byte-level BPE in H
 import hashlib
 import json
 import os
+import re
+import unicodedata
 
+import numpy as np
 import tiktoken
 
 from configurator import UserError
 
 END_OF_TEXT = '<|endoftext|>'
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LONG_RUN = re.compile(r'(?<!\s)\s{100000}')
 
 
 def load_tokenizer(name):
@@ -33,19 +37,109 @@ def load_tokenizer(name):
     try:
         with open(name, encoding='utf-8') as file:
             saved = json.load(file)
+        pattern = split_pattern(saved)
         byte_by_char = unicode_to_byte()
         ranks = {bytes(byte_by_char[c] for c in token): rank for token, rank in saved['model']['vocab'].items()
                  if token != END_OF_TEXT}
+        lacking = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        if lacking:
+            raise Unsupported(f'no token for the byte 0x{lacking[0]:02x}')
         special = {token['content']: token['id'] for token in saved['added_tokens']}
         if END_OF_TEXT not in special:
             raise UserError(f'tokenizer {name!r} has no {END_OF_TEXT} token: add it as a special token')
-        return tiktoken.Encoding(name, pat_str=split_pattern(saved['pre_tokenizer']), mergeable_ranks=ranks,
-                                 special_tokens=special)
+        tokenizer = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    except Unsupported as error:
+        raise UserError(f'tokenizer {name!r} has {error}, which nanoRETRO does not implement: use a byte-level BPE '
+                        f'without it') from error
     except UserError:
         raise
     except Exception as error:  # of JSON, of a missing or mistyped part, of tiktoken
         raise UserError(f"tokenizer {name!r} is not a byte-level BPE in Hugging Face's tokenizer.json format "
                         f'({type(error).__name__}: {str(error)[:200]}): name another') from error
+    check_equals_library(name, tokenizer)
+    return tokenizer
+
+
+class Unsupported(Exception):
+    """A part of a tokenizer.json that we would have to ignore."""
+
+
+def split_pattern(saved):
+    """The regular expression that a tokenizer.json splits text with before merging. Unsupported if it does more."""
+    model, normalizer, splitter = saved['model'], saved.get('normalizer'), saved.get('pre_tokenizer')
+    if model.get('type', 'BPE') != 'BPE':
+        raise Unsupported(f'a model of type {model["type"]}')
+    for option in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback'):
+        if model.get(option):
+            raise Unsupported(f'the option {option} = {model[option]!r} of its model')
+    merges = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
+    ids = [model['vocab'][left + right] for left, right in merges]
+    if ids != sorted(ids):
+        raise Unsupported('ids that are not in the order of its merges')
+    if normalizer and normalizer.get('normalizers') != []:
+        parts = normalizer.get('normalizers', [normalizer])
+        raise Unsupported(f'the normalizer {", ".join(part["type"] for part in parts)}')
+    always = [token['content'] for token in saved['added_tokens'] if not token.get('special')]
+    if always:
+        raise Unsupported(f'added tokens that are not special, such as {always[0]!r}')
+    parts = splitter.get('pretokenizers', [splitter]) if splitter else []
+    types = [part['type'] for part in parts]
+    if types not in (['ByteLevel'], ['Split', 'ByteLevel']):
+        raise Unsupported(f'the pre-tokenizer {", ".join(types) or "null"}')
+    *splits, level = parts
+    if level.get('add_prefix_space'):
+        raise Unsupported('add_prefix_space')
+    if bool(splits) == level.get('use_regex', True):
+        raise Unsupported(f'use_regex = {level.get("use_regex", True)} beside {len(splits)} Split steps')
+    if not splits:
+        return GPT2_PATTERN
+    split, = splits
+    if split.get('behavior') != 'Isolated' or split.get('invert'):
+        raise Unsupported(f'a Split step of behavior {split.get("behavior")}, invert = {split.get("invert")}')
+    if 'Regex' not in split['pattern']:
+        raise Unsupported(f'a Split step by the string {split["pattern"].get("String")!r}')
+    return split['pattern']['Regex']
+
+
+def check_equals_library(name, tokenizer):
+    """
+    UserError if a tokenizer.json is read in another way than by Hugging Face's `tokenizers`, or is not lossless, on a
+    text with every byte, digits, cases, scripts, emoji, runs of spaces and lines, and every token.
+    """
+    from tokenizers import Tokenizer
+    # characters of all lengths in UTF-8; those of new versions of Unicode may differ between two libraries
+    characters = map(chr, [*range(1, 0x800), *range(0x800, 0xd800, 0x400), *range(0x10000, 0x110000, 0x8000)])
+    assigned = ''.join(c for c in characters if unicodedata.ucd_3_2_0.category(c) == unicodedata.category(c))
+    probe = (f"It's 1234567890 or 3.14, isn't it?  We'LL see:   THE End.\n\n\n    def f(x):\n\t\treturn x  # 42 \r\n"
+             f'naïve café, Straße ﬁ e\u0301 中文字符，日本語のテキスト 한국어 العربية हिन्दी '
+             f'👩\u200d👧 🎉🎉{" " * 40}x{" " * 9}\n \n{assigned}')
+    tokens = [token.decode(errors='ignore') for token in token_bytes(tokenizer) if token]
+    probe += ' '.join(token for token in tokens if token.isascii() and token not in tokenizer.special_tokens_set)
+    theirs = Tokenizer.from_file(name)
+    theirs.no_truncation()
+    theirs.no_padding()
+    expected = theirs.encode(probe, add_special_tokens=False).ids
+    ours = tokenizer.encode_ordinary(probe)
+    if ours != expected:
+        first = next((i for i, pair in enumerate(zip(ours, expected, strict=False)) if pair[0] != pair[1]), 0)
+        some = slice(first, first + 4)
+        raise UserError(f"tokenizer {name!r} does something that nanoRETRO does not implement: where it gives "
+                        f"{expected[some]} in Hugging Face's library, {theirs.decode(expected[some])!r}, it gives "
+                        f"{ours[some]} here; use a byte-level BPE whose ids are in the order of its merges")
+    if tokenizer.decode(ours) != probe:
+        raise UserError(f'tokenizer {name!r} loses text: use a byte-level BPE that has a token for each byte')
+
+
+def tokenize(text, tokenizer):
+    """
+    Token ids (n,) int32. Text that looks like a special token is text. Runs of a million spaces would overflow the
+    stack of tiktoken's regular expressions: such a text is split by another library, with the same ids.
+    """
+    if len(text) < 100_000 or not LONG_RUN.search(text):
+        return tokenizer.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+    import regex
+    pieces = regex.findall(tokenizer._pat_str, text)
+    return np.array([i for piece in pieces for i in tokenizer._encode_single_piece(piece)], dtype=np.int32)
 
 
 def tokenizer_json(name, tokenizer):
@@ -73,14 +167,6 @@ def tokenizer_json(name, tokenizer):
     converted.decoder = decoders.ByteLevel()
     converted.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     return converted.to_str()
-
-
-def split_pattern(pre_tokenizer):
-    """The regular expression that a tokenizer.json splits text with before merging."""
-    for part in pre_tokenizer.get('pretokenizers', [pre_tokenizer]):
-        if part['type'] == 'Split':
-            return part['pattern']['Regex']
-    return GPT2_PATTERN
 
 
 def unicode_to_byte():

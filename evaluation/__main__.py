@@ -14,10 +14,9 @@ import math
 import os
 import time
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 from system import autocast, keep_freed_memory, pick_dtype
-
-import numpy as np
 
 from configurator import (
     UserError,
@@ -28,8 +27,9 @@ from configurator import (
     user_errors_as_one_line,
     write_atomically,
 )
-from data.corpus import ORDER, chunk_bytes, read_corpus
-from data.documents import Document, as_dataset_configs, load_documents
+from data.chunk_store import open_datasets
+from data.corpus import chunk_bytes, chunk_texts, read_corpus
+from data.documents import as_dataset_configs
 from data.fingerprint import describe_corpus
 from data.tokenizer import vocabulary_hash
 from evaluation.figures import plot_overlap, plot_similarity, summarize, table
@@ -48,6 +48,7 @@ def parse_arguments():
     parser.add_argument('--data', action='append', metavar='FILE',
                         help='text to evaluate on: .jsonl, .parquet, .txt, ...; can be repeated (default: the '
                              'val_datasets of the run)')
+    parser.add_argument('--source', help='source of the documents of --data, if the run has several')
     parser.add_argument('--baseline', metavar='OUT_DIR', help='a GPT of the same decoder to compare with')
     parser.add_argument('--retrieval', choices=('on', 'off'),
                         help='off: only without neighbors (default: on and off, if the model has retrieval)')
@@ -77,11 +78,7 @@ def main(cleanup):
         from evaluation.benchmarks import prepare_benchmarks  # imports DeepEval, which takes seconds
         benchmarks = prepare_benchmarks(settings.multiple_choice_benchmarks, settings.benchmark_data_dir)
     context = autocast(pick_dtype(settings.dtype, device), device)
-    # a file that the run knows keeps its source, or the leak rule would not recognize its documents
-    known = {config.path: config for name in ('train_datasets', 'val_datasets')
-             for config in as_dataset_configs(getattr(settings, name), name)}
-    configs = as_dataset_configs([known.get(path, path) for path in arguments.data or []] or settings.val_datasets,
-                                 '--data')
+    configs = configs_of_data(arguments, settings)
     results = arguments.results or arguments.out_dir
     try:
         os.makedirs(results, exist_ok=True)
@@ -89,8 +86,7 @@ def main(cleanup):
         raise UserError(f'--results {results!r} cannot be written ({error.strerror}): name another folder') from error
     if not os.access(results, os.W_OK):
         raise UserError(f'--results {results!r} cannot be written: name another folder')
-    documents = load_documents(configs, np.random.default_rng(ORDER))
-    corpus = read_corpus(documents, tokenizer, settings.retrieval_chunk_size, arguments.max_tokens)
+    corpus = read_corpus(open_datasets(configs, tokenizer, settings), tokenizer, arguments.max_tokens)
     retriever = cleanup.enter_context(closing(Retriever(settings, tokenizer, device))) if use_retrieval else None
 
     keep_freed_memory()
@@ -128,6 +124,30 @@ def main(cleanup):
         log_to_wandb(settings, report, results, [*written, 'report.html'])
 
 
+def configs_of_data(arguments, settings):
+    """
+    The DatasetConfigs of --data, or the run's val datasets. Files that the run does not know have the columns and the
+    source of its train datasets, or the leak rule would not recognize their documents in the collection.
+    """
+    if not arguments.data:
+        return as_dataset_configs(settings.val_datasets, 'val_datasets')
+    train = as_dataset_configs(settings.train_datasets, 'train_datasets')
+    known = {resolve(config.path): config for config in [*as_dataset_configs(settings.val_datasets, 'val_datasets'),
+                                                         *train]}
+    if len({(config.source, config.text_field, config.id_field) for config in train}) > 1 and arguments.source is None \
+            and not all(resolve(path) in known for path in arguments.data):
+        sources = sorted({config.source for config in train})
+        raise UserError(f'--data may be of any source of the run, {", ".join(map(repr, sources))}: choose one, '
+                        f'--source={sources[-1]}, so that its documents are recognized in the collection')
+    like = next((config for config in train if config.source == arguments.source), train[0])
+    return [known.get(resolve(path)) or replace(like, path=path, name='', split='train', weight=1.0, source=(
+        like.source if arguments.source is None else arguments.source)) for path in arguments.data]
+
+
+def resolve(path):
+    return os.path.realpath(os.path.expanduser(path))
+
+
 def evaluate_baseline(run, corpus, tokenizer):
     """
     The nats of another run's model on the corpus, as {'baseline': (N, C)}, and {}. If it has another tokenizer or chunk
@@ -138,8 +158,7 @@ def evaluate_baseline(run, corpus, tokenizer):
     is_aligned = (vocabulary_hash(baseline_tokenizer) == vocabulary_hash(tokenizer)
                   and settings.retrieval_chunk_size == corpus.chunks.shape[1])
     if not is_aligned:
-        documents = [Document(*name.split('/', 1), text) for name, text in zip(corpus.names, corpus.texts, strict=True)]
-        corpus = read_corpus(documents, baseline_tokenizer, settings.retrieval_chunk_size)
+        corpus = chunk_texts(corpus.names, corpus.texts, baseline_tokenizer, settings.retrieval_chunk_size)
     nats, _ = evaluate_corpus(model, corpus, settings.batch_size, device, context, label='evaluating the baseline')
     nats = {'baseline': nats['off']}
     if is_aligned:

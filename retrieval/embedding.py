@@ -7,7 +7,7 @@ import logging
 import os
 from dataclasses import dataclass
 
-from system import quiet_transformers
+from system import quiet_transformers, say
 
 import numpy as np
 
@@ -25,10 +25,12 @@ class EmbedderInfo:
 
 
 class Embedder:
-    """A sentence embedding model. `fingerprint` is a hash of its weights, the same for a copy elsewhere."""
+    """
+    A sentence embedding model. `fingerprint` is a hash of all that its vectors depend on, and of nothing else: the same
+    for a copy elsewhere, or one without weights that are not in use.
+    """
 
     def __init__(self, name, device='cpu'):
-        import torch
         from sentence_transformers import SentenceTransformer  # takes seconds to import
         quiet_transformers()
         is_folder = os.path.isdir(name)
@@ -41,19 +43,86 @@ class Embedder:
                             f'retrieval.static_embedding CONFIG, or name an existing model in '
                             f'retrieval_embedding_model') from error
         self.name = name
+        self.model.eval()
         self.dimension = self.model.get_embedding_dimension()
-        digest = hashlib.blake2b(digest_size=8)
-        for key, tensor in sorted(self.model.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        self.fingerprint = digest.hexdigest()
+        self.prompt = self.model.prompts.get(self.model.default_prompt_name) or ''  # encode() puts it before texts
+        self.fingerprint = fingerprint(self.model, self.prompt)
+        if not os.path.isfile(os.path.join(name, 'modules.json')) and not is_cached(name, 'modules.json'):
+            say(f'{name} is no SentenceTransformer, as it has no modules.json: a text is embedded as the mean of its '
+                f"tokens' vectors, which the model may not have been trained for")
 
     def embed(self, texts):
-        """texts (n) to unit vectors (n, D), float32."""
+        """texts (n) to unit vectors (n, D), float32; zeros stay zeros. UserError if the model makes anything else."""
         if not texts:
             return np.zeros((0, self.dimension), dtype=np.float32)
         vectors = self.model.encode(texts, batch_size=256, normalize_embeddings=True, show_progress_bar=False)
-        return np.asarray(vectors, dtype=np.float32)
+        vectors = np.asarray(vectors, dtype=np.float32)
+        if vectors.shape != (len(texts), self.dimension):
+            raise UserError(f'embedding model {self.name!r} gives vectors of shape {vectors.shape[1:]} for texts such '
+                            f'as {texts[0][:80]!r}, and says that they have {self.dimension} dimensions: use another')
+        is_finite = np.isfinite(vectors).all(axis=1)
+        if not is_finite.all():
+            text = texts[int(np.argmin(is_finite))]
+            raise UserError(f'embedding model {self.name!r} gives a vector with NaN or infinity for {text[:80]!r}: use '
+                            f'another, or one whose weights are whole')
+        return vectors
+
+    def describe_cut(self, texts):
+        """How many of the texts are longer than the model reads, in one line; '' if hardly any is."""
+        most = self.model.max_seq_length
+        if not texts or most is None or most == float('inf'):
+            return ''
+        tokens = self.model.tokenizer([self.prompt + text for text in texts], truncation=False, verbose=False)
+        share = np.mean([len(ids) > most for ids in tokens['input_ids']])
+        return '' if share < 0.005 else (
+            f'{share:.0%} of the first {len(texts):,} chunks are longer than the {most} tokens that {self.name} reads: '
+            f'their ends do not count when they are searched for; use a smaller retrieval_chunk_size, or a model that '
+            f'reads more')
+
+
+def fingerprint(model, prompt):
+    """
+    16 hex digits of what a SentenceTransformer's vectors depend on: the weights in use, what it makes of a text's
+    tokens, the longest text, the prompt. Not of normalization: we normalize ourselves.
+    """
+    import torch
+    probe = prompt + 'It\'s THE naïve café, 中文 and 42!'
+    with torch.enable_grad():
+        features = model.preprocess([probe])
+        ids = features.get('input_ids', torch.zeros(0)).flatten().tolist()
+        features = {key: value.to(model.device) if hasattr(value, 'to') else value for key, value in features.items()}
+        used = parameters_of(model(features)['sentence_embedding'])
+    settings = [(type(module).__name__, module.get_config_dict()) for module in list(model)[1:]
+                if type(module).__name__ != 'Normalize']
+    digest = hashlib.blake2b(repr([ids, len(prompt), model.max_seq_length, settings]).encode(), digest_size=8)
+    for key, tensor in sorted(model.named_parameters()):
+        if tensor in used:
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def parameters_of(tensor):
+    """The set of the parameters that a tensor was computed from, by its graph."""
+    found, seen, nodes = set(), set(), [tensor.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, 'variable'):
+            found.add(node.variable)
+        nodes += [following for following, _ in node.next_functions]
+    return found
+
+
+def is_cached(name, filename):
+    """Whether the hub's cache has a file of a model."""
+    from huggingface_hub import try_to_load_from_cache
+    try:
+        return isinstance(try_to_load_from_cache(name, filename), str)
+    except ValueError:  # no name of the hub
+        return False
 
 
 @contextlib.contextmanager

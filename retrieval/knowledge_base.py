@@ -3,9 +3,11 @@ The Milvus collection that a model retrieves from. A row is whole: a chunk's id,
 and its tokens with those of its continuation. The collection's properties say what made it, and name its revision.
 The only file that talks to Milvus: to a local file through Milvus Lite, or to any server by its URI.
 """
+import itertools
 import json
 import logging
 import os
+import re
 import uuid
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +19,7 @@ from retrieval.local_server import Unreachable, forget_server, join_server
 
 os.environ.setdefault('GRPC_VERBOSITY', 'NONE')  # its errors come as exceptions, too
 
-VERSION = 1  # of the layout of a row
+VERSION = 2  # of a row: its layout, its ids, and what its text is
 PROPERTY = 'nanoretro.metadata'
 REVISION = 'nanoretro.state'  # property, named so in existing collections: a new value at each change of the rows
 CHANGING = 'changing'  # its value while they change
@@ -29,7 +31,13 @@ INDEXES = {  # parameters of the build, of a search, and of a filtered search, w
     'HNSW': ({'M': 16, 'efConstruction': 200}, {'ef': 128}, {'ef': 1024}),
     'AUTOINDEX': ({}, {}, {}),
 }
+MAX_TEXT = 65535  # bytes of a row's text, Milvus' limit
+MOST = 16384  # rows that Milvus returns for a query
 REQUEST = 2048  # rows, ids or queries per request: servers accept no message over 64 MB
+RATE_LIMIT = 8  # code of Milvus' answer
+PASSING = ('not (yet )?(ready|available|loaded|fully loaded|serving|healthy|shard leader)|unavailable|offline|'
+           'rate limit|too many requests|time ?out|timed out|deadline|connection|recovering|initializing|'
+           'no available|node not (found|match)')  # in the text of an answer
 ANSWER_TIMEOUT = 10  # seconds that a server may take to answer the first call
 RETRIES = 1  # by pymilvus, which retries in silence; we wait ourselves, and say so (waiting.py)
 
@@ -68,6 +76,10 @@ class KnowledgeBase:
     """
 
     def __init__(self, uri, token, collection, metadata, create=False):
+        check_uri(uri)
+        if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]{0,254}', collection):  # Milvus Lite takes others, a server does not
+            raise UserError(f'retrieval_collection {collection!r} cannot be the name of one: use letters, digits and '
+                            f'underscores, 255 at most, and no digit at the beginning')
         if metadata.index not in INDEXES:
             raise UserError(f'retrieval_index {metadata.index!r} is not one of {", ".join(INDEXES)}')
         self.uri, self.token, self.collection, self.metadata = uri, token, collection, metadata
@@ -107,7 +119,7 @@ class KnowledgeBase:
         schema.add_field('doc_id', DataType.INT64)
         schema.add_field('position', DataType.INT64)
         schema.add_field('document', DataType.VARCHAR, max_length=1024)
-        schema.add_field('text', DataType.VARCHAR, max_length=65535)
+        schema.add_field('text', DataType.VARCHAR, max_length=MAX_TEXT)
         schema.add_field('tokens', DataType.ARRAY, element_type=DataType.INT32,
                          max_capacity=2 * self.metadata.chunk_size)
         schema.add_field('embedding', DataType.FLOAT_VECTOR, dim=self.metadata.dimension)
@@ -187,6 +199,43 @@ class KnowledgeBase:
         with self._errors():
             self.client.delete(self.collection, filter=f'doc_id == {int(doc_id)} and position >= {int(position)}')
 
+    def delete(self, ids):
+        """Remove rows by their ids, a list. Call flush() at the end."""
+        for start in range(0, len(ids), REQUEST):
+            self._announce_change()
+            with self._errors():
+                self.client.delete(self.collection, ids=ids[start:start + REQUEST])
+
+    def which_documents(self, doc_ids):
+        """The set of those of the doc_ids (n,) that have rows."""
+        found = set()
+        for start in range(0, len(doc_ids), 64):  # many rows a document, and no answer has more than MOST
+            wanted = set(doc_ids[start:start + 64].tolist())
+            while wanted:
+                with self._errors():
+                    rows = self.client.query(self.collection, filter=f'doc_id in {sorted(wanted)}', limit=MOST,
+                                             output_fields=['doc_id'], consistency_level='Strong', retry_times=RETRIES)
+                here = {row['doc_id'] for row in rows}
+                found |= here
+                wanted = wanted - here if len(rows) == MOST else set()
+        return found
+
+    def all_ids(self):
+        """Yields (ids, doc_ids) of all rows, as arrays. Ids are hashes: equal ranges hold about as many of them."""
+        parts = self.count() // (MOST // 4) + 1
+        borders = [i * 2**64 // parts - 2**63 for i in range(parts + 1)]
+        ranges = list(itertools.pairwise(borders))
+        while ranges:
+            low, high = ranges.pop()
+            with self._errors():
+                rows = self.client.query(self.collection, filter=f'id >= {low} and id <= {high - 1}', limit=MOST,
+                                         output_fields=['id', 'doc_id'], consistency_level='Strong',
+                                         retry_times=RETRIES)
+            if len(rows) == MOST:  # there may be more
+                ranges += [(low, (low + high) // 2), ((low + high) // 2, high)]
+                continue
+            yield tuple(np.array([row[name] for row in rows], dtype=np.int64) for name in ('id', 'doc_id'))
+
     def flush(self):
         """Write the changes to disk, index them, and begin a new revision, which may be cached."""
         with self._errors():
@@ -247,10 +296,18 @@ def connect(address, uri, token, timeout):
         return client
 
 
-def check_local_path(uri, collection, create):
-    if not uri.endswith('.db'):
+def check_uri(uri):
+    """UserError if it is neither a local path nor a server's address."""
+    scheme, is_address, rest = uri.partition('://')
+    if is_address and scheme.lower() not in ('http', 'https', 'tcp', 'unix'):
+        hint = f'write the path alone, {rest!r}' if scheme.lower() == 'file' else 'begin with http:// or https://'
+        raise UserError(f'retrieval_milvus_uri {uri!r} is no address of a Milvus server: {hint}')
+    if not is_address and not uri.endswith('.db'):
         raise UserError(f'retrieval_milvus_uri {uri!r} is neither the path of a local file ending in .db nor an '
                         f'address such as http://127.0.0.1:19530')
+
+
+def check_local_path(uri, collection, create):
     if not create and not os.path.isfile(os.path.join(uri, 'LOCK')):  # of Milvus Lite; nothing is written elsewhere
         raise no_collection(uri, collection)
 
@@ -271,14 +328,29 @@ def milvus_errors(uri, has_token):
             hint = '' if has_token else f', and, if a checkpoint names the server, --retrieval_milvus_uri={uri}, too'
             raise UserError(f'Milvus at {uri} asks for authentication and {reason}: set retrieval_milvus_token, or '
                             f'MILVUS_TOKEN in the environment, to user:password or an API key{hint}') from error
+        from pymilvus.exceptions import MilvusException
+        text = getattr(error, 'message', '') or str(error)
         if (status in ('UNAVAILABLE', 'DEADLINE_EXCEEDED') or 'Fail connecting to server' in str(error)
                 or (isinstance(error, ValueError) and 'URL' in str(error))):
             raise Unreachable(f'no Milvus answers at {uri} ({status or type(error).__name__}): start it, e.g. with '
                               f'docker compose up -d, or correct retrieval_milvus_uri') from error
-        from pymilvus.exceptions import MilvusException, ParamError
-        if isinstance(error, MilvusException) and not isinstance(error, ParamError):
-            raise Unreachable(f'Milvus at {uri} refuses: {error.message}') from error
+        if isinstance(error, MilvusException) or status:
+            reason = f'Milvus at {uri} refuses: {" ".join(text.split())[:500] or status}'
+            if may_pass(error, status, text):
+                raise Unreachable(reason) from error
+            raise UserError(f'{reason}; waiting would not help, see what the message names') from error
         raise
+
+
+def may_pass(error, status, text):
+    """
+    Whether a refused request may be granted later: the server is starting, moving data, or has too much to do; and not
+    if the request itself is wrong or a quota is used up. Servers up to 2.3 say so in the text alone.
+    """
+    if getattr(error, 'is_input_error', False) or re.search('quota|force ?deny|larger than max', text, re.IGNORECASE):
+        return False
+    return bool(getattr(error, 'retriable', False) or status in ('RESOURCE_EXHAUSTED', 'ABORTED', 'CANCELLED')
+                or getattr(error, 'code', None) == RATE_LIMIT or re.search(PASSING, text, re.IGNORECASE))
 
 
 def no_collection(uri, collection):

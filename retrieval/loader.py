@@ -19,7 +19,9 @@ from system import end_with_parent
 
 import torch
 
+from data.chunk_store import count_known, open_datasets
 from data.corpus import val_batches
+from data.documents import as_dataset_configs
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
 from retrieval.local_server import NICENESS
@@ -31,7 +33,8 @@ END = object()  # of the batches
 class Loader:
     """
     An iterator of Batches on `device`, `count` of the training stream (None: without end). `train` is the arguments of
-    SequenceStream. With `val`, the arguments of val_batches, take_val() has to come first. Neighbors are fetched for
+    SequenceStream beside its datasets. With `val`, the rank and world_size for val_batches, take_val() has to come
+    first. Neighbors are fetched for
     several batches at once, first one, then up to retrieval_prefetch_batches, as a search costs much the same for few
     chunks as for many; without `retrieve` there are none. As many batches are kept ready, or `keep_ready` if that is
     more. `say` receives news, such as that Milvus is unreachable. An exception of the process is raised here, with its
@@ -142,9 +145,8 @@ def run(settings, train, count, val, device, retrieve, keep_ready, ready, news):
         try:
             tokenizer = load_tokenizer(settings.tokenizer)
             # open both streams before searching for either, so that an error in one is reported at once
-            streams = [islice(SequenceStream(tokenizer=tokenizer, **train), count)] if train else []
-            if val:
-                streams.insert(0, val_batches(tokenizer=tokenizer, **val))
+            streams = open_streams(settings, tokenizer, train, count, val, news.send)
+            if val is not None:
                 put(outbox, len(streams[0]), is_closed)
             retriever = None
             if retrieve:
@@ -155,6 +157,24 @@ def run(settings, train, count, val, device, retrieve, keep_ready, ready, news):
         except BaseException as error:  # next() raises it in the parent
             put(outbox, Failure(as_picklable(error), traceback.format_exc()), is_closed)
     sender.join()
+
+
+def open_streams(settings, tokenizer, train, count, val, say):
+    """[the val batches, if `val` is given; `count` batches of the training stream, if `train` is]"""
+    def open_setting(name):
+        return open_datasets(as_dataset_configs(getattr(settings, name), name), tokenizer, settings, say)
+    streams = []
+    if val is not None:
+        val_datasets = open_setting('val_datasets')
+        streams.append(val_batches(val_datasets, tokenizer, settings.block_size, settings.batch_size,
+                                   settings.eval_tokens, **val))
+    if train is not None:
+        datasets = open_setting('train_datasets')
+        streams.append(islice(SequenceStream(datasets, settings.block_size, **train), count))
+        if val is not None and not val.get('rank') and (known := count_known(val_datasets, datasets)):
+            say(f'{known:,} of {sum(map(len, val_datasets)):,} val documents stand in train_datasets, too: what they '
+                f'add to the val loss is low; remove them from one of the two')
+    return streams
 
 
 def load(streams, retriever, most):

@@ -7,32 +7,62 @@ Entries belong to one revision of one collection: when the collection changes, a
 adds nothing more and evicts nothing: an epoch larger than the cache would evict each entry just before it is needed.
 """
 import contextlib
+import hashlib
 import os
+import sys
 
 import lmdb
 
 from configurator import UserError
 
 VERSION = 1  # of how neighbors are found and stored; what another version stored is dropped
+DATA = 'data.mdb'
+DAMAGE = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.VersionMismatchError,
+          lmdb.BadValsizeError, lmdb.CursorFullError, lmdb.PageFullError)
 USABLE = 0.75  # of the file: LMDB writes a page anew before it frees the old one, even to drop entries
 
 
 class NeighborCache:
     """
     Byte strings by key, in a file of up to `gigabytes` in the folder, for a collection named by the string
-    `collection`. Entries of different `kinds`, strings, are separate. UserError if the folder cannot be used.
+    `collection`. Entries of different `kinds`, strings, are separate. A damaged file is thrown away; `say` is told of
+    it. UserError if the folder cannot be used.
     """
 
-    def __init__(self, folder, gigabytes, collection, kinds):
-        self.size, self.collection, self.kinds, self.is_full = int(gigabytes * 2**30), collection, kinds, False
+    def __init__(self, folder, gigabytes, collection, kinds, say=None):
+        self.folder, self.size, self.kinds, self.is_full = folder, int(gigabytes * 2**30), kinds, False
+        self.collection = collection
+        self.say = say or (lambda text: print(text, file=sys.stderr))
         self.revision, self.databases = None, {}
         try:
             os.makedirs(folder, exist_ok=True)
-            self.environment = lmdb.open(folder, map_size=self.size, max_dbs=256, max_readers=1024)
-            self.environment.reader_check()  # killed readers would keep old pages from being reused
+            self._open()
         except (OSError, lmdb.Error) as error:
             raise UserError(f'retrieval_cache_dir {folder!r} cannot be used ({error}): name a folder on a local disk '
                             f'that you may write to, or set retrieval_cache_gb to 0') from error
+
+    def _open(self):
+        self.environment = None
+        try:
+            self.environment = lmdb.open(self.folder, map_size=self.size, max_dbs=256, max_readers=1024)
+            self.environment.reader_check()  # killed readers would keep old pages from being reused
+            pages = self.environment.info()['last_pgno'] + 1
+            if pages * self.environment.stat()['psize'] > os.path.getsize(os.path.join(self.folder, DATA)):
+                raise lmdb.CorruptedError('it has been cut off')  # reading beyond its end would kill the process
+        except DAMAGE as error:
+            self._throw_away(error)
+            self.environment = lmdb.open(self.folder, map_size=self.size, max_dbs=256, max_readers=1024)
+
+    def _throw_away(self, error):
+        """Remove the damaged file. Processes that have it open keep what they have."""
+        if self.environment is not None:
+            self.environment.close()
+        self.databases = {}
+        for name in (DATA, 'lock.mdb'):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.folder, name))
+        self.say(f'the neighbor cache in {self.folder} was damaged ({error}), and is thrown away: neighbors are '
+                 f'searched for anew')
 
     def use_revision(self, revision):
         """Read and write entries of this revision, a string, and drop those of others. None: neither read nor write."""
@@ -41,7 +71,7 @@ class NeighborCache:
         self.revision, self.databases, self.is_full = revision, {}, False
         if revision is None:
             return
-        prefix = f'{self.collection} | '
+        prefix = f'{short_hash(self.collection)} | '  # LMDB's keys are short
         current = f'{prefix}{VERSION} {revision} '
         names = []
         with self._tolerating_others(), self.environment.begin() as reading:
@@ -77,15 +107,26 @@ class NeighborCache:
 
     @contextlib.contextmanager
     def _tolerating_others(self):
-        """Tolerate that other runs fill, resize or drop what is shared: lookups miss, additions are skipped."""
+        """
+        Tolerate that other runs fill, resize or drop what is shared, and a full disk: lookups miss, additions are
+        skipped. A damaged file is replaced by an empty one.
+        """
         try:
             yield
-        except lmdb.MapFullError:
+        except (lmdb.MapFullError, lmdb.ReadersFullError):
             self.is_full = True
         except lmdb.MapResizedError:  # another run has made it larger than this one may fill
             self.environment.set_mapsize(0)
         except lmdb.BadDbiError:  # another run saw the collection change first, and dropped these entries
             self.databases = {}
+        except DAMAGE as error:
+            self._throw_away(error)
+            self._open()
+        except lmdb.Error as error:  # of the system, such as a full disk
+            if not self.is_full:
+                self.say(f'the neighbor cache in {self.folder} cannot be used any more ({error}): see whether there is '
+                         f'room; neighbors are searched for')
+            self.is_full = True
 
     def count(self, kind):
         """Number of entries of a kind."""
@@ -94,3 +135,7 @@ class NeighborCache:
 
     def close(self):
         self.environment.close()
+
+
+def short_hash(text):
+    return hashlib.blake2b(text.encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()

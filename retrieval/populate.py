@@ -2,16 +2,18 @@
 Fills a collection with the chunks of the train documents:
 
     python -m retrieval.populate config/quickstart.py
+    python -m retrieval.populate config/quickstart.py --sync=True    # also remove what the documents no longer hold
 
 Reading, embedding and inserting run at the same time, the first two in processes of their own. Chunks that the
 collection already has are left as they are, so a second run adds none, and completes one that was interrupted. The
-chunks of a document that has changed since are replaced.
+chunks of a document that has changed since, or has become empty, are replaced. Those of documents that are gone stay,
+unless --sync=True. A chunk without text of its own, or that the embedding model maps to zero, is no row.
 """
 import multiprocessing
 import queue
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -20,20 +22,19 @@ from system import end_with_parent, pick_device
 import numpy as np
 from tqdm import tqdm
 
-from configurator import load_settings, user_errors_as_one_line
-from data.chunking import with_continuation
-from data.documents import as_dataset_configs, chunk, load_documents
+from configurator import UserError, load_settings, user_errors_as_one_line
+from data.chunk_store import open_datasets
+from data.documents import as_dataset_configs
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from retrieval.embedding import Embedder, EmbedderInfo
-from retrieval.knowledge_base import open_knowledge_base
+from retrieval.knowledge_base import MAX_TEXT, open_knowledge_base
 
-BATCH = 2048  # chunks that pass from stage to stage together
-AHEAD = 4  # batches that may queue before a stage
+AHEAD = 4  # Parts that may queue before a stage
 
 
 @dataclass
 class Rows:
-    """About BATCH rows, whole documents of them, without their embeddings."""
+    """Rows without their embeddings."""
     id: np.ndarray  # (n,) int64
     doc_id: np.ndarray  # (n,) int64
     position: np.ndarray  # (n,) int64
@@ -55,50 +56,71 @@ class Rows:
                 for i, d, p, name, text, tokens, length, vector in columns]
 
 
-def read_batches(documents, tokenizer, chunk_size):
-    """Yields Rows of whole documents, batch after batch."""
-    parts, size = [], 0
-    for document in documents:
-        chunked = chunk(document, tokenizer, chunk_size)
-        if chunked is None:
-            continue
-        count = len(chunked.tokens)
-        tokens, lengths = with_continuation(chunked.tokens, chunked.lengths)
-        texts = [tokenizer.decode(row[:length]) for row, length in
-                 zip(chunked.tokens.tolist(), chunked.lengths.tolist(), strict=True)]
-        parts.append((chunked.chunk_ids, np.full(count, chunked.doc_id, dtype=np.int64), np.arange(count),
-                      [document.name[:256]] * count, texts, tokens, lengths))
-        size += count
-        if size >= BATCH:
-            yield join(parts)
-            parts, size = [], 0
-    if parts:
-        yield join(parts)
+@dataclass
+class Part:
+    """Some whole documents, as the collection is to hold them."""
+    rows: Rows
+    textless: np.ndarray  # (m,) ids of their chunks without text, which are no rows
+    rowless: np.ndarray  # (k,) doc_ids of those without any row
+    began: float = 0.0  # reading it, by time.monotonic()
+    ended: float = 0.0
 
 
-def join(parts):
-    columns = zip(*parts, strict=True)
-    return Rows(*[np.concatenate(c) if isinstance(c[0], np.ndarray) else [x for part in c for x in part]
-                  for c in columns])
+def read_parts(datasets, tokenizer):
+    """Yields the documents of ChunkedDatasets as Parts; of those without text only the doc_ids."""
+    for dataset in datasets:
+        for block in dataset.blocks():
+            yield as_part(block, dataset, tokenizer)
+        for doc_ids in dataset.empty_documents():
+            nothing = as_part(dataset.read(np.arange(1)), dataset, tokenizer).rows.take([])
+            yield Part(nothing, np.zeros(0, dtype=np.int64), doc_ids)
 
 
-def read_into(batches, settings):
-    """The reading process: puts (Rows, seconds that they took), and at the end None or the exception."""
+def as_part(chunks, dataset, tokenizer):
+    """The Part of the Chunks of whole documents. UserError if a text is too long for a row."""
+    is_last = chunks.is_last_chunk
+    following = np.where(is_last[:, None], tokenizer.eot_token, np.roll(chunks.tokens, -1, axis=0))
+    texts = [tokenizer.decode(tokens[:length]) for tokens, length in
+             zip(chunks.tokens.tolist(), (chunks.lengths - is_last).tolist(), strict=True)]  # without the end-of-text
+    for text, document, position in zip(texts, chunks.documents, chunks.positions, strict=True):
+        if len(text) > MAX_TEXT // 4 and len(text.encode()) > MAX_TEXT:
+            document_id, _, where = dataset.describe(document)
+            raise UserError(f'chunk {position + 1} of document {document_id!r} ({where}) has a text of '
+                            f'{len(text.encode()):,} bytes, and a row holds {MAX_TEXT:,}: use a smaller '
+                            f'retrieval_chunk_size, or leave the document out')
+    documents, inverse = np.unique(chunks.documents, return_inverse=True)
+    names = [name[:256] for name in dataset.names(documents)]
+    has_text = np.array([bool(text.strip()) for text in texts])
+    rows = Rows(chunks.ids, chunks.doc_ids, chunks.positions, [names[i] for i in inverse], texts,
+                np.concatenate([chunks.tokens, following], axis=1),
+                chunks.lengths + np.where(is_last, 0, np.roll(chunks.lengths, -1)))
+    return Part(rows.take(np.flatnonzero(has_text)), chunks.ids[~has_text],
+                np.setdiff1d(chunks.doc_ids, chunks.doc_ids[has_text]))
+
+
+def read_into(parts, settings):
+    """The reading process: puts news (texts), the number of chunks, the Parts, and at the end None or the exception."""
     end_with_parent()
     try:
         tokenizer = load_tokenizer(settings.tokenizer)
-        documents = load_documents(as_dataset_configs(settings.train_datasets, 'train_datasets'))
-        reading = read_batches(documents, tokenizer, settings.retrieval_chunk_size)
+        datasets = open_datasets(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, settings,
+                                 parts.put)
+        for dataset in datasets:
+            parts.put(f'{dataset.config.path}: {dataset.counts.describe()}')
+        parts.put(sum(dataset.num_chunks for dataset in datasets))
+        reading, part = read_parts(datasets, tokenizer), None
         while True:
-            start = time.perf_counter()
-            rows = next(reading, None)
-            batches.put(rows and (rows, time.perf_counter() - start))
-            if rows is None:
+            began = time.monotonic()
+            part = next(reading, None)
+            if part:
+                part.began, part.ended = began, time.monotonic()
+            parts.put(part)
+            if part is None:
                 return
     except KeyboardInterrupt:
         pass
     except Exception as error:
-        batches.put(error)
+        parts.put(error)
 
 
 def load_embedder(name, device):
@@ -115,12 +137,18 @@ def embed(texts):
     return embedder.embed(texts), time.perf_counter() - start
 
 
-def missing_rows(knowledge_base, rows):
+def describe_cut(texts):
+    """In the embedding process."""
+    return embedder.describe_cut(texts)
+
+
+def missing_rows(knowledge_base, part):
     """
-    The rows that the collection lacks or holds with other tokens, and how many documents have changed. Chunks beyond a
-    changed document's new end are removed.
+    The Rows of a Part that the collection lacks or holds with other tokens, and how many documents have changed. What
+    it holds of them beyond their rows is removed.
     """
-    found = knowledge_base.rows(rows.id, ['tokens'], latest=True)
+    rows = part.rows
+    found = knowledge_base.rows(np.concatenate([rows.id, part.textless]), ['doc_id', 'tokens'], latest=True)
     missing, changed = [], set()
     for i, (row_id, length) in enumerate(zip(rows.id.tolist(), rows.length.tolist(), strict=True)):
         old = found.get(row_id)
@@ -128,58 +156,84 @@ def missing_rows(knowledge_base, rows):
             missing.append(i)
             if old is not None:
                 changed.add(int(rows.doc_id[i]))
+    had_text = [row_id for row_id in part.textless.tolist() if row_id in found]
+    changed |= {found[row_id]['doc_id'] for row_id in had_text} | knowledge_base.which_documents(part.rowless)
+    knowledge_base.delete(had_text)
     for doc_id in changed:
-        knowledge_base.delete_from(doc_id, rows.position[rows.doc_id == doc_id].max() + 1)
+        knowledge_base.delete_from(doc_id, rows.position[rows.doc_id == doc_id].max(initial=-1) + 1)
     return rows.take(missing), len(changed)
 
 
-def populate(settings, show_progress):
-    """Fill the collection. Returns counts (chunks, added, changed, before, after) and seconds by stage."""
+def remove_others(knowledge_base, settings):
+    """Remove the rows of documents that the datasets do not hold. Number of documents and of rows."""
+    tokenizer = load_tokenizer(settings.tokenizer)
+    datasets = open_datasets(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, settings)
+    documents, removed = set(), 0
+    for ids, doc_ids in knowledge_base.all_ids():
+        is_other = np.all([dataset.find(doc_ids) < 0 for dataset in datasets], axis=0)
+        documents.update(doc_ids[is_other].tolist())
+        removed += int(is_other.sum())
+        knowledge_base.delete(ids[is_other].tolist())
+    return len(documents), removed
+
+
+def populate(settings, show_progress, sync=False, say=print):
+    """
+    Fill the collection. Returns counts, and seconds by stage of the time that they ran together, beside all that were
+    spent on reading. `say` receives what was read.
+    """
     tokenizer = load_tokenizer(settings.tokenizer)
     as_dataset_configs(settings.train_datasets, 'train_datasets')  # validate before loading a model
     context = multiprocessing.get_context('spawn')
-    batches = context.Queue(maxsize=AHEAD)
-    reader = context.Process(target=read_into, args=(batches, settings), daemon=True)
+    parts = context.Queue(maxsize=AHEAD)
+    reader = context.Process(target=read_into, args=(parts, settings), daemon=True)
     reader.start()
     embedders = ProcessPoolExecutor(1, mp_context=context)
-    seconds = dict(read=0.0, embed=0.0, insert=0.0)
-    done = dict(chunks=0, added=0, changed=0)
+    seconds, done = Counter(), Counter()
     progress = tqdm(desc='chunks', unit=' chunks', unit_scale=True, disable=not show_progress)
     knowledge_base = None
     try:
-        first = next_rows(batches, reader)  # report a missing corpus before making a collection
+        while isinstance(item := receive(parts, reader), str):  # report what cannot be read before making a collection
+            say(item)
+        progress.total, part = item, receive(parts, reader)
         info = embedders.submit(load_embedder, settings.retrieval_embedding_model,
                                 pick_device(settings.device)).result()
+        if cut := embedders.submit(describe_cut, part.rows.text).result():
+            say(cut)
         knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), info, create=True)
         done['before'] = knowledge_base.count()
-        start, waiting = time.perf_counter(), deque()
+        start, waiting = time.monotonic(), deque()
         progress.reset()  # its rate excludes the start-up
-        rows_and_seconds = first
-        while rows_and_seconds or waiting:
-            while rows_and_seconds and len(waiting) < AHEAD:
-                rows, took = rows_and_seconds
-                seconds['read'] += took
-                done['chunks'] += len(rows.id)
+        while part or waiting:
+            while part and len(waiting) < AHEAD:
+                seconds['reading'] += part.ended - part.began
+                seconds['read'] += max(0.0, part.ended - max(part.began, start))
+                done['chunks'] += len(part.rows.id)
+                done['textless'] += len(part.textless)
+                size, rows = len(part.rows.id) + len(part.textless), part.rows
                 if done['before']:
-                    rows, changed = missing_rows(knowledge_base, rows)
+                    rows, changed = missing_rows(knowledge_base, part)
                     done['changed'] += changed
-                waiting.append((rows, embedders.submit(embed, rows.text)))
-                rows_and_seconds = next_rows(batches, reader)
-            rows, future = waiting.popleft()
+                waiting.append((size, rows, embedders.submit(embed, rows.text)))
+                part = receive(parts, reader)
+            size, rows, future = waiting.popleft()
             vectors, took = future.result()
             seconds['embed'] += took
-            began = time.perf_counter()
-            if len(rows.id):
-                knowledge_base.upsert(rows.to_dicts(vectors))
-            seconds['insert'] += time.perf_counter() - began
-            done['added'] += len(rows.id)
-            progress.n = done['chunks'] - sum(len(r.id) for r, _ in waiting)
-            progress.refresh()
-        began = time.perf_counter()
-        if done['added'] or knowledge_base.revision() is None:  # the latter: an earlier run was interrupted
-            knowledge_base.flush()
-        seconds['insert'] += time.perf_counter() - began
-        seconds['all'] = time.perf_counter() - start
+            began = time.monotonic()
+            has_vector = np.flatnonzero(vectors.any(axis=1))
+            if len(has_vector):
+                knowledge_base.upsert(rows.take(has_vector).to_dicts(vectors[has_vector]))
+            seconds['insert'] += time.monotonic() - began
+            done['added'] += len(has_vector)
+            done['without_vector'] += len(rows.id) - len(has_vector)
+            progress.update(size)
+        began = time.monotonic()
+        if sync and done['before']:
+            done['removed_documents'], done['removed'] = remove_others(knowledge_base, settings)
+        if done['added'] or done['changed'] or done['removed'] or knowledge_base.revision() is None:
+            knowledge_base.flush()  # also where an earlier run was interrupted
+        seconds['insert'] += time.monotonic() - began
+        seconds['all'] = time.monotonic() - start
         done['after'] = knowledge_base.count()
         return done, seconds
     finally:
@@ -190,11 +244,11 @@ def populate(settings, show_progress):
         embedders.shutdown(cancel_futures=True)
 
 
-def next_rows(batches, reader):
-    """(Rows, seconds) of the next batch, or None after the last."""
+def receive(parts, reader):
+    """What the reading process put next; its exception is raised."""
     while True:
         try:
-            item = batches.get(timeout=5)
+            item = parts.get(timeout=5)
         except queue.Empty:
             if reader.is_alive():
                 continue
@@ -205,13 +259,32 @@ def next_rows(batches, reader):
 
 
 def main():
-    settings = load_settings(sys.argv[1:])
-    print(f'filling collection {settings.retrieval_collection!r}', flush=True)
-    done, seconds = populate(settings, sys.stderr.isatty())
-    print(f'collection {settings.retrieval_collection!r} in {settings.retrieval_milvus_uri}: {done["after"]:,} chunks, '
-          f'{done["added"]:,} of them written now, {done["changed"]:,} changed documents')
+    arguments, sync = sys.argv[1:], False
+    if '--help' in arguments or '-h' in arguments:
+        print(f'{__doc__}\n  --sync=False\n        remove the rows of documents that train_datasets no longer hold\n')
+    for argument in [a for a in arguments if a.partition('=')[0] == '--sync']:
+        if argument not in ('--sync', '--sync=True', '--sync=False'):
+            raise UserError(f'{argument!r} is none of --sync=True and --sync=False: choose one')
+        arguments.remove(argument)
+        sync = argument != '--sync=False'
+    settings = load_settings(arguments)
+    name = settings.retrieval_collection
+    print(f'filling collection {name!r}', flush=True)
+    done, seconds = populate(settings, sys.stderr.isatty(), sync)
+    print(f'collection {name!r} in {settings.retrieval_milvus_uri}: {done["after"]:,} chunks, {done["added"]:,} of '
+          f'them written now, {done["changed"]:,} changed documents')
+    if done['textless'] or done['without_vector']:
+        print(f'no rows: {done["textless"]:,} chunks without text of their own, {done["without_vector"]:,} that the '
+              f'embedding model maps to zero')
+    if sync:
+        print(f'removed: {done["removed"]:,} chunks of {done["removed_documents"]:,} documents that train_datasets do '
+              f'not hold')
+    elif done['after'] > (held := done['chunks'] - done['without_vector']):
+        print(f'{done["after"] - held:,} chunks are of documents that train_datasets do not hold: --sync=True removes '
+              f'them')
     if done['added']:
-        rates = {stage: done['added' if stage != 'read' else 'chunks'] / max(seconds[stage], 1e-9) for stage in seconds}
+        rates = {stage: done['added'] / max(seconds[stage], 1e-9) for stage in ('embed', 'insert', 'all')}
+        rates['read'] = done['chunks'] / max(seconds['reading'], 1e-9)
         slowest = max(('read', 'embed', 'insert'), key=seconds.get)
         print(f'{rates["all"]:,.0f} chunks/s in {seconds["all"]:.0f} s | while running: read {rates["read"]:,.0f}, '
               f'embed {rates["embed"]:,.0f}, insert {rates["insert"]:,.0f} chunks/s | the slowest, {slowest}, was busy '

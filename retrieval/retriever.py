@@ -77,7 +77,8 @@ class Retriever:
                                 f'python -m retrieval.populate CONFIG')
             if settings.retrieval_cache_gb > 0:
                 self.cache = NeighborCache(settings.retrieval_cache_dir, settings.retrieval_cache_gb,
-                                           f'{self.uri} {settings.retrieval_collection}', ['rows', self.hits_kind])
+                                           f'{self.uri} {settings.retrieval_collection}', ['rows', self.hits_kind],
+                                           self.say)
         except BaseException:
             self.close()
             raise
@@ -113,6 +114,7 @@ class Retriever:
             counts = {name: int((found.origin[rows] == origin).sum()) for name, origin in
                       (('remembered', REMEMBERED), ('looked_up', LOOKED_UP), ('embedded', EMBEDDED))}
             counts['searched_again'] = int(found.searched_again[rows].sum())
+            counts |= count_found_themselves(batch, found.tokens[rows], found.hits[rows])
             complete.append(replace(batch, neighbors=found.tokens[rows], neighbor_mask=found.mask[rows],
                                     hits=found.hits[rows], counts=counts))
         return complete
@@ -259,6 +261,23 @@ def neighbor_function(retriever, device, hits):
         hits.append(found.hits[:, 0])
         return found.to(device)
     return retrieve if retriever else None
+
+
+def count_found_themselves(batch, tokens, hits):
+    """
+    Of the chunks of a Batch that go on in it and have neighbors, tokens (B, L, K, R): how many there are, and how many
+    have one that is the chunk itself with its continuation. Copies of a text do that, and so does a document that the
+    collection knows by another id, which the leak rule cannot tell.
+    """
+    B, L, _, R = tokens.shape
+    if L < 2:
+        return dict(continued=0, found_themselves=0)
+    chunks = batch.tokens.reshape(B, L, R // 2)
+    together = np.concatenate([chunks[:, :-1], chunks[:, 1:]], axis=-1)  # (B, L - 1, R)
+    is_hit = (hits['score'] > -np.inf)[:, :-1]
+    goes_on = ~batch.is_last_chunk[:, :-1] & is_hit.any(-1)
+    is_same = (tokens[:, :-1] == together[:, :, None]).all(-1) & is_hit
+    return dict(continued=int(goes_on.sum()), found_themselves=int((is_same.any(-1) & goes_on).sum()))
 
 
 def share_trigrams(chunks, candidates):

@@ -17,7 +17,8 @@ import time
 import numpy as np
 
 from configurator import UserError, load_settings, user_errors_as_one_line
-from data.documents import as_dataset_configs, chunk, load_documents
+from data.chunk_store import open_datasets
+from data.documents import as_dataset_configs
 from data.tokenizer import load_tokenizer
 
 DIMENSION = 192
@@ -43,7 +44,9 @@ def fit(counts, seed=0):
     weighted = tfidf.fit_transform(counts)
     dimension = min(DIMENSION, min(counts.shape) - 1)
     svd = TruncatedSVD(dimension, n_iter=3, random_state=seed).fit(weighted)
-    return (tfidf.idf_[:, None] * svd.components_.T).astype(np.float32)
+    vectors = np.ascontiguousarray(tfidf.idf_[:, None] * svd.components_.T, dtype=np.float32)  # to be saved
+    vectors[np.asarray(counts.sum(axis=0)).ravel() == 0] = 0  # not the rounding errors of zero, which have directions
+    return vectors
 
 
 def save(vectors, tokenizer_path, folder):
@@ -58,6 +61,21 @@ def save(vectors, tokenizer_path, folder):
     model.save(tmp_folder, create_model_card=False)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(tmp_folder, folder)
+
+
+def read_some(datasets, count):
+    """About `count` chunks (N, C) of ChunkedDatasets, of each its share, and of how many documents they are."""
+    share = min(1.0, count / sum(dataset.num_chunks for dataset in datasets))
+    chunks, documents = [], 0
+    for dataset in datasets:
+        wanted = round(share * dataset.num_chunks)
+        for block in dataset.blocks():
+            if wanted <= 0:
+                break
+            chunks.append(block.tokens)
+            documents += int((block.positions == 0).sum())
+            wanted -= len(block.tokens)
+    return np.concatenate(chunks), documents
 
 
 def is_static_embedding(folder):
@@ -82,20 +100,13 @@ def main():
                         f'folder')
     start = time.time()
     tokenizer = load_tokenizer(settings.tokenizer)
-    chunks, total, rng = [], 0, np.random.default_rng(0)
-    for document in load_documents(as_dataset_configs(settings.train_datasets, 'train_datasets'), rng):
-        chunked = chunk(document, tokenizer, settings.retrieval_chunk_size)
-        if chunked is None:
-            continue
-        chunks.append(chunked.tokens)
-        total += len(chunked.tokens)
-        if total >= FIT_CHUNKS:
-            break
-    counts = count_tokens(np.concatenate(chunks), tokenizer.n_vocab, tokenizer.eot_token)
+    datasets = open_datasets(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, settings)
+    chunks, documents = read_some(datasets, FIT_CHUNKS)
+    counts = count_tokens(chunks, tokenizer.n_vocab, tokenizer.eot_token)
     vectors = fit(counts)
     save(vectors, settings.tokenizer, folder)
-    print(f'fitted {vectors.shape[0]:,} token vectors of {vectors.shape[1]} dimensions on {len(chunks):,} documents, '
-          f'{total:,} chunks: {folder} | {time.time() - start:.0f} s')
+    print(f'fitted {vectors.shape[0]:,} token vectors of {vectors.shape[1]} dimensions on {documents:,} documents, '
+          f'{len(chunks):,} chunks: {folder} | {time.time() - start:.0f} s')
 
 
 if __name__ == '__main__':

@@ -172,6 +172,15 @@ def wait_until(condition, seconds=20):
     assert condition()
 
 
+def open_all(settings, name='train_datasets'):
+    """The ChunkedDatasets of a setting."""
+    from data.chunk_store import open_datasets
+    from data.documents import as_dataset_configs
+    from data.tokenizer import load_tokenizer
+    return open_datasets(as_dataset_configs(getattr(settings, name), name), load_tokenizer(settings.tokenizer),
+                         settings)
+
+
 CONFIG = f'''
 from data.documents import DatasetConfig
 

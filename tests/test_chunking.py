@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from data.chunking import chunk_document, chunk_hashes, document_hash, hash64, join_chunks, with_continuation
+from data.chunking import chunk_document, chunk_hashes, document_hash, hash64, join_chunks
 from tests.conftest import ROOT
 
 END = 99
@@ -28,14 +28,6 @@ def test_the_grid_round_trips_text(prepared):
     assert tokenizer.decode(join_chunks(chunks, lengths)) == text
 
 
-def test_continuation_is_the_next_chunk_of_the_same_document_and_empty_at_its_end():
-    chunks, lengths = chunk_document(np.arange(10), 4, END)
-    tokens, real = with_continuation(chunks, lengths)
-    assert [row[:n].tolist() for row, n in zip(tokens, real, strict=True)] == [
-        [0, 1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 8, 9, END], [8, 9, END]]
-    assert (tokens[2, 3:] == END).all()
-
-
 def test_ids_are_the_same_in_another_process_and_differ_by_source_document_and_position():
     ours = [hash64('a', 'b', 0), document_hash('a', 'b'), *chunk_hashes('a', 'b', 0, 3).tolist()]
     code = ('from data.chunking import *; '
@@ -48,3 +40,9 @@ def test_ids_are_the_same_in_another_process_and_differ_by_source_document_and_p
               document_hash('a', 'b')}
     assert len(others) == 5 and all(-2 ** 63 <= h < 2 ** 63 for h in others)
     assert (chunk_hashes('a', 'b', 1, 3) == chunk_hashes('a', 'b', 0, 3)[1:]).all()
+
+
+def test_no_two_sources_and_ids_have_the_same_hash_by_how_they_are_joined():
+    pairs = [('a', 'b\x1fc'), ('a\x1fb', 'c'), ('', 'a\x1fb\x1fc'), ('1\x1fa', 'b'), ('ab', 'c'), ('a', 'bc')]
+    assert len({document_hash(*pair) for pair in pairs}) == len(pairs)
+    assert len({int(chunk_hashes(*pair, 0, 1)[0]) for pair in pairs}) == len(pairs)

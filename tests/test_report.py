@@ -21,7 +21,7 @@ def reported(populated, tmp_path_factory):
     folder = tmp_path_factory.mktemp('reported') / 'run'
     shutil.copytree(populated, folder)
     run(ROOT / 'train.py', 'config.py', '--max_iters=30', '--eval_interval=15', folder=folder)
-    text = (folder / 'config.py').read_text() + EVIL + 'for line in file:\n    print(line)\n' * 20
+    text = (folder / 'config.py').read_text() + (EVIL + 'for line in file:\n    print(line)\n') * 20
     lines = [dict(id=f'<b>{i}</b>', text=(EVIL + text) * 2) for i in range(3)]
     (folder / 'evil.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
     run('-m', 'evaluation', '--data=evil.jsonl', '--passages=4', folder=folder)

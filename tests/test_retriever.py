@@ -4,13 +4,14 @@ import pytest
 
 from configurator import UserError
 from data.chunking import chunk_document, document_hash
-from data.documents import as_dataset_configs, load_documents, tokenize
+from data.documents import as_dataset_configs, load_documents
 from data.stream import SequenceStream
-from data.tokenizer import load_tokenizer, vocabulary_hash
+from data.tokenizer import load_tokenizer, tokenize, vocabulary_hash
 from retrieval.knowledge_base import FIELDS, open_knowledge_base
 from retrieval.leaks import LIMITS
 from retrieval.retriever import EMBEDDED, LOOKED_UP, NONE, REMEMBERED, Retriever, share_trigrams
-from tests.conftest import CHUNK, run
+from tests.conftest import CHUNK, open_all, run
+from training.checks import check_found_themselves
 
 
 @pytest.fixture
@@ -29,8 +30,7 @@ re_ranked = pytest.mark.parametrize('rerank', [0, 20], ids=['nearest', 're-ranke
 
 
 def make_stream(settings, tokenizer, **options):
-    return SequenceStream(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, CHUNK,
-                          settings.block_size, settings.batch_size, interleave=5, **options)
+    return SequenceStream(open_all(settings), settings.block_size, settings.batch_size, **options)
 
 
 def retrieve(retriever, batch):
@@ -70,7 +70,7 @@ def test_neighbors_are_those_of_an_exhaustive_search_over_other_documents(settin
     documents = list(load_documents(as_dataset_configs(settings.train_datasets, 'train_datasets')))
     texts, owners = [], []
     for document in documents:
-        chunks, _ = chunk_document(tokenize(document, tokenizer), CHUNK, tokenizer.eot_token)
+        chunks, _ = chunk_document(tokenize(document.text, tokenizer), CHUNK, tokenizer.eot_token)
         texts += [tokenizer.decode([t for t in row if t != tokenizer.eot_token]) for row in chunks.tolist()]
         owners += [document_hash(document.source, document.id)] * len(chunks)
     vectors, owners = retriever.embedder.embed(texts), np.array(owners)
@@ -295,3 +295,26 @@ def test_an_empty_collection_is_an_error_with_what_to_do(settings, tokenizer):
     with pytest.raises(UserError, match="'empty'.*is empty: fill it with python -m retrieval.populate"):
         Retriever(settings, tokenizer)
     full.close()
+
+
+def test_chunks_that_are_handed_themselves_with_their_continuation_are_counted(settings, tokenizer):
+    """The documents of a collection, asked for under another source: the leak rule cannot know them."""
+    retriever = Retriever(settings.replace(retrieval_cache_gb=0.0), tokenizer)
+    renamed = settings.replace(train_datasets=[dict(path='train.parquet', source='elsewhere')])
+    same, other = (next(SequenceStream(open_all(s), s.block_size, 16)) for s in (settings, renamed))
+    same, other = retriever.add_neighbors([same])[0].counts, retriever.add_neighbors([other])[0].counts
+    retriever.close()
+    assert same['continued'] > 20 and same['found_themselves'] < 0.1 * same['continued']
+    assert other['found_themselves'] > 0.8 * other['continued'] > 20
+
+
+@pytest.mark.parametrize('found, stops, warns', [(0, False, False), (9, False, False), (20, False, True),
+                                                 (50, False, True), (51, True, False)])
+def test_many_chunks_that_found_themselves_are_warned_of_and_most_end_the_run(found, stops, warns):
+    said = []
+    error = check_found_themselves(dict(continued=100, found_themselves=found), said.append)
+    assert bool(error) == stops and bool(said) == warns
+    for text in [str(error)] * stops + said:
+        assert 'retrieval.populate CONFIG --sync=True' in text and 'same id_field and source' in text
+    assert check_found_themselves(dict(continued=20, found_themselves=20), said.append) is None  # too few to tell
+    assert check_found_themselves({}, said.append) is None  # a GPT

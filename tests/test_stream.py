@@ -1,184 +1,164 @@
-import gzip
+import itertools
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from configurator import UserError
 from data.chunking import chunk_document, chunk_hashes, document_hash
-from data.documents import DatasetConfig, as_dataset_configs, load_documents, tokenize
-from data.stream import SequenceStream
-from data.tokenizer import load_tokenizer
-from tests.conftest import CHUNK, SHARED
+from data.documents import load_documents
+from data.stream import SequenceStream, shuffle
+from data.tokenizer import load_tokenizer, tokenize
+from tests.conftest import CHUNK, open_all
 
 BLOCK = 4 * CHUNK
 
 
-@pytest.fixture(scope='module')
-def tokenizer(prepared):
-    return load_tokenizer(str(prepared / 'tokenizer.json'))
+@pytest.fixture
+def datasets(settings):
+    return open_all(settings)
 
 
-def make_stream(prepared, tokenizer, batch_size=4, **options):
-    return SequenceStream([DatasetConfig(str(prepared / 'train.parquet'), source='stdlib')], tokenizer, CHUNK, BLOCK,
-                          batch_size, **options)
+@pytest.fixture
+def tokenizer(settings):
+    return load_tokenizer(settings.tokenizer)
 
 
-def test_a_training_chunk_is_the_collections_chunk_of_the_same_document(prepared, tokenizer):
-    chunk_of = {}
-    for document in load_documents([DatasetConfig(str(prepared / 'train.parquet'), source='stdlib')]):
-        chunks, _ = chunk_document(tokenize(document, tokenizer), CHUNK, tokenizer.eot_token)
-        ids = chunk_hashes('stdlib', document.id, 0, len(chunks))
-        chunk_of |= {i: (document_hash('stdlib', document.id), c.tolist()) for i, c in zip(ids, chunks, strict=True)}
-    stream = make_stream(prepared, tokenizer, interleave=3)
-    for _ in range(20):
-        batch = next(stream)
-        for place in np.ndindex(batch.chunk_ids.shape):
-            tokens = batch.tokens.reshape(*batch.chunk_ids.shape, CHUNK)[place].tolist()
-            assert chunk_of[batch.chunk_ids[place]] == (batch.doc_ids[place], tokens)
+def epoch_of(datasets, seed=0, epoch=0, **options):
+    """The (chunk id, doc_id, tokens, targets, is_last_chunk) of an epoch of one dataset, in their order."""
+    M = datasets[0].num_chunks
+    per_epoch = -(-M // 4)
+    stream = SequenceStream(datasets, BLOCK, 1, seed=seed, **options)
+    found = []
+    for batch in itertools.islice(stream, epoch * per_epoch, (epoch + 1) * per_epoch):
+        tokens, targets = batch.tokens.reshape(-1, CHUNK), batch.targets.reshape(-1, CHUNK)
+        found += zip(batch.chunk_ids[0].tolist(), batch.doc_ids[0].tolist(), tokens.tolist(), targets.tolist(),
+                     batch.is_last_chunk[0].tolist(), strict=True)
+    return found
 
 
-def test_targets_are_the_documents_next_tokens_and_padding_is_none(prepared, tokenizer):
-    """Put together, a document's tokens and targets are all its tokens, each but the first predicted once."""
-    stream = make_stream(prepared, tokenizer, batch_size=1)
-    expected = {document_hash('stdlib', d.id): [*tokenize(d, tokenizer).tolist(), tokenizer.eot_token]
-                for d in load_documents(stream.configs)}
-    seen, targets, complete = {}, {}, 0
-    for _ in range(200):
-        batch = next(stream)
-        for place, (document, end) in enumerate(zip(batch.doc_ids[0], batch.is_last_chunk[0], strict=True)):
-            part = slice(place * CHUNK, (place + 1) * CHUNK)
-            seen.setdefault(document, []).extend(batch.tokens[0, part])
-            targets.setdefault(document, []).extend(batch.targets[0, part])
-            if end:
-                text = expected[document]
-                padding = len(seen[document]) - len(text)
-                assert seen.pop(document) == text + [tokenizer.eot_token] * padding
-                assert targets.pop(document) == text[1:] + [-1] * (padding + 1)
-                complete += 1
-    assert complete >= 3
+@pytest.mark.parametrize('epoch', [0, 1])
+def test_an_epoch_holds_each_chunk_of_the_collection_once_with_its_targets(datasets, tokenizer, epoch):
+    """Padding is no target, nor is anything after the end-of-text; each other token but the first is predicted once."""
+    found = epoch_of(datasets, epoch=epoch)
+    chunks = {chunk: rest for chunk, *rest in found if rest[0]}
+    padding = [rest for _, *rest in found if not rest[0]]
+    assert len(chunks) + len(padding) == len(found) and len(padding) < 4
+    assert all(targets == [-1] * CHUNK and is_last for _, _, targets, is_last in padding)
+    for document in load_documents([datasets[0].config]):
+        tokens = tokenize(document.text, tokenizer)
+        expected, lengths = chunk_document(tokens, CHUNK, tokenizer.eot_token)
+        targets = np.full(expected.size, -1)
+        targets[:len(tokens)] = [*tokens[1:], tokenizer.eot_token]
+        for i, chunk in enumerate(chunk_hashes('stdlib', document.id, 0, len(expected)).tolist()):
+            doc_id, tokens_of_chunk, targets_of_chunk, is_last = chunks.pop(chunk)
+            assert doc_id == document_hash('stdlib', document.id) and is_last == (i == len(expected) - 1)
+            assert tokens_of_chunk == expected[i].tolist()
+            assert targets_of_chunk == targets[i * CHUNK:(i + 1) * CHUNK].tolist()
+    assert not chunks
 
 
-def test_every_document_is_drawn_once_before_any_is_drawn_again(prepared, tokenizer):
-    stream = make_stream(prepared, tokenizer, batch_size=1)
-    count, order = len(stream.datasets[0]), []
-    while len(order) < 2 * count:
-        batch = next(stream)
-        for document, end in zip(batch.doc_ids[0], batch.is_last_chunk[0], strict=True):
-            if end:
-                order.append(document)
-    assert len(set(order[:count])) == len(set(order[count:2 * count])) == count
-    assert order[:count] != order[count:2 * count]
+def test_epochs_and_seeds_come_in_other_orders_and_cut_documents_elsewhere(datasets):
+    orders = [[chunk for chunk, doc, *_ in epoch_of(datasets, seed, epoch) if doc]
+              for seed, epoch in ((0, 0), (0, 1), (5, 0))]
+    assert orders[0] == [chunk for chunk, doc, *_ in epoch_of(datasets) if doc]
+    for one, other in itertools.combinations(orders, 2):
+        assert sorted(one) == sorted(other) and sum(a == b for a, b in zip(one, other, strict=True)) < 0.05 * len(one)
+        assert set(one[::4]) != set(other[::4])  # the first chunks of sequences
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 4, 5, 100, 1023, 1025, 2**40])
+def test_a_shuffle_is_a_permutation_that_spreads(size):
+    numbers = np.arange(min(size, 5000))
+    found = shuffle(numbers, size, [1, 2])
+    assert len(set(found.tolist())) == len(numbers) and 0 <= found.min() and found.max() < size
+    assert (shuffle(numbers[::-1], size, [1, 2]) == found[::-1]).all()
+    if size > 100:
+        assert abs(np.corrcoef(numbers, found)[0, 1]) < 0.1
+        assert (shuffle(numbers, size, [1, 3]) != found).mean() > 0.9
 
 
 @pytest.mark.parametrize('steps', [1, 7, 40])
-def test_a_resumed_stream_gives_the_batches_of_one_that_never_stopped(prepared, tokenizer, steps):
-    stream = make_stream(prepared, tokenizer, interleave=3)
+def test_a_resumed_stream_gives_the_batches_of_one_that_never_stopped(datasets, steps):
+    stream = SequenceStream(datasets, BLOCK, 4)
     for _ in range(steps):
         batch = next(stream)
     state = json.loads(json.dumps(batch.state))  # plain values
-    resumed = make_stream(prepared, tokenizer, interleave=3, state=state)
+    assert len(json.dumps(state)) < 200
+    resumed = SequenceStream(datasets, BLOCK, 4, state=state)
     for _ in range(25):
         ours, theirs = next(stream), next(resumed)
         assert (ours.tokens == theirs.tokens).all() and (ours.targets == theirs.targets).all()
         assert (ours.chunk_ids == theirs.chunk_ids).all() and ours.state == theirs.state
 
 
-def test_ranks_and_micro_batches_share_the_sequences_of_one_process(prepared, tokenizer):
-    whole = make_stream(prepared, tokenizer, batch_size=4, interleave=2)
-    micro = make_stream(prepared, tokenizer, batch_size=2, lanes=4, interleave=2)
-    ranks = [make_stream(prepared, tokenizer, batch_size=2, lanes=4, first=first, count=2, interleave=2)
-             for first in (0, 2)]
-    for _ in range(10):
-        expected = next(whole).chunk_ids
-        assert (np.concatenate([next(micro).chunk_ids, next(micro).chunk_ids]) == expected).all()
-        assert (np.concatenate([next(rank).chunk_ids for rank in ranks]) == expected).all()
+def test_ranks_and_micro_batches_share_the_sequences_of_one_process(settings):
+    datasets = open_all(settings.replace(train_datasets=[*settings.train_datasets, 'val.parquet']))
+    whole = SequenceStream(datasets, BLOCK, 4)
+    micro = SequenceStream(datasets, BLOCK, 2, step_size=4)
+    ranks = [SequenceStream(datasets, BLOCK, 2, step_size=4, first=first, count=2) for first in (0, 2)]
+    for _ in range(30):
+        expected = next(whole)
+        one, two = next(micro), next(micro)
+        assert (np.concatenate([one.chunk_ids, two.chunk_ids]) == expected.chunk_ids).all()
+        assert not one.state and two.state == expected.state  # once a step
+        parts = [next(rank) for rank in ranks]
+        assert (np.concatenate([part.chunk_ids for part in parts]) == expected.chunk_ids).all()
+        assert all(part.state == expected.state for part in parts)
 
 
-def test_a_state_of_another_batch_size_is_refused_by_name(prepared, tokenizer):
-    state = make_stream(prepared, tokenizer).state()
-    with pytest.raises(UserError, match='keep batch_size'):
-        make_stream(prepared, tokenizer, batch_size=3, state=state)
+def test_a_run_resumed_with_other_ranks_and_batch_sizes_sees_the_very_next_sequences(datasets):
+    expected = [batch.chunk_ids[0].tolist() for batch in itertools.islice(SequenceStream(datasets, BLOCK, 1), 40)]
+    first = SequenceStream(datasets, BLOCK, 4)
+    seen = [row for _ in range(3) for row in next(first).chunk_ids.tolist()]
+    ranks = [SequenceStream(datasets, BLOCK, 7, step_size=14, first=7 * rank, count=7, state=first.state())
+             for rank in (0, 1)]
+    for _ in range(2):
+        seen += [row for rank in ranks for row in next(rank).chunk_ids.tolist()]
+    assert seen == expected
 
 
-def test_datasets_are_drawn_by_their_weights(prepared, tokenizer):
-    configs = [DatasetConfig(str(prepared / f'{name}.parquet'), weight=weight, source=name)
-               for name, weight in (('train', 1.0), ('val', 3.0))]
-    stream = SequenceStream(configs, tokenizer, CHUNK, BLOCK, 50)
-    for _ in range(50):
-        next(stream)
-    drawn = np.sum([place[1:] for place in stream.positions], axis=0)
-    assert drawn[1] / drawn.sum() == pytest.approx(0.75, abs=0.1)
+def test_datasets_are_drawn_by_their_weights_as_shares_of_documents(settings):
+    """Documents of one are ten times as long as the others'; each is drawn once before any of its dataset is again."""
+    for name, words in (('short', 5), ('long', 400)):
+        with open(f'{name}.jsonl', 'w') as file:
+            file.writelines(json.dumps({'text': f'{name} {i} ' + 'x = 1\n' * words}) + '\n' for i in range(20))
+    datasets = open_all(settings.replace(train_datasets=[dict(path='short.jsonl', weight=3.0),
+                                                         dict(path='long.jsonl', weight=1.0)]))
+    stream, drawn = SequenceStream(datasets, BLOCK, 10), Counter()
+    for _ in range(300):
+        batch = next(stream)
+        drawn.update(batch.doc_ids[batch.is_last_chunk].tolist())
+    counts = [[drawn[doc_id] for doc_id in dataset.doc_ids.tolist()] for dataset in datasets]
+    assert sum(counts[0]) / sum(map(sum, counts)) == pytest.approx(0.75, abs=0.02)
+    assert all(max(count) - min(count) <= 1 for count in counts)
 
 
-@pytest.mark.parametrize('name', ['d.jsonl', 'd.jsonl.gz', 'd.csv', 'd.txt', 'd.parquet', 'saved'])
-def test_documents_load_from_local_files_of_every_kind(tmp_path, name):
-    import datasets
-    texts = ['first\ndocument', 'second, "quoted"']
-    path = tmp_path / name
-    saved = datasets.Dataset.from_dict({'id': ['a', 'b'], 'text': texts})
-    if name.endswith('txt'):
-        path.write_text(texts[0])
-        texts = texts[:1]
-    elif 'jsonl' in name:
-        opened = gzip.open if name.endswith('gz') else open
-        with opened(path, 'wt') as file:
-            file.writelines(json.dumps({'id': i, 'text': t}) + '\n' for i, t in zip('ab', texts, strict=True))
-    else:
-        {'d.csv': saved.to_csv, 'd.parquet': saved.to_parquet, 'saved': saved.save_to_disk}[name](str(path))
-    documents = list(load_documents([DatasetConfig(str(path))]))
-    assert [d.text for d in documents] == texts
-    assert [d.id for d in documents] == (['d.txt:train:0'] if name.endswith('txt') else ['a', 'b'])
-    assert documents[0].source == (str(path) if name == 'saved' else tmp_path.name)
-
-
-def test_the_peps_load_as_they_are():
-    if not (SHARED / 'data/peps.jsonl.gz').exists():
-        pytest.skip('the PEPs are not here')
-    documents = list(load_documents([DatasetConfig(str(SHARED / 'data/peps.jsonl.gz'))]))
-    assert len(documents) == 736 and all(d.text for d in documents) and documents[0].source == 'data'
-
-
-@pytest.mark.parametrize('entry, said', [
-    ('missing.parquet', "no corpus at 'missing.parquet'"),
-    (dict(path='{prepared}/train.parquet', text_field='body'), "no column 'body'.*id, text"),
-    (dict(pth='x'), 'no path and no DatasetConfig'),
-    (dict(path=5), 'no path and no DatasetConfig .path must be a str, but is 5'),
-    (dict(path='x', weight='abc'), "no path and no DatasetConfig .weight must be a number, but is 'abc'"),
+@pytest.mark.parametrize('change, said', [
+    (dict(seed=3), 'made with seed 0, and the run has 3'),
+    (dict(train_datasets=['val.parquet']), 'other train_datasets'),
 ])
-def test_a_dataset_that_cannot_be_read_is_named_with_what_to_do(prepared, entry, said):
-    if isinstance(entry, dict) and isinstance(entry.get('path'), str):
-        entry['path'] = entry['path'].format(prepared=prepared)
+def test_a_state_that_cannot_go_on_is_refused_by_name(settings, datasets, change, said):
+    state = SequenceStream(datasets, BLOCK, 4).state()
     with pytest.raises(UserError, match=said):
-        list(load_documents(as_dataset_configs([entry], 'train_datasets')))
+        SequenceStream(open_all(settings.replace(**{'train_datasets': settings.train_datasets, **change})), BLOCK, 4,
+                       seed=change.get('seed', 0), state=state)
 
 
-def test_a_weight_that_is_not_positive_is_refused(prepared, tokenizer):
+def test_a_state_of_an_earlier_version_is_refused_with_what_to_do(datasets):
+    with pytest.raises(UserError, match='earlier version.*--init_from=FOLDER'):
+        SequenceStream(datasets, BLOCK, 4, state=dict(total_lanes=3, positions=[]))
+
+
+@pytest.mark.parametrize('weight', [0.0, -1.0, float('inf'), float('nan')])
+def test_a_weight_that_is_not_positive_and_finite_is_refused(settings, weight):
+    datasets = open_all(settings.replace(train_datasets=[dict(path='train.parquet', weight=weight)]))
     with pytest.raises(UserError, match='weights must be positive'):
-        SequenceStream([DatasetConfig(str(prepared / 'train.parquet'), weight=0.0)], tokenizer, CHUNK, BLOCK, 1)
+        SequenceStream(datasets, BLOCK, 1)
 
 
-def test_weights_whose_sum_is_more_than_a_float_can_hold_are_weights(prepared, tokenizer):
-    config = DatasetConfig(str(prepared / 'train.parquet'), weight=1e308)
-    assert SequenceStream([config, config], tokenizer, CHUNK, BLOCK, 1).weights.tolist() == [0.5, 0.5]
-
-
-def test_documents_without_ids_are_different_documents_in_every_file_and_row(tmp_path):
-    for name in ('a', 'b'):
-        (tmp_path / f'{name}.txt').write_text(name)
-        (tmp_path / f'{name}.jsonl').write_text('{"text": "x"}\n{"text": "y"}\n')
-    paths = sorted(str(path) for path in tmp_path.iterdir())
-    documents = list(load_documents(as_dataset_configs(paths, 'train_datasets')))
-    assert len({document_hash(d.source, d.id) for d in documents}) == len(documents) == 6
-
-
-def test_a_state_of_other_datasets_is_refused_by_name(prepared, tokenizer):
-    state = make_stream(prepared, tokenizer).state()
-    with pytest.raises(UserError, match='other train_datasets'):
-        SequenceStream([DatasetConfig(str(prepared / 'val.parquet'), source='stdlib')], tokenizer, CHUNK, BLOCK, 4,
-                       state=state)
-
-
-def test_no_datasets_at_all_is_an_error_that_shows_how_to_name_one():
-    with pytest.raises(UserError, match='val_datasets is empty.*DatasetConfig'):
-        as_dataset_configs([], 'val_datasets')
+def test_weights_whose_sum_is_more_than_a_float_can_hold_are_weights(settings):
+    datasets = open_all(settings.replace(train_datasets=[dict(path=f'{name}.parquet', weight=1e308)
+                                                         for name in ('train', 'val')]))
+    assert SequenceStream(datasets, BLOCK, 1).shares.sum() == pytest.approx(1.0)

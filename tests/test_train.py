@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,12 @@ import torch
 
 import train
 from configurator import UserError, load_settings
-from data.documents import DatasetConfig
+from data.corpus import val_batches
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer, token_byte_counts
 from evaluation.validation import evaluate
 from model import RETRO, RETROConfig
-from tests.conftest import CHUNK, ROOT, SHARED, run, run_ranks
+from tests.conftest import CHUNK, ROOT, SHARED, open_all, run, run_ranks
 from training.checkpoint import load_checkpoint
 from training.checks import check_settings, check_step, describe_schedule
 from training.distributed import Ranks
@@ -114,10 +115,10 @@ def test_the_logged_loss_is_the_mean_over_the_targets_of_all_steps_in_between(wo
     for interval in (1, 4):
         run(ROOT / 'train.py', 'config.py', short_documents, '--max_iters=4', f'--log_interval={interval}',
             f'--out_dir=by{interval}', '--use_retrieval=False', folder=workspace)
-    settings = load_settings([str(workspace / 'config.py')])
-    stream = SequenceStream([DatasetConfig(str(workspace / 'short.parquet'))],
-                            load_tokenizer(str(workspace / 'tokenizer.json')), CHUNK, settings.block_size, 4, lanes=8,
-                            interleave=64, seed=settings.seed)
+    settings = load_settings([str(workspace / 'config.py')]).replace(
+        train_datasets=[str(workspace / 'short.parquet')], tokenizer=str(workspace / 'tokenizer.json'),
+        data_cache_dir=str(workspace / 'out/datasets'))
+    stream = SequenceStream(open_all(settings), settings.block_size, 4, step_size=8, seed=settings.seed)
     targets = [sum(int((next(stream).targets >= 0).sum()) for _ in range(2)) for _ in range(4)]
     assert len(set(targets)) > 1
     each, _ = losses(workspace, 'by1')
@@ -224,16 +225,14 @@ def test_bits_per_byte_counts_the_utf8_bytes_of_the_text_and_not_its_tokens(prep
     count = sum(len(tokenizer.encode_ordinary(text)) for text in texts)
     longest = max(-(-(len(tokenizer.encode_ordinary(text)) + 1) // CHUNK) for text in texts)
     block_size = CHUNK * longest
-    stream = SequenceStream([DatasetConfig(str(tmp_path / 'val.parquet'))], tokenizer, CHUNK, block_size, 2)
     model = RETRO(RETROConfig(block_size=block_size, vocab_size=1024, n_layer=1, n_head=1, n_embd=8,
                               use_retrieval=False, retrieval_chunk_size=CHUNK))
     torch.nn.init.zeros_(model.lm_head.weight)  # every token equally likely
-    batch = next(stream).to(torch.device('cpu'))
-    # the shorter document is followed by the start of another; keep what each document covers itself
-    for row, doc_ids in enumerate(batch.doc_ids):
-        is_other = (doc_ids != doc_ids[0]).repeat_interleave(CHUNK)
-        batch.targets[row, is_other] = -1
-    values = evaluate(model, [batch], torch.tensor(token_byte_counts(tokenizer)), nullcontext(), Ranks(), False)
+    settings = load_settings([]).replace(val_datasets=[str(tmp_path / 'val.parquet')], retrieval_chunk_size=CHUNK,
+                                         tokenizer=str(prepared / 'tokenizer.json'), data_cache_dir=str(tmp_path))
+    batches = [batch.to(torch.device('cpu'))
+               for batch in val_batches(open_all(settings, 'val_datasets'), tokenizer, block_size, 2, 0)]
+    values = evaluate(model, batches, torch.tensor(token_byte_counts(tokenizer)), nullcontext(), Ranks(), False)
     first = sum(len(tokenizer.decode_single_token_bytes(tokenizer.encode_ordinary(text)[0])) for text in texts)
     size = sum(len(text.encode()) for text in texts) - first  # a document's first token is predicted by nothing
     assert values['val_loss_off'] == pytest.approx(math.log(1024), rel=1e-5)
@@ -317,3 +316,40 @@ dtype, compile, device = 'float32', False, 'cpu'
     answer = run(ROOT / 'sample.py', '--out_dir=out', '--start=FILE:mine.py', '--max_new_tokens=8', '--show_neighbors',
                  folder=tmp_path)
     assert 'similarity' in answer.stdout
+
+
+def test_a_run_whose_documents_the_collection_knows_by_other_ids_stops_with_what_to_do(workspace):
+    answer = run(ROOT / 'train.py', 'config.py', '--log_interval=4', '--batch_size=8',
+                 "--train_datasets=[{'path': 'train.parquet', 'source': 'elsewhere'}]", folder=workspace, check=False)
+    assert answer.returncode == 2
+    assert 'chunks were handed themselves and their continuation as a neighbor, which the model would' in answer.stderr
+    line = next(line for line in metrics(workspace) if 'chunks_found_themselves' in line)
+    assert line['chunks_found_themselves'] > 0.5 * line['chunks_continued']
+
+
+def test_val_documents_that_stand_in_the_training_set_are_counted_and_said(workspace):
+    answer = run(ROOT / 'train.py', 'config.py', '--max_iters=1', '--use_retrieval=False', '--out_dir=other',
+                 '--val_datasets=["train.parquet", "val.parquet"]', folder=workspace)
+    assert '30 of 34 val documents stand in train_datasets, too' in answer.stdout
+
+
+def test_a_run_resumes_on_other_processes_and_batches_to_the_losses_of_one_that_never_stopped(workspace):
+    common = ['config.py', '--max_iters=6', '--eval_interval=3', '--batch_size=4', '--gradient_accumulation_steps=2']
+    run(ROOT / 'train.py', *common, '--out_dir=whole', folder=workspace)
+    run(ROOT / 'train.py', *common, '--out_dir=parts', '--max_iters=3', '--lr_decay_iters=6', folder=workspace)
+    shutil.copytree(workspace / 'parts', workspace / 'micro')
+    more = ['--init_from=resume', '--lr_decay_iters=6']
+    ranks = run_ranks(2, ROOT / 'train.py', *common, '--out_dir=parts', *more, folder=workspace)
+    micro = run(ROOT / 'train.py', *common, '--out_dir=micro', '--batch_size=8', '--gradient_accumulation_steps=1',
+                *more, folder=workspace)
+    assert 'resuming on 2 processes with batch_size 4, after 1 with 4: the documents go on' in ranks.stdout
+    assert 'resuming on 1 processes with batch_size 8, after 1 with 4: the documents go on' in micro.stdout
+    whole, parts, micro = (losses(workspace, name)[0] for name in ('whole', 'parts', 'micro'))
+    assert len(whole) == 6 and parts == pytest.approx(whole, rel=1e-5) and micro == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_resumed_run_with_larger_steps_says_what_is_not_exact_any_more(workspace):
+    common = ['config.py', '--use_retrieval=False', '--batch_size=2']
+    run(ROOT / 'train.py', *common, '--max_iters=2', folder=workspace)
+    said = run(ROOT / 'train.py', *common, '--max_iters=3', '--batch_size=3', '--init_from=resume', folder=workspace)
+    assert 'a step has 6 sequences, and had 4: the documents go on where they were; losses' in said.stdout

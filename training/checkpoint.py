@@ -104,10 +104,12 @@ class Checkpoint:
         """The RunState to resume from on a rank; with None only what all ranks have in common, to evaluate."""
         state = RunState(self.step, self.best_val_loss, saved_steps=[self.step], wandb_run_id=self.wandb_run_id)
         if rank is not None:
+            is_new = rank >= self.world_size  # ranks share the position in the data
             with as_user_error(self.folder):
-                saved = torch.load(os.path.join(self.folder, f'rank-{rank}.pt'), weights_only=True)
+                saved = torch.load(os.path.join(self.folder, f'rank-{0 if is_new else rank}.pt'), weights_only=True)
                 for name in RANK_STATE:
                     setattr(state, name, saved[name])
+            state.rng = None if is_new else state.rng
             state.saved_steps = [step for step in list_steps(os.path.dirname(self.folder)) if step <= self.step]
         return state
 
@@ -249,8 +251,8 @@ class as_user_error:
                             f'checkpoint') from error
 
 
-def check_fits(checkpoint, config, tokenizer, world_size=None):
-    """UserError if a run of this RETROConfig, tokenizer and, to resume, world size cannot use the Checkpoint."""
+def check_fits(checkpoint, config, tokenizer):
+    """UserError if a run of this RETROConfig and tokenizer cannot use the Checkpoint."""
     saved = checkpoint.model | {'vocabulary': checkpoint.vocabulary_hash}
     wanted = asdict(config) | {'vocabulary': vocabulary_hash(tokenizer)}
     differing = [f'{key}: it has {saved.get(key)!r}, the run {wanted[key]!r}' for key in wanted
@@ -258,9 +260,20 @@ def check_fits(checkpoint, config, tokenizer, world_size=None):
     if differing:
         raise UserError(f'the checkpoint {checkpoint.folder!r} is of another architecture ({"; ".join(differing)}): '
                         f'use the settings that made it, or start another out_dir')
-    if world_size not in (None, checkpoint.world_size):
-        raise UserError(f'the checkpoint {checkpoint.folder!r} was made by {checkpoint.world_size} processes, and '
-                        f'there are {world_size}: resume with as many')
+
+
+def describe_resume(checkpoint, settings, world_size):
+    """What a run that resumes with other processes or batches does not continue exactly, in one line, or ''."""
+    old = load_settings([], given=checkpoint.settings)
+    sizes = [run.batch_size * run.gradient_accumulation_steps for run in (old, settings)]
+    if sizes[0] != sizes[1]:
+        return (f'a step has {sizes[1]} sequences, and had {sizes[0]}: the documents go on where they were; losses, '
+                f'learning rate, and the tokens in metrics.jsonl are of steps of the new size')
+    if world_size != checkpoint.world_size or old.batch_size != settings.batch_size:
+        return (f'resuming on {world_size} processes with batch_size {settings.batch_size}, after '
+                f'{checkpoint.world_size} with {old.batch_size}: the documents go on where they were; losses are the '
+                f'same to rounding, or, with dropout, to other random numbers')
+    return ''
 
 
 def load_weights(folder, config, tokenizer):
@@ -298,7 +311,8 @@ def load_run(out_dir, overrides=()):
     checkpoint = load_checkpoint(out_dir)
     settings, defaults = load_settings([], given=checkpoint.settings), load_settings([])
     named = read_overrides(overrides, vars(settings))
-    for key in ('wandb_log', 'multiple_choice_benchmarks', 'benchmark_data_dir', 'retrieval_cache_dir'):
+    for key in ('wandb_log', 'multiple_choice_benchmarks', 'benchmark_data_dir', 'retrieval_cache_dir',
+                'data_cache_dir'):
         setattr(settings, key, getattr(defaults, key))
     if 'retrieval_milvus_uri' not in named:
         if named.get('retrieval_milvus_token') and not is_local(settings.retrieval_milvus_uri):

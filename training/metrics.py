@@ -70,20 +70,22 @@ class Metrics:
             self.log(step, **values)
 
     def log_steps(self, state, interval, lr, waited):
-        """The steps of the Interval; `waited` is the loader's total."""
+        """The steps of the Interval; `waited` is the loader's total. The counts of all ranks, by name."""
         seconds = time.perf_counter() - interval.started - interval.paused
         counts = self.ranks.sum(torch.tensor(list(interval.counts.values()))).tolist()
+        counts = dict(zip(interval.counts, counts, strict=True))
         if not self.ranks.is_master:
-            return
+            return counts
         loss = math.fsum(state.losses) / state.targets if state.targets else math.nan
         rate = tokens_per_step(self.settings) * (state.step - interval.first_step) / seconds
         waited, mfu = waited - interval.waited_before, self.model.flops_per_token() * rate / self.peak_flops
         self.log(state.step, loss=loss, lr=lr, tokens_per_s=rate, retrieval_wait_s=waited, mfu=mfu,
-                 **{f'chunks_{name}': count for name, count in zip(interval.counts, counts, strict=True)})
+                 **{f'chunks_{name}': count for name, count in counts.items()})
         self.bar.set_postfix_str(f'loss {loss:.3f}, {rate:,.0f} tokens/s, waited {waited:.1f} s')
         if self.bar.disable:
             say(f'step {state.step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tokens/s, mfu {mfu:.1%}, waited for '
                 f'retrieval {waited:.2f} s')
+        return counts
 
     def log_table(self, name, columns, rows, step):
         """Log a table to wandb only."""

@@ -1,0 +1,413 @@
+"""
+Datasets on the chunk grid, on disk: what populate, training and evaluation read. A dataset is read and tokenized once,
+by whichever process comes first, into a folder of data_cache_dir, and again when one of its files has changed. All
+processes map the same files, so memory holds no documents, however many there are.
+
+    train = open_datasets(configs, tokenizer, settings)
+
+Documents stand in the order of their doc_id, which is a hash: as good as shuffled, and the same whatever the files are
+called, how many there are, and in which order they hold what. A folder holds
+
+    tokens.bin     (M, C) all chunks, uint16 or int32, in the order in which they were read
+    chunk_ids.bin  (M,) int64
+    documents.bin  (D,) DOCUMENT
+    doc_ids.bin    (D,) int64, ascending
+    ends.bin       (D,) int64, how many chunks all documents up to this one have
+    names.jsonl    id, name and origin of a document a line
+    meta.json      counts, a hash of all documents, sizes
+"""
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from configurator import NO_ROOM, UserError, sync, write_atomically
+from data.chunking import chunk_document, chunk_hashes, document_hash, hash64
+from data.documents import Counts, find_files, open_with_datasets, read_documents
+from data.tokenizer import tokenize, vocabulary_hash
+
+VERSION = 1  # of a folder's layout, and of how documents are read
+DOCUMENT = np.dtype([('doc_id', np.int64), ('text_hash', np.int64),
+                     ('first', np.int64),  # place of its first chunk in tokens.bin
+                     ('count', np.int64),  # chunks; 0 if its text is empty
+                     ('length', np.int64),  # tokens, the end-of-text included
+                     ('name', np.int64)])  # place in names.jsonl
+BATCH_BYTES = 1 << 22  # of text that is tokenized together
+SORTED_TOGETHER = 1 << 20  # documents that are sorted in memory
+BLOCK = 2048  # chunks that are read together
+TICK = 0.05  # seconds within which two changes of a file may have the same time
+
+
+@dataclass
+class Chunks:
+    """N chunks of C tokens, as they stand in a dataset."""
+    tokens: np.ndarray  # (N, C) int32
+    lengths: np.ndarray  # (N,) real tokens of each
+    targets: np.ndarray  # (N, C) int64: the next token of its document, -1 where there is none
+    doc_ids: np.ndarray  # (N,) int64
+    ids: np.ndarray  # (N,) int64
+    positions: np.ndarray  # (N,) in their documents
+    is_last_chunk: np.ndarray  # (N,) bool, of its document
+    documents: np.ndarray  # (N,) numbers of their documents
+
+
+class ChunkedDataset:
+    """An opened folder: M chunks of D different documents, without those that `drop` has left out."""
+
+    def __init__(self, folder, config, end_of_text):
+        with open(f'{folder}/meta.json', encoding='utf-8') as file:
+            meta = json.load(file)
+        self.folder, self.config, self.end_of_text = folder, config, end_of_text
+        self.hash, self.counts = meta['hash'], Counts(**meta['counts'])
+        self.chunk_size = meta['chunk_size']
+        self.tokens = map_file(f'{folder}/tokens.bin', np.dtype(meta['token_type'])).reshape(-1, self.chunk_size)
+        self.chunk_ids = map_file(f'{folder}/chunk_ids.bin', np.int64)
+        self.table = map_file(f'{folder}/documents.bin', DOCUMENT)
+        self.doc_ids = map_file(f'{folder}/doc_ids.bin', np.int64)
+        self.ends = map_file(f'{folder}/ends.bin', np.int64)
+        self.kept = None  # numbers of the documents that are not left out, if any are
+
+    def __len__(self):
+        """Documents with text."""
+        return self.counts.documents
+
+    @property
+    def num_chunks(self):
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, numbers):
+        """The Chunks of these numbers (N,), from 0 to num_chunks."""
+        order = np.searchsorted(self.ends, numbers, side='right')
+        documents = order if self.kept is None else self.kept[order]
+        rows = self.table[documents]
+        positions = numbers - (self.ends[order] - rows['count'])
+        is_last = positions == rows['count'] - 1
+        places = rows['first'] + positions
+        tokens = np.asarray(self.tokens[places], dtype=np.int32)
+        C = tokens.shape[1]
+        lengths = np.minimum(C, rows['length'] - positions * C)
+        targets = np.full(tokens.shape, -1, dtype=np.int64)
+        targets[:, :-1] = np.where(np.arange(1, C) < lengths[:, None], tokens[:, 1:], -1)
+        targets[~is_last, -1] = self.tokens[places[~is_last] + 1, 0]
+        # the end-of-text is what a document's last token predicts, and predicts nothing itself
+        return Chunks(tokens, lengths, targets, rows['doc_id'], np.asarray(self.chunk_ids[places]), positions, is_last,
+                      documents)
+
+    def blocks(self):
+        """Yields the Chunks of about BLOCK chunks, whole documents of them, through the dataset."""
+        start = 0
+        while start < self.num_chunks:
+            stop = int(self.ends[np.searchsorted(self.ends, min(start + BLOCK, self.num_chunks), side='left')])
+            yield self.read(np.arange(start, stop))
+            for array in (self.tokens, self.chunk_ids, self.table):
+                release(array)
+            start = stop
+
+    def empty_documents(self):
+        """Yields arrays of the doc_ids of documents without text."""
+        for start in range(0, len(self.table), BLOCK):
+            rows = self.table[start:start + BLOCK]
+            yield rows['doc_id'][rows['count'] == 0]
+
+    def describe(self, document):
+        """(id, name, where it was read) of a document, by its number."""
+        with open(f'{self.folder}/names.jsonl', 'rb') as file:
+            file.seek(self.table['name'][document])
+            return json.loads(file.readline())
+
+    def names(self, documents):
+        """The names of documents (n,), by their numbers."""
+        with open(f'{self.folder}/names.jsonl', 'rb') as file:
+            found = []
+            for offset in self.table['name'][documents]:
+                file.seek(offset)
+                found.append(json.loads(file.readline())[1])
+        return found
+
+    def find(self, doc_ids):
+        """The numbers (n,) of the documents of these doc_ids (n,), -1 where there is none, dropped ones included."""
+        place = np.searchsorted(self.doc_ids, doc_ids)
+        place[place == len(self.doc_ids)] = 0
+        return np.where(self.doc_ids[place] == doc_ids, place, -1) if len(self.doc_ids) else np.full(len(doc_ids), -1)
+
+    def drop_documents_of(self, other):
+        """
+        Leave out the documents that another dataset holds, too. UserError if two of them have one identity and
+        different texts.
+        """
+        is_dropped = np.zeros(len(self.table), dtype=bool)
+        for start in range(0, len(self.table), SORTED_TOGETHER):
+            rows = self.table[start:start + SORTED_TOGETHER]
+            found = other.find(rows['doc_id'])
+            same = np.flatnonzero(found >= 0)
+            differing = same[other.table['text_hash'][found[same]] != rows['text_hash'][same]]
+            if len(differing):
+                raise two_documents(other.describe(found[differing[0]]), self.describe(start + differing[0]))
+            is_dropped[start + same] = True
+        if is_dropped.any():
+            before = np.arange(len(self.table)) if self.kept is None else self.kept
+            self.kept = before[~is_dropped[before]]
+            dropped = before[is_dropped[before]]
+            count = self.table['count']
+            self.ends = np.cumsum(count[self.kept])
+            self.counts.duplicates += int((count[dropped] > 0).sum())
+            self.counts.documents -= int((count[dropped] > 0).sum())
+
+
+def map_file(path, dtype):
+    """A file as a read-only array; an empty one cannot be mapped."""
+    return np.memmap(path, dtype, mode='r') if os.path.getsize(path) else np.zeros(0, dtype)
+
+
+def release(array):
+    """Let the system forget the pages of a mapped file that were read: they would count as this process' memory."""
+    base = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = base.base
+    if base is not None:
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def open_datasets(configs, tokenizer, settings, say=None):
+    """
+    The ChunkedDatasets of DatasetConfigs, read now if they have not been. A document that several of them hold is left
+    to the first. `say` receives news of a reading that takes long. UserError if something cannot be read, if there is
+    no document, or if two different documents have one identity.
+    """
+    say = say or (lambda text: print(text, file=sys.stderr))
+    found = [find_files(config) for config in configs]  # all of them, before the first is read
+    opened, folders = [], []
+    for config, files in zip(configs, found, strict=True):
+        dataset = open_dataset(config, files, tokenizer, settings, say, in_use=folders)
+        for other in opened:
+            dataset.drop_documents_of(other)
+        if not dataset.num_chunks:
+            raise UserError(f'dataset {config.path!r} has no documents ' + (
+                f'with text ({dataset.counts.describe()}): name another' if dataset.kept is None else
+                'that no dataset before it holds: leave it out, or raise the weight of the other'))
+        opened.append(dataset)
+        folders.append(dataset.folder)
+    return opened
+
+
+def open_dataset(config, files, tokenizer, settings, say, in_use):
+    """One ChunkedDataset. Folders of data_cache_dir that are `in_use` are not removed to make room for it."""
+    parent, C = settings.data_cache_dir, settings.retrieval_chunk_size
+    place = config.path if files.hub else os.path.abspath(os.path.expanduser(config.path))
+    what = [VERSION, vocabulary_hash(tokenizer), C, {**asdict(config), 'path': place, 'weight': None}]
+    base = os.path.join(parent, f'{hash64(what) & (2**64 - 1):016x}')
+    try:
+        os.makedirs(parent, exist_ok=True)
+        with locked(f'{base}.lock', lambda: say(f'waiting for another process, which is reading {config.path}')):
+            wait_for_tick(files)
+            if files.hub:
+                files.rows = open_with_datasets(config, files)
+            folder = f'{base}-{state_of(files) & (2**64 - 1):016x}'
+            if not os.path.isdir(folder):
+                remove_versions(base)
+                counts = build(folder, config, files, tokenizer, C, say)
+                if counts.bad or counts.other_files or counts.duplicates:
+                    say(f'{config.path}: {counts.describe()}')
+                make_room(parent, settings.data_cache_gb, [folder, *in_use])
+            with suppress(OSError):
+                os.utime(folder)  # when it was last used
+            return ChunkedDataset(folder, config, tokenizer.eot_token)
+    except OSError as error:
+        hint = 'free some space, or name' if error.errno in NO_ROOM else 'name'
+        raise UserError(f'data_cache_dir {parent!r} cannot be used ({error.filename or ""} {error.strerror or error}): '
+                        f'{hint} a folder that you may write to') from error
+
+
+def state_of(files):
+    """A hash of the files' names, sizes and times; ctime is the one that nobody can set back."""
+    if files.hub:
+        return hash64(files.rows._fingerprint)
+    stats = [os.stat(path) for path in files.paths]
+    return hash64([(os.path.basename(path), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+                   for path, s in zip(files.paths, stats, strict=True)])
+
+
+def wait_for_tick(files):
+    """Let the clock of the file system go on after the last change, so that a change from now on has another time."""
+    newest = max((os.stat(path).st_ctime for path in files.paths), default=0)
+    if 0 <= time.time() - newest < TICK:
+        time.sleep(TICK)
+
+
+@contextmanager
+def locked(path, say_waiting):
+    with open(path, 'a') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say_waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def remove_versions(base):
+    """Remove what was made of earlier versions of the files, or was left by a process that was killed."""
+    parent, name = os.path.split(base)
+    for entry in os.listdir(parent):
+        if entry.startswith(f'{name}-'):
+            shutil.rmtree(os.path.join(parent, entry), ignore_errors=True)
+
+
+def make_room(parent, gigabytes, in_use):
+    """Remove the datasets that were not used for the longest time, beyond a total size, and their locks."""
+    sizes = {}
+    for entry in os.scandir(parent):
+        if entry.is_dir() and not entry.name.endswith('.tmp'):
+            with suppress(OSError):  # another process may be removing it
+                sizes[entry.path] = (entry.stat().st_mtime, sum(f.stat().st_size for f in os.scandir(entry.path)))
+    total = sum(size for _, size in sizes.values())
+    for folder in sorted(sizes, key=sizes.get):
+        if total > gigabytes * 2**30 and folder not in in_use:
+            shutil.rmtree(folder, ignore_errors=True)  # processes that have mapped it keep what they have
+            total -= sizes[folder][1]
+
+
+def build(folder, config, files, tokenizer, chunk_size, say):
+    """Read a dataset into a new folder, complete or not at all. Its Counts."""
+    tmp = f'{folder}.tmp'
+    shutil.rmtree(tmp, ignore_errors=True)
+    os.makedirs(tmp)
+    try:
+        counts, before = Counts(), state_of(files)
+        token_type = np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.int32)
+        read_into(tmp, read_documents(config, counts, files), tokenizer, chunk_size, token_type, say, config.path)
+        if state_of(files) != before:
+            raise UserError(f'{config.path!r} has changed while it was read: start again when it is complete')
+        digest = sort_documents(tmp, counts)
+        write_atomically(json.dumps(dict(counts=asdict(counts), hash=digest, chunk_size=chunk_size,
+                                         token_type=token_type.str)), f'{tmp}/meta.json')
+        for name in os.listdir(tmp):
+            sync(f'{tmp}/{name}')
+        os.replace(tmp, folder)
+        return counts
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+
+
+def read_into(folder, documents, tokenizer, chunk_size, token_type, say, path):
+    """Write tokens, chunk ids, names, and DOCUMENTs in the order in which they are read."""
+    placed, said = 0, time.monotonic()
+    with (open(f'{folder}/tokens.bin', 'wb') as tokens_file, open(f'{folder}/chunk_ids.bin', 'wb') as ids_file,
+          open(f'{folder}/read.bin', 'wb') as read_file, open(f'{folder}/names.jsonl', 'wb') as names_file,
+          ThreadPoolExecutor(os.cpu_count()) as pool):
+        for batch in in_batches(documents):
+            records = np.zeros(len(batch), DOCUMENT)
+            encoded = pool.map(lambda document: tokenize(document.text, tokenizer), batch)
+            for record, document, tokens in zip(records, batch, encoded, strict=True):
+                chunks, lengths = chunk_document(tokens, chunk_size, tokenizer.eot_token)
+                count = len(chunks) if len(tokens) else 0
+                ids = chunk_hashes(document.source, document.id, 0, count)
+                record['doc_id'] = document_hash(document.source, document.id)
+                record['text_hash'] = hash64(document.text)
+                record['first'], record['count'], record['length'] = placed, count, lengths.sum()
+                record['name'] = names_file.tell()
+                tokens_file.write(chunks[:count].astype(token_type).tobytes())
+                ids_file.write(ids.tobytes())
+                names_file.write(json.dumps([document.id, document.name, document.where]).encode() + b'\n')
+                placed += count
+            records.tofile(read_file)
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                say(f'reading {path}: {read_file.tell() // DOCUMENT.itemsize:,} documents, {placed:,} chunks')
+
+
+def in_batches(documents):
+    """Yields lists of Documents with about BATCH_BYTES of text."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text) + 100
+        if size > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def sort_documents(folder, counts):
+    """
+    Write the documents by doc_id, each once, and count duplicates. A hash of all of them. UserError if two different
+    ones have one identity.
+    """
+    digest, total = hashlib.blake2b(digest_size=8), 0
+    with (open(f'{folder}/documents.bin', 'wb') as documents_file, open(f'{folder}/doc_ids.bin', 'wb') as ids_file,
+          open(f'{folder}/ends.bin', 'wb') as ends_file):
+        for rows in partitions(folder):
+            rows = rows[np.argsort(rows['doc_id'], kind='stable')]
+            is_repeated = np.zeros(len(rows), dtype=bool)
+            is_repeated[1:] = rows['doc_id'][1:] == rows['doc_id'][:-1]
+            differing = np.flatnonzero(is_repeated[1:] & (rows['text_hash'][1:] != rows['text_hash'][:-1]))
+            if len(differing):
+                with open(f'{folder}/names.jsonl', 'rb') as file:
+                    both = []
+                    for row in rows[differing[0]:differing[0] + 2]:
+                        file.seek(row['name'])
+                        both.append(json.loads(file.readline()))
+                raise two_documents(*both)
+            counts.duplicates += int((rows['count'][is_repeated] > 0).sum())
+            counts.documents -= int((rows['count'][is_repeated] > 0).sum())
+            rows = rows[~is_repeated]
+            ends = total + np.cumsum(rows['count'])
+            total = int(ends[-1]) if len(ends) else total
+            digest.update(np.stack([rows['doc_id'], rows['text_hash']], axis=1).tobytes())
+            rows.tofile(documents_file)
+            rows['doc_id'].tofile(ids_file)
+            ends.tofile(ends_file)
+    os.unlink(f'{folder}/read.bin')
+    return digest.hexdigest()
+
+
+def partitions(folder):
+    """Yields the DOCUMENTs of read.bin in parts that can be sorted in memory, by ascending ranges of doc_ids."""
+    count = os.path.getsize(f'{folder}/read.bin') // DOCUMENT.itemsize
+    bits = max(0, int(count // SORTED_TOGETHER).bit_length())
+    if not bits:
+        yield np.fromfile(f'{folder}/read.bin', DOCUMENT)
+        return
+    paths = [f'{folder}/part-{part}.bin' for part in range(2**bits)]
+    with open(f'{folder}/read.bin', 'rb') as file:
+        while len(rows := np.fromfile(file, DOCUMENT, SORTED_TOGETHER)):
+            part = (rows['doc_id'] >> (64 - bits)) + 2**(bits - 1)  # doc_ids are signed
+            for number in np.unique(part):
+                with open(paths[number], 'ab') as part_file:
+                    rows[part == number].tofile(part_file)
+    for path in paths:
+        if os.path.exists(path):
+            yield np.fromfile(path, DOCUMENT)
+            os.unlink(path)
+
+
+def two_documents(one, other):
+    """The error of two different documents with one identity, each (id, name, where)."""
+    what = f'id {one[0]!r}' if one[0] == other[0] else f'hash of the ids {one[0]!r} and {other[0]!r}'
+    return UserError(f'two different documents have the {what}: {one[2]}, and {other[2]}; give each an id of its own, '
+                     f"name a column that tells them apart in id_field, or tell datasets apart with a source, such as "
+                     f"DatasetConfig(..., source='manuals')")
+
+
+def count_known(datasets, others):
+    """How many documents of ChunkedDatasets stand in others with the same text, under whatever id."""
+    hashes = [np.asarray(d.table['text_hash'])[np.asarray(d.table['count']) > 0] for d in datasets]
+    wanted = np.unique(np.concatenate(hashes))
+    found = np.zeros(len(wanted), dtype=bool)
+    for other in others:
+        for start in range(0, len(other.table), SORTED_TOGETHER):
+            there = other.table['text_hash'][start:start + SORTED_TOGETHER]
+            place = np.minimum(np.searchsorted(wanted, there), len(wanted) - 1)
+            found[place[wanted[place] == there]] = True
+    return int(np.isin(np.concatenate(hashes), wanted[found]).sum())

@@ -1,0 +1,290 @@
+"""What is read of files, folders and patterns, and what is refused by name."""
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from configurator import UserError, load_settings
+from data.documents import Counts, DatasetConfig, as_dataset_configs, load_documents, read_documents
+from tests.conftest import SHARED, open_all, run
+
+
+def read(path, **options):
+    """[(id, text)] of a path, in order."""
+    return [(d.id if d.has_id else None, d.text) for d in load_documents([DatasetConfig(str(path), **options)])]
+
+
+ROWS = [('a', 'first\ndocument\r\n'), ('b', 'second, "quoted"\t'), ('c', 'ünïcödé 𝛑 \u2028 end')]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def as_csv(delimiter=','):
+    import csv
+    out = io.StringIO(newline='')
+    csv.writer(out, delimiter=delimiter).writerows([('id', 'text'), *ROWS])
+    return out.getvalue().encode()
+
+
+JSONL = ''.join(json.dumps(dict(id=i, text=t)) + '\n' for i, t in ROWS).encode()
+
+
+def zstd(data):
+    return bytes(pa.Codec('zstd').compress(data[:20])) + bytes(pa.Codec('zstd').compress(data[20:]))  # two frames
+
+
+BOM = b'\xef\xbb\xbf'
+
+
+@pytest.mark.parametrize('name, data', [
+    ('d.jsonl', JSONL), ('D.JSONL', JSONL), ('d.ndjson', JSONL), ('d.json', JSONL),
+    ('d.jsonl', JSONL.replace(b'\n', b'\r\n\n')), ('d.jsonl', BOM + JSONL),
+    ('d.json', json.dumps([dict(id=i, text=t) for i, t in ROWS], indent=1).encode()),
+    ('d.jsonl.gz', gzip.compress(JSONL[:30]) + gzip.compress(JSONL[30:])), ('d.json.gz', gzip.compress(JSONL)),
+    ('d.jsonl.zst', zstd(JSONL)), ('d.jsonl.bz2', bz2.compress(JSONL)), ('d.jsonl.xz', lzma.compress(JSONL)),
+    ('d.csv', as_csv()), ('d.csv.gz', gzip.compress(as_csv())), ('d.tsv', as_csv('\t')), ('D.Csv', BOM + as_csv()),
+    ('docs[1].jsonl', JSONL), ('~d.jsonl', JSONL), ('d 100%.jsonl', JSONL),
+])
+def test_documents_are_read_as_they_were_written_in_every_format_and_spelling(folder, name, data):
+    Path(name).write_bytes(data)
+    assert read(name) == ROWS
+
+
+def test_parquet_and_saved_datasets_are_read_as_they_were_written(folder):
+    import datasets
+    ids, texts = zip(*ROWS, strict=True)
+    pq.write_table(pa.table({'id': ids, 'text': pa.array(texts).dictionary_encode(), 'x': [1, 2, 3]}), 'd.PARQUET')
+    datasets.Dataset.from_dict({'id': ids, 'text': texts, 'x': [[1], [2], [3]]}).save_to_disk('saved')
+    datasets.DatasetDict({'test': datasets.Dataset.from_dict({'id': ids, 'text': texts})}).save_to_disk('several')
+    assert read('d.PARQUET') == read('saved') == read('saved/') == read('several', split='test') == ROWS
+    with pytest.raises(UserError, match="'several' could not be read .no split 'train'"):
+        read('several')
+
+
+@pytest.mark.parametrize('name', ['d.txt', 'd.md', 'D.TXT', 'd.txt.gz'])
+def test_a_text_file_is_one_document_without_its_byte_order_mark(folder, name):
+    data = '\ufeffline\r\n\n  Ünï\n'.encode()
+    Path(name).write_bytes(gzip.compress(data) if name.endswith('.gz') else data)
+    assert read(name) == [(None, 'line\r\n\n  Ünï\n')]
+
+
+def test_only_the_text_and_id_columns_are_looked_at_whatever_else_stands_there(folder):
+    rows = [dict(id=i, text=f'text {i}', meta=i if i < 150 else {'a': [i]} if i % 2 else 'x' * 100) for i in range(300)]
+    Path('d.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    assert read('d.jsonl') == [(str(i), f'text {i}') for i in range(300)]
+    Path('d.csv').write_text('text,other\n1984,5\nNone,a\nnull,b\nNA,c\nnan,"d,e"\n007,\n')
+    assert [text for _, text in read('d.csv')] == ['1984', 'None', 'null', 'NA', 'nan', '007']
+
+
+def test_a_nested_field_is_a_path(folder):
+    rows = [{'doc': {'text': 'one', 'meta': {'key': 5}}}, {'doc': {'text': 'two', 'meta': {'key': 'b'}}}]
+    Path('d.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    rows[0]['doc']['meta']['key'] = '5'
+    pq.write_table(pa.Table.from_pylist(rows), 'd.parquet')
+    pq.write_table(pa.table({'doc.text': ['one', 'two'], 'doc.meta.key': ['5', 'b']}), 'flat.parquet')
+    for path in ('d.jsonl', 'd.parquet', 'flat.parquet'):
+        assert read(path, text_field='doc.text', id_field='doc.meta.key') == [('5', 'one'), ('b', 'two')]
+
+
+BAD = [
+    ('d.jsonl', '{"text": "fine"}\n{"text": ["a", "list"]}\n', 'd.jsonl, line 2: no text, but a list'),
+    ('d.jsonl', '{"text": 1984}\n', 'd.jsonl, line 1: no text, but the number 1984'),
+    ('d.jsonl', '{"text": true}\n', 'd.jsonl, line 1: no text, but the True'),
+    ('d.jsonl', '{"text": {"a": 1}}\n', 'd.jsonl, line 1: no text, but an object'),
+    ('d.jsonl', '{"text": "a", "id": [1]}\n', 'd.jsonl, line 1: no id, but a list'),
+    ('d.jsonl', '["text"]\n{"text": "x"}', None),
+    ('d.jsonl', '{"text": "fine"}\n"text"\n', 'd.jsonl, line 2: no object with fields, but a text'),
+    ('d.jsonl', '{"text": "fine"}\n\n{"text": "br', 'd.jsonl, line 3: broken JSON (Unterminated string'),
+    ('d.jsonl', '{"text": "fine"}\n{"body": "x"}\n', "d.jsonl, line 2: no field 'text'; its fields are body: set text"),
+    ('d.jsonl', b'{"text": "fine"}\n{"text": "caf\xe9"}\n', 'd.jsonl, line 2: not UTF-8 (byte 0xe9)'),
+    ('d.jsonl', '{"text": "fine"}\n' + '[' * 100_000 + '\n', 'd.jsonl, line 2: JSON that is nested too deeply'),
+    ('d.csv', 'id,text\n1,fine\n2,hello, world\n', 'd.csv, line 3: 3 values for 2 columns: a value that holds'),
+    ('d.csv', b'id,text\n1,fine\n2,caf\xe9\n', 'd.csv, line 3: not UTF-8'),
+    ('d.txt', b'one\ncaf\xe9', 'd.txt, as a whole: not UTF-8 (byte 0xe9 in line 2)'),
+]
+
+
+@pytest.mark.parametrize('name, data, said', [bad for bad in BAD if bad[2]])
+def test_what_is_no_text_is_an_error_that_names_file_and_row_and_can_be_left_out(folder, name, data, said):
+    Path(name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(UserError) as error:
+        read(name)
+    assert said in str(error.value) and 'skip_bad=True' in str(error.value)
+    counts = Counts()
+    found = list(read_documents(DatasetConfig(name, skip_bad=True), counts))
+    assert counts.bad == 1 and [d.text for d in found] == ['fine'] * (b'fine' in Path(name).read_bytes())
+
+
+@pytest.mark.parametrize('name, data, said', [
+    ('d.jsonl', '{"text": "a"}'.encode('utf-16'), 'd.jsonl: it is UTF-16, and only UTF-8 can be read: convert it'),
+    ('d.jsonl.gz', gzip.compress(JSONL)[:-20], 'd.jsonl.gz cannot be read (EOFError: Compressed file ended'),
+    ('d.jsonl.zst', zstd(os.urandom(5000))[:-20], 'd.jsonl.zst cannot be read'),
+    ('d.jsonl.gz', b'plain text', 'd.jsonl.gz cannot be read (BadGzipFile: Not a gzipped file'),
+    ('d.parquet', b'no parquet', 'd.parquet cannot be read'),
+    ('d.csv', 'id,text\n1,fine\n2,"open\n3,more\n', 'd.csv: broken CSV in the row that begins in line 3'),
+    ('d.csv', 'id,body\n1,a\n', "d.csv: it has no column 'text': its columns are id, body; set text_field"),
+    ('d.csv', '', "d.csv: it has no column 'text': its columns are none"),
+    ('d.json', '[{"text": "a"},', 'd.json: broken JSON'),
+    ('d.doc', 'x', "'d.doc' is a file of no kind that can be read: its name has to end in one of .parquet, .jsonl"),
+])
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(folder, name, data, said):
+    Path(name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    for skip_bad in (False, True):
+        with pytest.raises(UserError) as error:
+            read(name, skip_bad=skip_bad)
+        assert said in str(error.value)
+
+
+def test_a_column_that_is_asked_for_and_missing_is_an_error(folder):
+    Path('d.csv').write_text('id,text\n1,a\n')
+    Path('d.jsonl').write_text('{"id": 1, "text": "a"}\n')
+    pq.write_table(pa.table({'text': ['a']}), 'd.parquet')
+    for path, said in (('d.csv', "no column 'key'"), ('d.jsonl', "no field 'key'"), ('d.parquet', "no column 'key'")):
+        with pytest.raises(UserError, match=f'{said}.*set id_field'):
+            read(path, id_field='key')
+        with pytest.raises(UserError, match='set text_field'):
+            read(path, text_field='body')
+    assert read('d.parquet') == [(None, 'a')]  # the default is not asked for
+
+
+def test_a_path_is_a_path_and_patterns_and_folders_are_one_dataset(folder):
+    os.makedirs('docs/sub/.hidden')
+    for name in ('docs[1].jsonl', 'docs1.jsonl', 'docs/a.jsonl', 'docs/sub/b.MD', 'docs/c.csv.gz', 'docs/image.png',
+                 'docs/.secret.txt', 'docs/sub/.hidden/d.txt'):
+        data = f'text\n{name}\n'.encode() if '.csv' in name else name.encode() if 'jsonl' not in name else (
+            json.dumps(dict(text=name)).encode())
+        Path(name).write_bytes(gzip.compress(data) if name.endswith('.gz') else data)
+    os.symlink('..', 'docs/sub/ring')
+    all_of_docs = ['docs/a.jsonl', 'docs/c.csv.gz', 'docs/sub/b.MD']
+    assert read('docs[1].jsonl') == [(None, 'docs[1].jsonl')]
+    assert [t for _, t in read('docs?.jsonl')] == ['docs1.jsonl']
+    assert sorted(t for _, t in read('docs')) == sorted(t for _, t in read('docs/')) == all_of_docs
+    assert [t for _, t in read('docs/*.jsonl')] == ['docs/a.jsonl']
+    assert sorted(t for _, t in read('docs/**')) == all_of_docs
+    assert read(Path('docs/a.jsonl')) == read('./docs/../docs/a.jsonl') == [(None, 'docs/a.jsonl')]
+    counts = Counts()
+    list(read_documents(DatasetConfig(Path('docs')), counts))
+    assert counts.describe() == '3 documents in 3 files, 1 files of other kinds'
+    assert [c.path for c in as_dataset_configs([Path('docs')], 'x')] == ['docs']
+
+
+def test_the_home_folder_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv('HOME', str(folder))
+    Path('d.txt').write_text('x')
+    assert read('~/d.txt') == [(None, 'x')]
+
+
+@pytest.mark.parametrize('path, said', [
+    ('missing.parquet', "no corpus at 'missing.parquet'"), ('docs/*.jsonl', "no file matches 'docs/*.jsonl'"),
+    ('/no/such/folder', "no corpus at '/no/such/folder'"), ('empty', "'empty' has no file that can be read, and 1 of"),
+    ('no/such_dataset', "'no/such_dataset' is no file or folder here, and the hub did not provide it"),
+])
+def test_a_dataset_that_is_not_there_is_named_with_what_to_do(folder, path, said):
+    os.makedirs('empty')
+    Path('empty/image.png').write_text('')
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize('entry, said', [
+    (dict(pth='x'), 'no path and no DatasetConfig'), (dict(path=5), 'path must be a str, but is 5'),
+    (dict(path=''), 'path must not be empty'), (dict(path='x', weight='abc'), "weight must be a number, but is 'abc'"),
+    (dict(path='x', weight=True), 'weight must be a number, but is True'),
+    (dict(path='x', skip_bad='no'), "skip_bad must be a bool, but is 'no'"), (7, 'no path and no DatasetConfig'),
+])
+def test_an_entry_that_is_no_dataset_is_named(entry, said):
+    with pytest.raises(UserError, match=said):
+        as_dataset_configs([entry], 'train_datasets')
+
+
+def test_no_datasets_at_all_is_an_error_that_shows_how_to_name_one():
+    with pytest.raises(UserError, match='val_datasets is empty.*DatasetConfig'):
+        as_dataset_configs([], 'val_datasets')
+    assert as_dataset_configs('d.jsonl', 'x')[0].path == 'd.jsonl'  # not its letters
+
+
+def test_lone_surrogates_are_replaced_and_pairs_joined(folder):
+    Path('d.jsonl').write_text('{"id": "\\ud800", "text": "a\\ud83d\\ude00b\\ud800c"}\n')
+    assert read('d.jsonl') == [('\ufffd', 'a😀b\ufffdc')]
+
+
+def test_the_peps_load_as_they_are():
+    if not (SHARED / 'data/peps.jsonl.gz').exists():
+        pytest.skip('the PEPs are not here')
+    documents = list(load_documents([DatasetConfig(str(SHARED / 'data/peps.jsonl.gz'))]))
+    assert len(documents) == 736 and all(d.text for d in documents)
+
+
+def test_paths_in_settings_are_saved_as_text(tmp_path):
+    (tmp_path / 'config.py').write_text("from pathlib import Path\ntrain_datasets = [Path('docs')]\n")
+    assert load_settings([str(tmp_path / 'config.py')]).without_secrets()['train_datasets'] == ['docs']
+
+
+@pytest.mark.parametrize('change', ['same time', 'same size and time', 'renamed over'])
+def test_a_changed_file_is_read_anew_whatever_its_time_says(settings, change):
+    Path('d.jsonl').write_text('{"id": 1, "text": "before"}\n')
+    before, = open_all(settings.replace(train_datasets=['d.jsonl']))
+    stat = os.stat('d.jsonl')
+    text = '{"id": 1, "text": "after!"}\n' if 'size' in change else '{"id": 1, "text": "now longer"}\n'
+    Path('new.jsonl' if change == 'renamed over' else 'd.jsonl').write_text(text)
+    if change == 'renamed over':
+        os.rename('new.jsonl', 'd.jsonl')
+    os.utime('d.jsonl', ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after, = open_all(settings.replace(train_datasets=['d.jsonl']))
+    assert after.hash != before.hash and not os.path.exists(before.folder)  # one version is kept
+
+
+def test_what_has_not_changed_is_not_read_again_and_the_cache_is_bounded(settings, monkeypatch):
+    for name in ('a', 'b', 'c'):
+        Path(f'{name}.jsonl').write_text(json.dumps(dict(text=name * 2000)))
+    settings = settings.replace(data_cache_gb=1e-5)  # one of them is more
+    a, = open_all(settings.replace(train_datasets=['a.jsonl']))
+    again, = open_all(settings.replace(train_datasets=['./a.jsonl']))
+    assert again.folder == a.folder and os.stat(f'{a.folder}/meta.json').st_ino == os.stat(
+        f'{again.folder}/meta.json').st_ino
+    b, c = open_all(settings.replace(train_datasets=['b.jsonl', 'c.jsonl']))
+    assert not os.path.exists(a.folder) and os.path.exists(b.folder) and os.path.exists(c.folder)
+    assert a.read(a.ends[:1] - 1).ids  # who has it open keeps it
+
+
+def test_processes_that_need_the_same_dataset_read_it_once(workspace):
+    """Four at once, of which all but one wait."""
+    from concurrent.futures import ThreadPoolExecutor
+    code = ("from tests.conftest import open_all\nfrom configurator import load_settings\n"
+            "d, = open_all(load_settings(['config.py']))\nprint(d.hash, d.folder, sum(len(b.ids) for b in d.blocks()))")
+    before = [p for p in (workspace / 'out/datasets').iterdir() if p.is_dir()]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: run('-c', code, folder=workspace).stdout, range(4)))
+    assert len(set(answers)) == 1
+    assert len([p for p in (workspace / 'out/datasets').iterdir() if p.is_dir()]) == len(before) + 1
+
+
+def test_a_cache_folder_that_cannot_be_used_is_named(settings):
+    Path('file').write_text('')
+    with pytest.raises(UserError, match="data_cache_dir 'file/x' cannot be used .*name a folder"):
+        open_all(settings.replace(data_cache_dir='file/x'))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(settings, monkeypatch):
+    """A limit on the size of files, which the system enforces with the same kind of error."""
+    code = ("import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+            "from tests.conftest import open_all\nfrom configurator import load_settings, user_errors_as_one_line\n"
+            "with user_errors_as_one_line():\n    open_all(load_settings(['config.py']))")
+    before = sorted(Path('out/datasets').glob('*-*'))
+    answer = run('-c', code, folder=os.getcwd(), check=False)
+    assert answer.returncode == 2 and answer.stderr.count('\n') == 1
+    assert "data_cache_dir 'out/datasets' cannot be used" in answer.stderr and 'free some space' in answer.stderr
+    assert sorted(Path('out/datasets').glob('*-*')) == before
