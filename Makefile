@@ -54,6 +54,6 @@ lint: .venv/installed-dev
 	$(PY) -m ruff check .
 
 clean:
-	rm -rf .venv $(RUN) out/static_embedding out/milvus.db out/populated out/neighbors \
+	rm -rf .venv $(RUN) out/static_embedding out/milvus.db out/populated out/neighbors out/datasets \
 	    $(CORPUS)/train.parquet $(CORPUS)/val.parquet $(CORPUS)/tokenizer.json $(CORPUS)/corpus.json .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,7 +7,8 @@ neighbors, at the 124M shape in bfloat16, compiled, from a local collection; and
     python bench/gpu.py [--device=cuda] [--quick] [--out=gpu.json]
 
 It makes its own corpus, embedding and collection from the Python source of the machine, in a temporary folder. Prints a
-table, and writes one JSON file. Exit code 1 if a check fails. --device=cpu --quick is what the tests run.
+table, and writes one JSON file after each step, so that a run that is cut short keeps its results. Exit code 1 if a
+check fails. --device=cpu --quick is what the tests run.
 """
 import argparse
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -200,6 +202,7 @@ def prepare(folder, is_quick):
     write_corpus(documents, corpus, 'this machine gives')
     config = folder / 'config.py'
     config.write_text(f'''
+data_cache_dir = '{folder}/datasets'
 train_datasets, val_datasets = ['{corpus}/train.parquet'], ['{corpus}/val.parquet']
 tokenizer = '{corpus}/tokenizer.json'
 retrieval_embedding_model, retrieval_milvus_uri = '{folder}/embedding', '{folder}/milvus.db'
@@ -277,6 +280,10 @@ def main():
     started, report, failed = time.time(), {}, []
     report['device'] = torch.cuda.get_device_name() if device.startswith('cuda') else 'CPU'
     report['torch'], report['precision'] = torch.__version__, pick_dtype('auto', device)
+
+    def keep(key, value):
+        report[key], report['seconds'] = value, round(time.time() - started)
+        write_atomically(to_json(report, indent=1) + '\n', arguments.out)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checks = {'equals the CPU': lambda: check_equality(device), 'causality': lambda: check_causality(device),
@@ -286,21 +293,22 @@ def main():
         checks['resume'] = lambda: check_resume(folder, config, device, arguments.quick)
         for check, call in checks.items():
             try:
-                report[check] = call()
+                keep(check, call())
             except Exception as error:
-                report[check] = f'FAILED: {type(error).__name__}: {str(error)[:500]}'
+                traceback.print_exc()
+                keep(check, f'FAILED: {type(error).__name__}: {str(error)[:500]}')
                 failed.append(check)
             print(f'{check:<24} {report[check]}', flush=True)
-        report['training'], report['corpus'] = measure_speed(config, device, arguments.quick)
-        report['embedder_chunks_per_s'] = measure_embedder(device, arguments.quick)
+        keep('embedder_chunks_per_s', measure_embedder(device, arguments.quick))
+        training, corpus = measure_speed(config, device, arguments.quick)
+        keep('corpus', corpus)
+        keep('training', training)
     print(f'\n{report["device"]}, {report["precision"]}, corpus {report["corpus"]}\n')
     print(f'{"":<12}{"tokens/s":>12}{"over frozen":>14}{"waited":>10}{"MFU":>8}{"memory":>12}')
     for arm, figures in report['training'].items():
         print(f'{arm:<12}{figures["tokens_per_s"]:>12,}{figures["over_frozen"]:>14.3f}{figures["waited"]:>10.1%}'
               f'{figures["mfu"]:>8.1%}{figures["memory_gb"]:>9.2f} GB')
     print(f'\nembedder: {report["embedder_chunks_per_s"]:,} chunks/s')
-    report['seconds'] = round(time.time() - started)
-    write_atomically(to_json(report, indent=1) + '\n', arguments.out)
     print(json.dumps(report))
     sys.exit(1 if failed else 0)
 

@@ -186,7 +186,7 @@ def populate(settings, show_progress, sync=False, say=print):
     as_dataset_configs(settings.train_datasets, 'train_datasets')  # validate before loading a model
     context = multiprocessing.get_context('spawn')
     parts = context.Queue(maxsize=AHEAD)
-    reader = context.Process(target=read_into, args=(parts, settings), daemon=True)
+    reader = context.Process(target=read_into, name='reader', args=(parts, settings), daemon=True)
     reader.start()
     embedders = ProcessPoolExecutor(1, mp_context=context)
     seconds, done = Counter(), Counter()

@@ -48,7 +48,7 @@ def test_an_epoch_holds_each_chunk_of_the_collection_once_with_its_targets(datas
     assert all(targets == [-1] * CHUNK and is_last for _, _, targets, is_last in padding)
     for document in load_documents([datasets[0].config]):
         tokens = tokenize(document.text, tokenizer)
-        expected, lengths = chunk_document(tokens, CHUNK, tokenizer.eot_token)
+        expected, _ = chunk_document(tokens, CHUNK, tokenizer.eot_token)
         targets = np.full(expected.size, -1)
         targets[:len(tokens)] = [*tokens[1:], tokenizer.eot_token]
         for i, chunk in enumerate(chunk_hashes('stdlib', document.id, 0, len(expected)).tolist()):
