@@ -231,14 +231,21 @@ def state_of(files):
     """A hash of the files' names, sizes and times; ctime is the one that nobody can set back."""
     if files.hub:
         return hash64(files.rows._fingerprint)
-    stats = [os.stat(path) for path in files.paths]
     return hash64([(os.path.basename(path), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
-                   for path, s in zip(files.paths, stats, strict=True)])
+                   for path, s in zip(files.paths, map(look_at, files.paths), strict=True)])
+
+
+def look_at(path):
+    """os.stat, with an error of its own: a link may lead nowhere, and a file go while others are read."""
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror}): restore it, or remove its name') from error
 
 
 def wait_for_tick(files):
     """Let the clock of the file system go on after the last change, so that a change from now on has another time."""
-    newest = max((os.stat(path).st_ctime for path in files.paths), default=0)
+    newest = max((look_at(path).st_ctime for path in files.paths), default=0)
     if 0 <= time.time() - newest < TICK:
         time.sleep(TICK)
 
@@ -263,11 +270,15 @@ def remove_versions(base):
 
 
 def make_room(parent, gigabytes, in_use):
-    """Remove the datasets that were not used for the longest time, beyond a total size, and their locks."""
+    """Remove the datasets that were not used for longest, beyond a total size, and what killed processes left."""
     sizes = {}
     for entry in os.scandir(parent):
-        if entry.is_dir() and not entry.name.endswith('.tmp'):
-            with suppress(OSError):  # another process may be removing it
+        with suppress(OSError):  # another process may be removing it, or, under its lock, making it
+            if entry.name.endswith('.tmp'):
+                with open(f'{entry.path.rpartition("-")[0]}.lock', 'a') as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(entry.path, ignore_errors=True)
+            elif entry.is_dir():
                 sizes[entry.path] = (entry.stat().st_mtime, sum(f.stat().st_size for f in os.scandir(entry.path)))
     total = sum(size for _, size in sizes.values())
     for folder in sorted(sizes, key=sizes.get):

@@ -129,8 +129,10 @@ def files_of_folder(folder):
     if {'dataset_info.json', 'state.json'} <= set(os.listdir(folder)) or os.path.isfile(f'{folder}/dataset_dict.json'):
         paths = glob.glob(f'{glob.escape(folder)}/**', recursive=True)
         return Files(sorted(path for path in paths if os.path.isfile(path)), saved=folder)
+    def cannot_list(error):
+        raise UserError(f'{error.filename} cannot be read ({error.strerror}): make it readable, or move it elsewhere')
     found, seen = Files(), set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=cannot_list, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith('.')
                             and os.path.realpath(os.path.join(parent, name)) not in seen)
         seen.update(os.path.realpath(os.path.join(parent, name)) for name in ['.', *folders])  # links may form a ring

@@ -170,9 +170,12 @@ def read_delimited(file, config, delimiter):
 
 def read_parquet(path, config):
     import pyarrow.parquet
-    with pyarrow.parquet.ParquetFile(path) as file:
-        fields = check_columns(as_tree(file.schema_arrow), config)
-        yield from rows_of_batches(file.iter_batches(ROWS, columns=fields), config)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            fields = check_columns(as_tree(file.schema_arrow), config)
+            yield from rows_of_batches(file.iter_batches(ROWS, columns=fields), config)
+    except pyarrow.ArrowException as error:
+        raise ValueError(error) from error
 
 
 def rows_of_batches(batches, config):
