@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack, closing
 
 from system import (
@@ -227,7 +228,7 @@ def main(cleanup):
     warn_once = functools.cache(lambda text: say(text) if ranks.is_master else None)
     prompt_retriever = functools.cache(lambda: cleanup.enter_context(closing(
         Retriever(settings, tokenizer, ranks.device, say_or_stop))) if settings.use_retrieval else None)
-    interval = Interval(state.step, loader.waited)
+    interval, found_themselves = Interval(state.step, loader.waited), Counter()
     for batch in val_batches:
         interval.counts.update(batch.counts)
     failure = None
@@ -288,8 +289,8 @@ def main(cleanup):
 
         # log
         if failure is None and (state.step % settings.log_interval == 0 or state.step == settings.max_iters):
-            counts = metrics.log_steps(state, interval, lr, loader.waited)
-            failure = check_found_themselves(counts, warn_once)
+            found_themselves.update(metrics.log_steps(state, interval, lr, loader.waited))
+            failure = check_found_themselves(found_themselves, warn_once)
             interval = Interval(state.step, loader.waited)
             state.losses, state.targets = [], 0
 

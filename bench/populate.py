@@ -118,7 +118,7 @@ def measure_small_documents(settings, count):
         finally:
             is_over.set()
             thread.join()
-    began = next(i for i, (_, rows, _) in enumerate(samples) if rows) - 1
+    began = max(0, next(i for i, (_, rows, _) in enumerate(samples) if rows) - 1)
     reading = max(sum(processes.values()) for _, _, processes in samples[:began + 1])
     print(f'{count:,} documents, {done["added"]:,} rows; reading and loading took {samples[began][0]:.0f} s and '
           f'{reading:,.0f} MB at most\n\n{"rows":>12} {"rows/s":>8} {"MB, all":>9}  of each process')
@@ -134,7 +134,7 @@ def measure_small_documents(settings, count):
             print(f'{part[-1][1]:>12,} {rate:>8,.0f} {sum(each.values()):>9,.0f}  '
                   + ', '.join(f'{name} {size:,.0f}' for name, size in each.items()))
     print(json.dumps(dict(documents=count, rows=done['added'], rows_per_s=round(done['added'] / seconds['all']),
-                          last_over_first_rate=round(tenths[-1][0] / tenths[0][0], 3), reading_mb=round(reading),
+                          rates_of_tenths=[round(rate) for rate, _ in tenths], reading_mb=round(reading),
                           first_mb=round(tenths[0][1]), last_mb=round(tenths[-1][1]))))
 
 

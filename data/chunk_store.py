@@ -21,6 +21,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 import sys
 import time
@@ -64,8 +65,7 @@ class ChunkedDataset:
     """An opened folder: M chunks of D different documents, without those that `drop` has left out."""
 
     def __init__(self, folder, config, end_of_text):
-        with open(f'{folder}/meta.json', encoding='utf-8') as file:
-            meta = json.load(file)
+        meta = read_meta(folder)
         self.folder, self.config, self.end_of_text = folder, config, end_of_text
         self.hash, self.counts = meta['hash'], Counts(**meta['counts'])
         self.chunk_size = meta['chunk_size']
@@ -74,6 +74,7 @@ class ChunkedDataset:
         self.table = map_file(f'{folder}/documents.bin', DOCUMENT)
         self.doc_ids = map_file(f'{folder}/doc_ids.bin', np.int64)
         self.ends = map_file(f'{folder}/ends.bin', np.int64)
+        self.names_file = open(f'{folder}/names.jsonl', 'rb')  # open, as another process may remove the folder
         self.kept = None  # numbers of the documents that are not left out, if any are
 
     def __len__(self):
@@ -103,14 +104,19 @@ class ChunkedDataset:
                       documents)
 
     def blocks(self):
-        """Yields the Chunks of about BLOCK chunks, whole documents of them, through the dataset."""
-        start = 0
-        while start < self.num_chunks:
-            stop = int(self.ends[np.searchsorted(self.ends, min(start + BLOCK, self.num_chunks), side='left')])
-            yield self.read(np.arange(start, stop))
+        """Yields numbers of chunks, BLOCK after BLOCK, and forgets in between what of the files was read."""
+        for start in range(0, self.num_chunks, BLOCK):
+            yield np.arange(start, min(start + BLOCK, self.num_chunks))
             for array in (self.tokens, self.chunk_ids, self.table):
                 release(array)
-            start = stop
+
+    def documents(self, most=2**62):
+        """Yields the Chunks of each document with text, up to `most` of them."""
+        start = 0
+        while start < self.num_chunks:
+            end = int(self.ends[np.searchsorted(self.ends, start, side='right')])
+            yield self.read(np.arange(start, min(end, start + most)))
+            start = end
 
     def empty_documents(self):
         """Yields arrays of the doc_ids of documents without text."""
@@ -120,18 +126,12 @@ class ChunkedDataset:
 
     def describe(self, document):
         """(id, name, where it was read) of a document, by its number."""
-        with open(f'{self.folder}/names.jsonl', 'rb') as file:
-            file.seek(self.table['name'][document])
-            return json.loads(file.readline())
+        self.names_file.seek(self.table['name'][document])
+        return json.loads(self.names_file.readline())
 
     def names(self, documents):
         """The names of documents (n,), by their numbers."""
-        with open(f'{self.folder}/names.jsonl', 'rb') as file:
-            found = []
-            for offset in self.table['name'][documents]:
-                file.seek(offset)
-                found.append(json.loads(file.readline())[1])
-        return found
+        return [self.describe(document)[1] for document in documents]
 
     def find(self, doc_ids):
         """The numbers (n,) of the documents of these doc_ids (n,), -1 where there is none, dropped ones included."""
@@ -161,6 +161,23 @@ class ChunkedDataset:
             self.ends = np.cumsum(count[self.kept])
             self.counts.duplicates += int((count[dropped] > 0).sum())
             self.counts.documents -= int((count[dropped] > 0).sum())
+
+
+def read_meta(folder):
+    """The meta.json of a folder. ValueError if a file is not as long as it says, or it is damaged itself."""
+    with open(f'{folder}/meta.json', encoding='utf-8') as file:
+        meta = json.load(file)
+    sizes = {name: os.path.getsize(f'{folder}/{name}') for name in meta['sizes']}
+    if sizes != meta['sizes']:
+        raise ValueError(f'files have {sizes} bytes, and should have {meta["sizes"]}')
+    return meta
+
+
+def is_whole(folder):
+    try:
+        return bool(read_meta(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def map_file(path, dtype):
@@ -193,7 +210,7 @@ def open_datasets(configs, tokenizer, settings, say=None):
         if not dataset.num_chunks:
             raise UserError(f'dataset {config.path!r} has no documents ' + (
                 f'with text ({dataset.counts.describe()}): name another' if dataset.kept is None else
-                'that no dataset before it holds: leave it out, or raise the weight of the other'))
+                'that no dataset before it holds: leave it out'))
         opened.append(dataset)
         folders.append(dataset.folder)
     return opened
@@ -201,7 +218,7 @@ def open_datasets(configs, tokenizer, settings, say=None):
 
 def open_dataset(config, files, tokenizer, settings, say, in_use):
     """One ChunkedDataset. Folders of data_cache_dir that are `in_use` are not removed to make room for it."""
-    parent, C = settings.data_cache_dir, settings.retrieval_chunk_size
+    parent, C = os.path.expanduser(settings.data_cache_dir), settings.retrieval_chunk_size
     place = config.path if files.hub else os.path.abspath(os.path.expanduser(config.path))
     what = [VERSION, vocabulary_hash(tokenizer), C, {**asdict(config), 'path': place, 'weight': None}]
     base = os.path.join(parent, f'{hash64(what) & (2**64 - 1):016x}')
@@ -212,11 +229,11 @@ def open_dataset(config, files, tokenizer, settings, say, in_use):
             if files.hub:
                 files.rows = open_with_datasets(config, files)
             folder = f'{base}-{state_of(files) & (2**64 - 1):016x}'
-            if not os.path.isdir(folder):
+            if not is_whole(folder):
+                if os.path.isdir(folder):
+                    say(f'{folder} is damaged: reading {config.path} again')
                 remove_versions(base)
-                counts = build(folder, config, files, tokenizer, C, say)
-                if counts.bad or counts.other_files or counts.duplicates:
-                    say(f'{config.path}: {counts.describe()}')
+                build(folder, config, files, tokenizer, C, say)
                 make_room(parent, settings.data_cache_gb, [folder, *in_use])
             with suppress(OSError):
                 os.utime(folder)  # when it was last used
@@ -231,7 +248,7 @@ def state_of(files):
     """A hash of the files' names, sizes and times; ctime is the one that nobody can set back."""
     if files.hub:
         return hash64(files.rows._fingerprint)
-    return hash64([(os.path.basename(path), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+    return hash64([(os.path.basename(path), s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
                    for path, s in zip(files.paths, map(look_at, files.paths), strict=True)])
 
 
@@ -273,22 +290,22 @@ def make_room(parent, gigabytes, in_use):
     """Remove the datasets that were not used for longest, beyond a total size, and what killed processes left."""
     sizes = {}
     for entry in os.scandir(parent):
-        with suppress(OSError):  # another process may be removing it, or, under its lock, making it
-            if entry.name.endswith('.tmp'):
-                with open(f'{entry.path.rpartition("-")[0]}.lock', 'a') as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(entry.path, ignore_errors=True)
-            elif entry.is_dir():
-                sizes[entry.path] = (entry.stat().st_mtime, sum(f.stat().st_size for f in os.scandir(entry.path)))
+        if re.fullmatch('[0-9a-f]{16}-[0-9a-f]{16}(.tmp)?', entry.name):  # anything else is not ours
+            with suppress(OSError):  # another process may be removing it
+                size = sum(file.stat().st_size for file in os.scandir(entry.path))
+                sizes[entry.path] = (entry.stat().st_mtime, size)
     total = sum(size for _, size in sizes.values())
     for folder in sorted(sizes, key=sizes.get):
-        if total > gigabytes * 2**30 and folder not in in_use:
-            shutil.rmtree(folder, ignore_errors=True)  # processes that have mapped it keep what they have
-            total -= sizes[folder][1]
+        is_leftover = folder.endswith('.tmp')
+        if (is_leftover or total > gigabytes * 2**30) and folder not in in_use:
+            with suppress(OSError), open(f'{folder.rpartition("-")[0]}.lock', 'a') as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # or it is being made or opened
+                shutil.rmtree(folder, ignore_errors=True)  # processes that have it open keep what they have
+                total -= sizes[folder][1]
 
 
 def build(folder, config, files, tokenizer, chunk_size, say):
-    """Read a dataset into a new folder, complete or not at all. Its Counts."""
+    """Read a dataset into a new folder, complete or not at all."""
     tmp = f'{folder}.tmp'
     shutil.rmtree(tmp, ignore_errors=True)
     os.makedirs(tmp)
@@ -299,12 +316,12 @@ def build(folder, config, files, tokenizer, chunk_size, say):
         if state_of(files) != before:
             raise UserError(f'{config.path!r} has changed while it was read: start again when it is complete')
         digest = sort_documents(tmp, counts)
-        write_atomically(json.dumps(dict(counts=asdict(counts), hash=digest, chunk_size=chunk_size,
-                                         token_type=token_type.str)), f'{tmp}/meta.json')
+        write_atomically(json.dumps(dict(
+            counts=asdict(counts), hash=digest, chunk_size=chunk_size, token_type=token_type.str,
+            sizes={name: os.path.getsize(f'{tmp}/{name}') for name in os.listdir(tmp)})), f'{tmp}/meta.json')
         for name in os.listdir(tmp):
             sync(f'{tmp}/{name}')
         os.replace(tmp, folder)
-        return counts
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
@@ -375,7 +392,8 @@ def sort_documents(folder, counts):
             rows = rows[~is_repeated]
             ends = total + np.cumsum(rows['count'])
             total = int(ends[-1]) if len(ends) else total
-            digest.update(np.stack([rows['doc_id'], rows['text_hash']], axis=1).tobytes())
+            has_text = rows['count'] > 0
+            digest.update(np.stack([rows['doc_id'], rows['text_hash']], axis=1)[has_text].tobytes())
             rows.tofile(documents_file)
             rows['doc_id'].tofile(ids_file)
             ends.tofile(ends_file)
@@ -412,13 +430,19 @@ def two_documents(one, other):
 
 
 def count_known(datasets, others):
-    """How many documents of ChunkedDatasets stand in others with the same text, under whatever id."""
-    hashes = [np.asarray(d.table['text_hash'])[np.asarray(d.table['count']) > 0] for d in datasets]
-    wanted = np.unique(np.concatenate(hashes))
-    found = np.zeros(len(wanted), dtype=bool)
+    """
+    How many documents of ChunkedDatasets stand in others: with the same text, under whatever id; and with the same id,
+    but another text.
+    """
+    rows = np.concatenate([np.asarray(dataset.table) for dataset in datasets])
+    rows = rows[rows['count'] > 0]
+    wanted = np.unique(rows['text_hash'])
+    has_text, has_id = np.zeros(len(wanted), dtype=bool), np.zeros(len(rows), dtype=bool)
     for other in others:
         for start in range(0, len(other.table), SORTED_TOGETHER):
             there = other.table['text_hash'][start:start + SORTED_TOGETHER]
             place = np.minimum(np.searchsorted(wanted, there), len(wanted) - 1)
-            found[place[wanted[place] == there]] = True
-    return int(np.isin(np.concatenate(hashes), wanted[found]).sum())
+            has_text[place[wanted[place] == there]] = True
+        has_id |= other.find(rows['doc_id']) >= 0
+    is_same = np.isin(rows['text_hash'], wanted[has_text])
+    return int(is_same.sum()), int((has_id & ~is_same).sum())

@@ -40,11 +40,9 @@ def read_corpus(datasets, tokenizer, max_tokens=0):
     The last one is cut there, on the grid. UserError if there is no text.
     """
     def documents_of(dataset):
-        for block in dataset.blocks():
-            starts = np.flatnonzero(block.positions == 0)
-            for part in np.split(np.arange(len(block.ids)), starts[1:]):
-                name, = dataset.names(block.documents[part[:1]])
-                yield (int(block.doc_ids[part[0]]), name, block.tokens[part], block.lengths[part], block.ids[part])
+        for chunks in dataset.documents(max_tokens // dataset.chunk_size + 1 if max_tokens else 2**62):
+            name, = dataset.names(chunks.documents[:1])
+            yield int(chunks.doc_ids[0]), name, chunks.tokens, chunks.lengths, chunks.ids
     return join_documents(heapq.merge(*map(documents_of, datasets), key=lambda document: document[0]), tokenizer,
                           max_tokens)
 

@@ -10,12 +10,18 @@ its file is called, or what else stands there.
 """
 import glob
 import hashlib
+import logging
+import math
 import os
 import re
+import stat
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 
 from configurator import UserError
-from data.formats import BOM, KNOWN, ROWS, BadRow, as_tree, check_columns, read_rows, rows_of_batches, split_ending
+from data.formats import BOM, KNOWN, ROWS, BadRow, check_schema, read_rows, rows_of_batches, split_ending
+
+LEFTOVERS = ('_temporary', '_delta_log', '_spark_metadata')  # folders of programs that write tables
 
 os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
 
@@ -28,7 +34,7 @@ class DatasetConfig:
     split: str = 'train'  # split of a hub's dataset or of a saved folder that has several
     weight: float = 1.0  # share of the documents drawn, relative to the other datasets of the list
     text_field: str = 'text'  # column that holds the text; a path such as 'doc.text' if it is nested
-    id_field: str = 'id'  # column that identifies the document; without it, a hash of its text does
+    id_field: str = 'id'  # column that identifies the document; without it, or with '', a hash of its text does
     source: str = ''  # tells documents of the same id apart, of datasets that number theirs alike
     skip_bad: bool = False  # leave out and count rows without a text, instead of ending with an error
 
@@ -43,11 +49,13 @@ class DatasetConfig:
                 raise TypeError(f'{item.name} must be a {kind}, but is {value!r}')
         if not self.path:
             raise TypeError('path must not be empty')
+        if not 0 < self.weight < math.inf:
+            raise TypeError(f'weight must be positive and finite, but is {self.weight}')
 
     @property
     def needs_id(self):
         """Whether each row must have the id column: it was asked for."""
-        return self.id_field != 'id'
+        return self.id_field not in ('id', '')
 
 
 @dataclass
@@ -74,10 +82,13 @@ class Counts:
     duplicates: int = 0  # of the same id and text
     empty: int = 0  # without text
     bad: int = 0  # rows that were left out
+    kinds: dict = field(default_factory=dict)  # {ending: number of files}
 
     def describe(self):
         """One line, of what there is."""
-        parts = [f'{self.documents:,} documents' + f' in {self.files:,} files' * (self.files > 1)]
+        kinds = ', '.join(f'{count:,} {kind}' for kind, count in self.kinds.items())
+        parts = [f'{self.documents:,} documents' + f' in {self.files:,} files' * (self.files > 1)
+                 + f' ({kinds})' * (len(self.kinds) > 1)]
         parts += [f'{count:,} {what}' for count, what in (
             (self.duplicates, 'duplicates'), (self.empty, 'empty'), (self.bad, 'bad rows left out'),
             (self.other_files, 'files of other kinds')) if count]
@@ -104,9 +115,11 @@ def find_files(config):
         return Files([path])
     if os.path.isdir(path):
         found = files_of_folder(path)
-    elif glob.has_magic(path):
-        matches = [files_of_folder(match) if os.path.isdir(match) else Files([match]) if split_ending(match)[0] else
-                   Files(other=1) for match in sorted(glob.glob(path, recursive=True))]
+    elif set('*?') & set(path):
+        pattern = path.replace('[', '[[]')  # brackets are part of names
+        matches = [files_of_folder(match) if os.path.isdir(match) else Files([match]) if split_ending(match)[0]
+                   and is_regular(match) else Files(other=1) for match in sorted(glob.glob(pattern, recursive=True))
+                   if not set(LEFTOVERS) & set(match.split(os.sep))]
         if not matches:
             raise UserError(f'no file matches {config.path!r}: correct the pattern, or make the files first')
         if any(match.saved for match in matches):
@@ -126,22 +139,39 @@ def find_files(config):
 
 def files_of_folder(folder):
     """The Files below a folder, without hidden ones, links followed."""
-    if {'dataset_info.json', 'state.json'} <= set(os.listdir(folder)) or os.path.isfile(f'{folder}/dataset_dict.json'):
+    if is_saved(folder):
         paths = glob.glob(f'{glob.escape(folder)}/**', recursive=True)
         return Files(sorted(path for path in paths if os.path.isfile(path)), saved=folder)
     def cannot_list(error):
         raise UserError(f'{error.filename} cannot be read ({error.strerror}): make it readable, or move it elsewhere')
     found, seen = Files(), set()
     for parent, folders, names in os.walk(folder, onerror=cannot_list, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith('.')
+        if is_saved(parent):
+            raise UserError(f'{parent} was written by save_to_disk: name it as a dataset of its own')
+        folders[:] = sorted(name for name in folders if not name.startswith('.') and name not in LEFTOVERS
                             and os.path.realpath(os.path.join(parent, name)) not in seen)
         seen.update(os.path.realpath(os.path.join(parent, name)) for name in ['.', *folders])  # links may form a ring
         for name in sorted(names):
-            if split_ending(name)[0] and not name.startswith('.'):
-                found.paths.append(os.path.join(parent, name))
+            path = os.path.join(parent, name)
+            if split_ending(name)[0] and not name.startswith(('.', '~$')) and is_regular(path):
+                found.paths.append(path)
             else:
-                found.other += not name.startswith('.')
+                found.other += not name.startswith(('.', '~$'))
     return found
+
+
+def is_saved(folder):
+    """Whether a folder was written by `datasets.save_to_disk`."""
+    return all(os.path.isfile(f'{folder}/{name}') for name in ('dataset_info.json', 'state.json')) or os.path.isfile(
+        f'{folder}/dataset_dict.json')
+
+
+def is_regular(path):
+    """Whether a path is a file, and no pipe, which would have to be waited for. UserError if it leads nowhere."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror}): restore it, or remove its name') from error
 
 
 def read_documents(config, counts, files=None):
@@ -151,6 +181,8 @@ def read_documents(config, counts, files=None):
     """
     files = files or find_files(config)
     counts.files, counts.other_files = len(files.paths), files.other
+    if not files.saved:
+        counts.kinds = dict(Counter(split_ending(path)[0] for path in files.paths).most_common())
     for path, where, row in read_all_rows(config, files):
         if isinstance(row, BadRow):
             if not config.skip_bad:
@@ -176,13 +208,13 @@ def read_all_rows(config, files):
     if files.saved or files.hub:
         rows = files.rows or open_with_datasets(config, files)
         try:
-            names = check_columns(as_tree(rows.features.arrow_schema), config)
-        except UserError as error:
+            names = check_schema(rows.features.arrow_schema, config)
+            rows = rows.select_columns(sorted({name if name in rows.column_names else name.partition('.')[0]
+                                               for name in names})).with_format('arrow')
+            for where, row in rows_of_batches(rows.iter(ROWS), config, names):
+                yield config.path, where, row
+        except (UserError, OSError, ValueError, ArithmeticError) as error:
             raise UserError(f'dataset {config.path!r}: {error}') from error
-        rows = rows.select_columns(sorted({name if name in rows.column_names else name.partition('.')[0]
-                                           for name in names})).with_format('arrow')
-        for where, row in rows_of_batches(rows.iter(ROWS), config):
-            yield config.path, where, row
         return
     for path in files.paths:
         for where, row in read_rows(path, config):
@@ -195,14 +227,16 @@ def open_with_datasets(config, files):
     datasets.disable_progress_bars()
     try:
         if files.hub:
+            logging.getLogger('huggingface_hub').setLevel(logging.CRITICAL)  # the error below says what happened
             return datasets.load_dataset(config.path, config.name or None, split=config.split)
         rows = datasets.load_from_disk(files.saved)
+        if isinstance(rows, dict) and config.split not in rows:
+            raise ValueError(f'no split {config.split!r}, but {", ".join(map(repr, rows))}: set split')
         return rows[config.split] if isinstance(rows, dict) else rows
     except Exception as error:  # the library raises many unrelated classes
         what = f'{config.path!r} is no file or folder here, and the hub did not provide it as a dataset' if files.hub \
             else f'the saved dataset {config.path!r} could not be read'
-        reason = f'no split {config.split!r}' if isinstance(error, KeyError) else (
-            f'{type(error).__name__}: {" ".join(str(error).split())[:300]}')
+        reason = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
         raise UserError(f'{what} ({reason}): name a file, a folder, a pattern such as docs/*.jsonl, or another '
                         f'dataset') from error
 

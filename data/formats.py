@@ -14,6 +14,7 @@ import itertools
 import json
 import lzma
 import os
+import re
 import sys
 import zlib
 
@@ -24,7 +25,9 @@ KINDS = {'.parquet': TABLE, '.jsonl': LINES, '.ndjson': LINES, '.json': LINES, '
          '.txt': TEXT, '.text': TEXT, '.md': TEXT, '.markdown': TEXT, '.rst': TEXT}
 COMPRESSED = ('.gz', '.zst', '.bz2', '.xz')
 KNOWN = f'{", ".join(KINDS)}; all but .parquet also as {", ".join(COMPRESSED)}'
+QUOTES = 'double quotes open and close whole values, and are doubled inside of them'
 BOM = '\ufeff'
+ESCAPED = re.compile('[\udc80-\udcff]')  # bytes that are not UTF-8, in text that was decoded with surrogateescape
 ROWS = 128  # of a table, that are converted together
 
 
@@ -78,9 +81,14 @@ def open_decompressed(path, compression):
     file = openers[compression](path, 'rb')
     if not hasattr(file, 'peek'):
         file = io.BufferedReader(file)
-    if file.peek(2)[:2] in (b'\xff\xfe', b'\xfe\xff'):
+    start = file.peek(64)[:64]
+    zeros = max(start[0::2].count(0), start[1::2].count(0))  # of letters in UTF-16
+    if start[:2] in (b'\xff\xfe', b'\xfe\xff') or zeros > 0.4 * len(start) > 3:
         file.close()
         raise UserError('it is UTF-16, and only UTF-8 can be read: convert it, e.g. with iconv -f UTF-16 -t UTF-8')
+    if start.startswith(b'version https://git-lfs.github.com/spec'):
+        file.close()
+        raise UserError('it is a pointer of Git LFS, and no document: fetch the file with git lfs pull')
     return file
 
 
@@ -106,11 +114,11 @@ def read_json(file, config, ending):
         for number, row in enumerate(rows, 1):
             yield f'object {number}', choose(row, config)
         return
-    first = file.readline()
+    first = file.readline().removeprefix(BOM.encode())
     if ending == '.json' and isinstance(parse(first), BadRow):
         rest = file.read()
         whole = parse(first + rest)
-        if not isinstance(whole, BadRow):
+        if not isinstance(whole, BadRow) or first.strip() == b'{':
             yield 'as a whole', choose(whole, config)
             return
         file = io.BytesIO(rest)
@@ -148,11 +156,23 @@ def read_delimited(file, config, delimiter):
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     last = 0
     try:
-        header = next(reader, [])
+        header = next(filter(None, reader), [])  # blank lines may come first
+        check_unique(header, config)
         check_columns(dict.fromkeys(header), config)
         last = reader.line_num
-        for values in reader:
+        while True:
+            try:
+                values = next(reader, None)
+            except csv.Error as error:
+                if 'end of data' in str(error):  # the rest of the file is in an open quote
+                    raise
+                values = error
             where, last = f'line {last + 1}', reader.line_num
+            if values is None:
+                return
+            if isinstance(values, csv.Error):
+                yield where, BadRow(f'broken quotes ({values}): {QUOTES}')
+                continue
             if not values:
                 continue
             if len(values) != len(header):
@@ -160,31 +180,64 @@ def read_delimited(file, config, delimiter):
                                     f'{delimiter!r}, double quotes or line ends has to stand in double quotes')
                 continue
             row = choose(dict(zip(header, values, strict=True)), config)
-            is_bad = not isinstance(row, BadRow) and any(
-                '\udc80' <= c <= '\udcff' for value in row if value and not value.isascii() for c in value)
+            is_bad = not isinstance(row, BadRow) and any(value and ESCAPED.search(value) for value in row)
             yield where, BadRow('not UTF-8') if is_bad else row
     except csv.Error as error:
-        raise UserError(f'broken CSV in the row that begins in line {last + 1} ({error}): double quotes open and close '
-                        f'whole values, and are doubled inside of them') from error
+        raise UserError(f'broken quotes in the row that begins in line {last + 1} ({error}): {QUOTES}') from error
 
 
 def read_parquet(path, config):
     import pyarrow.parquet
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            fields = check_columns(as_tree(file.schema_arrow), config)
-            yield from rows_of_batches(file.iter_batches(ROWS, columns=fields), config)
+            fields = check_schema(file.schema_arrow, config)
+            yield from rows_of_batches(file.iter_batches(ROWS, columns=fields), config, fields)
     except pyarrow.ArrowException as error:
         raise ValueError(error) from error
 
 
-def rows_of_batches(batches, config):
-    """(where, row) of pyarrow's batches or tables."""
+def rows_of_batches(batches, config, fields):
+    """(where, row) of pyarrow's batches or tables, which have the fields."""
     number = 0
     for batch in batches:
-        for row in batch.to_pylist():
+        texts = values_of(batch, config.text_field)
+        ids = values_of(batch, config.id_field) if config.id_field in fields else [None] * len(texts)
+        for document_id, text in zip(ids, texts, strict=True):
             number += 1
-            yield f'row {number}', choose(row, config)
+            yield f'row {number}', convert(document_id, text)
+
+
+def values_of(table, name):
+    """The values of a column, or of a field in one of structs; of strings the bytes, which may not be UTF-8."""
+    import pyarrow
+    import pyarrow.compute
+    parts = [name] if name in table.schema.names else name.split('.')
+    column = table.column(parts[0])
+    for part in parts[1:]:
+        column = pyarrow.compute.struct_field(column, part)
+    kind = pyarrow.types
+    if kind.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    for is_kind, as_bytes in ((kind.is_string, pyarrow.binary()), (kind.is_large_string, pyarrow.large_binary()),
+                              (kind.is_string_view, pyarrow.binary_view())):
+        if is_kind(column.type):
+            column = column.cast(as_bytes)
+    try:
+        return column.to_pylist()
+    except (OverflowError, ValueError):  # such as a time that Python cannot hold
+        return column.cast(pyarrow.string()).to_pylist()
+
+
+def check_schema(schema, config):
+    """As check_columns, of a pyarrow schema."""
+    check_unique(schema.names, config)
+    return check_columns(as_tree(schema), config)
+
+
+def check_unique(names, config):
+    for name in (config.text_field, config.id_field):
+        if names.count(name) > 1:
+            raise UserError(f'it has {names.count(name)} columns {name!r}: rename all but one')
 
 
 def as_tree(fields):
@@ -195,7 +248,7 @@ def as_tree(fields):
 
 def check_columns(columns, config):
     """Those of the text and id fields that a tree of columns has. UserError if one is missing that has to be there."""
-    found = [name for name in (config.text_field, config.id_field) if pick(columns, name) is not MISSING]
+    found = [name for name in (config.text_field, config.id_field) if name and pick(columns, name) is not MISSING]
     for name, setting in ((config.text_field, 'text_field'), (config.id_field, 'id_field')):
         if name not in found and (setting == 'text_field' or config.needs_id):
             raise UserError(f'it has no column {name!r}: its columns are {", ".join(columns) or "none"}; set {setting}')
@@ -219,12 +272,18 @@ def choose(row, config):
         return row
     if not isinstance(row, dict):
         return BadRow(f'no object with fields, but {describe(row)}')
-    text, document_id = pick(row, config.text_field), pick(row, config.id_field)
+    text = pick(row, config.text_field)
+    document_id = pick(row, config.id_field) if config.id_field else MISSING
     for value, name, setting in ((text, config.text_field, 'text_field'), (document_id, config.id_field, 'id_field')):
         if value is MISSING and (setting == 'text_field' or config.needs_id):
             return BadRow(f'no field {name!r}; its fields are {", ".join(row)}: set {setting}')
+    return convert(None if document_id is MISSING else document_id, text)
+
+
+def convert(document_id, text):
+    """(id or None, text) of values of any type, or a BadRow."""
     try:
-        return as_id(None if document_id is MISSING else document_id), as_text(text)
+        return as_id(document_id), as_text(text)
     except BadRow as error:
         return error
 
@@ -249,7 +308,7 @@ def as_id(value):
         except UnicodeDecodeError:
             return value.hex()
     if isinstance(value, (dict, list)):
-        raise BadRow(f'no id, but {describe(value)}')
+        raise BadRow(f'no id, but {describe(value)}: name a field in it in id_field, such as id.key, or none')
     return None if value is None or value != value else str(value) or None  # NaN is what pandas writes for none
 
 

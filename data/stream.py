@@ -63,8 +63,6 @@ class SequenceStream:
         self.step_size, self.first = step_size or batch_size, first
         self.count = count or self.step_size
         weights = np.array([dataset.config.weight for dataset in datasets], dtype=float)
-        if not ((weights > 0) & np.isfinite(weights)).all():
-            raise UserError(f'dataset weights must be positive and finite, but are {weights.tolist()}')
         # a weight is a share of documents: as sequences, it grows with their mean length
         shares = weights / weights.max() * [dataset.num_chunks / len(dataset) for dataset in datasets]
         self.shares = shares / shares.sum()

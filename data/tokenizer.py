@@ -39,12 +39,12 @@ def load_tokenizer(name):
             saved = json.load(file)
         pattern = split_pattern(saved)
         byte_by_char = unicode_to_byte()
+        special = {token['content']: token['id'] for token in saved['added_tokens']}
         ranks = {bytes(byte_by_char[c] for c in token): rank for token, rank in saved['model']['vocab'].items()
-                 if token != END_OF_TEXT}
+                 if token not in special}
         lacking = [byte for byte in range(256) if bytes([byte]) not in ranks]
         if lacking:
             raise Unsupported(f'no token for the byte 0x{lacking[0]:02x}')
-        special = {token['content']: token['id'] for token in saved['added_tokens']}
         if END_OF_TEXT not in special:
             raise UserError(f'tokenizer {name!r} has no {END_OF_TEXT} token: add it as a special token')
         tokenizer = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
@@ -76,6 +76,10 @@ def split_pattern(saved):
     ids = [model['vocab'][left + right] for left, right in merges]
     if ids != sorted(ids):
         raise Unsupported('ids that are not in the order of its merges')
+    made = {left + right for left, right in merges} | {token['content'] for token in saved['added_tokens']}
+    unmade = [token for token in model['vocab'] if len(token) > 1 and token not in made]
+    if unmade and not model.get('ignore_merges'):
+        raise Unsupported(f'tokens that no merge makes, such as {unmade[0]!r}')
     if normalizer and normalizer.get('normalizers') != []:
         parts = normalizer.get('normalizers', [normalizer])
         raise Unsupported(f'the normalizer {", ".join(part["type"] for part in parts)}')
@@ -138,7 +142,7 @@ def tokenize(text, tokenizer):
     if len(text) < 100_000 or not LONG_RUN.search(text):
         return tokenizer.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
     import regex
-    pieces = regex.findall(tokenizer._pat_str, text)
+    pieces = (match.group() for match in regex.finditer(tokenizer._pat_str, text))
     return np.array([i for piece in pieces for i in tokenizer._encode_single_piece(piece)], dtype=np.int32)
 
 

@@ -48,7 +48,8 @@ def parse_arguments():
     parser.add_argument('--data', action='append', metavar='FILE',
                         help='text to evaluate on: .jsonl, .parquet, .txt, ...; can be repeated (default: the '
                              'val_datasets of the run)')
-    parser.add_argument('--source', help='source of the documents of --data, if the run has several')
+    parser.add_argument('--like', metavar='PATH', help='train dataset of the run whose columns and source --data has, '
+                        'if they have several')
     parser.add_argument('--baseline', metavar='OUT_DIR', help='a GPT of the same decoder to compare with')
     parser.add_argument('--retrieval', choices=('on', 'off'),
                         help='off: only without neighbors (default: on and off, if the model has retrieval)')
@@ -134,14 +135,14 @@ def configs_of_data(arguments, settings):
     train = as_dataset_configs(settings.train_datasets, 'train_datasets')
     known = {resolve(config.path): config for config in [*as_dataset_configs(settings.val_datasets, 'val_datasets'),
                                                          *train]}
-    if len({(config.source, config.text_field, config.id_field) for config in train}) > 1 and arguments.source is None \
-            and not all(resolve(path) in known for path in arguments.data):
-        sources = sorted({config.source for config in train})
-        raise UserError(f'--data may be of any source of the run, {", ".join(map(repr, sources))}: choose one, '
-                        f'--source={sources[-1]}, so that its documents are recognized in the collection')
-    like = next((config for config in train if config.source == arguments.source), train[0])
-    return [known.get(resolve(path)) or replace(like, path=path, name='', split='train', weight=1.0, source=(
-        like.source if arguments.source is None else arguments.source)) for path in arguments.data]
+    like = [config for config in train if arguments.like in (None, config.path)]
+    if len({(config.source, config.text_field, config.id_field) for config in like}) != 1 and not all(
+            resolve(path) in known for path in arguments.data):
+        paths = ', '.join(config.path for config in train)
+        raise UserError(f'the train_datasets of the run, {paths}, have several columns or sources: say which of them '
+                        f'--data has, --like={train[0].path}, so that its documents are recognized in the collection')
+    return [known.get(resolve(path)) or replace(like[0], path=path, name='', split='train', weight=1.0)
+            for path in arguments.data]
 
 
 def resolve(path):

@@ -13,6 +13,9 @@ import numpy as np
 
 from configurator import UserError
 
+# of a transformer's config, what its vectors depend on beside the weights
+NETWORK = ('num_attention_heads', 'hidden_act', 'layer_norm_eps', 'position_embedding_type', 'rope_theta')
+
 os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
 
 
@@ -38,8 +41,9 @@ class Embedder:
             with quiet('huggingface_hub'), quiet('sentence_transformers'):
                 self.model = SentenceTransformer(name, device=device, local_files_only=is_folder)
         except Exception as error:  # a hub's refusals come as several unrelated classes
-            raise UserError(f'no embedding model {name!r}: it is no folder that holds a SentenceTransformer, and the '
-                            f'hub did not provide it ({type(error).__name__}). Fit the offline one with python -m '
+            reason = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+            raise UserError(f'no embedding model {name!r}: it is no folder that holds a whole SentenceTransformer, and '
+                            f'the hub did not provide it ({reason}). Fit the offline one with python -m '
                             f'retrieval.static_embedding CONFIG, or name an existing model in '
                             f'retrieval_embedding_model') from error
         self.name = name
@@ -70,7 +74,7 @@ class Embedder:
     def describe_cut(self, texts):
         """How many of the texts are longer than the model reads, in one line; '' if hardly any is."""
         most = self.model.max_seq_length
-        if not texts or most is None or most == float('inf'):
+        if not texts or most is None or most == float('inf') or not callable(self.model.tokenizer):
             return ''
         tokens = self.model.tokenizer([self.prompt + text for text in texts], truncation=False, verbose=False)
         share = np.mean([len(ids) > most for ids in tokens['input_ids']])
@@ -83,10 +87,13 @@ class Embedder:
 def fingerprint(model, prompt):
     """
     16 hex digits of what a SentenceTransformer's vectors depend on: the weights in use, what it makes of a text's
-    tokens, the longest text, the prompt. Not of normalization: we normalize ourselves.
+    tokens, the longest text, the prompt, pooling. Not of normalization: we normalize ourselves.
     """
     import torch
     probe = prompt + 'It\'s THE naïve café, 中文 and 42!'
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_()  # frozen ones would not be in the graph
     with torch.enable_grad():
         features = model.preprocess([probe])
         ids = features.get('input_ids', torch.zeros(0)).flatten().tolist()
@@ -94,9 +101,12 @@ def fingerprint(model, prompt):
         used = parameters_of(model(features)['sentence_embedding'])
     settings = [(type(module).__name__, module.get_config_dict()) for module in list(model)[1:]
                 if type(module).__name__ != 'Normalize']
+    network = getattr(getattr(model[0], 'auto_model', None), 'config', None)
+    settings += [(name, getattr(network, name, None)) for name in NETWORK]
     digest = hashlib.blake2b(repr([ids, len(prompt), model.max_seq_length, settings]).encode(), digest_size=8)
-    for key, tensor in sorted(model.named_parameters()):
-        if tensor in used:
+    parameters = dict(model.named_parameters())
+    for key, tensor in sorted(model.state_dict().items()):
+        if (parameters[key] in used or not used) if key in parameters else tensor.is_floating_point():
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

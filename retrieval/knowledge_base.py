@@ -82,6 +82,7 @@ class KnowledgeBase:
                             f'underscores, 255 at most, and no digit at the beginning')
         if metadata.index not in INDEXES:
             raise UserError(f'retrieval_index {metadata.index!r} is not one of {", ".join(INDEXES)}')
+        uri = os.path.expanduser(uri) if is_local(uri) else uri
         self.uri, self.token, self.collection, self.metadata = uri, token, collection, metadata
         self.client = self.lease = None
         self.open(create)
@@ -209,8 +210,8 @@ class KnowledgeBase:
     def which_documents(self, doc_ids):
         """The set of those of the doc_ids (n,) that have rows."""
         found = set()
-        for start in range(0, len(doc_ids), 64):  # many rows a document, and no answer has more than MOST
-            wanted = set(doc_ids[start:start + 64].tolist())
+        for start in range(0, len(doc_ids), 1024):  # many rows a document, and no answer has more than MOST
+            wanted = set(doc_ids[start:start + 1024].tolist())
             while wanted:
                 with self._errors():
                     rows = self.client.query(self.collection, filter=f'doc_id in {sorted(wanted)}', limit=MOST,
@@ -223,16 +224,18 @@ class KnowledgeBase:
     def all_ids(self):
         """Yields (ids, doc_ids) of all rows, as arrays. Ids are hashes: equal ranges hold about as many of them."""
         parts = self.count() // (MOST // 4) + 1
-        borders = [i * 2**64 // parts - 2**63 for i in range(parts + 1)]
-        ranges = list(itertools.pairwise(borders))
+        borders = [i * 2**64 // parts - 2**63 for i in range(1, parts)]
+        ranges = list(itertools.pairwise([None, *borders, None]))
         while ranges:
-            low, high = ranges.pop()
+            low, high = ranges.pop()  # servers cannot read the least 64-bit number
+            conditions = [f'id >= {low}'] * (low is not None) + [f'id < {high}'] * (high is not None)
             with self._errors():
-                rows = self.client.query(self.collection, filter=f'id >= {low} and id <= {high - 1}', limit=MOST,
-                                         output_fields=['id', 'doc_id'], consistency_level='Strong',
+                rows = self.client.query(self.collection, filter=' and '.join(conditions or ['id < 0 or id >= 0']),
+                                         limit=MOST, output_fields=['id', 'doc_id'], consistency_level='Strong',
                                          retry_times=RETRIES)
             if len(rows) == MOST:  # there may be more
-                ranges += [(low, (low + high) // 2), ((low + high) // 2, high)]
+                middle = ((-2**63 if low is None else low) + (2**63 if high is None else high)) // 2
+                ranges += [(low, middle), (middle, high)]
                 continue
             yield tuple(np.array([row[name] for row in rows], dtype=np.int64) for name in ('id', 'doc_id'))
 
@@ -298,11 +301,14 @@ def connect(address, uri, token, timeout):
 
 def check_uri(uri):
     """UserError if it is neither a local path nor a server's address."""
-    scheme, is_address, rest = uri.partition('://')
-    if is_address and scheme.lower() not in ('http', 'https', 'tcp', 'unix'):
-        hint = f'write the path alone, {rest!r}' if scheme.lower() == 'file' else 'begin with http:// or https://'
+    scheme, has_scheme, rest = uri.partition(':')
+    is_address = '://' in uri
+    if has_scheme and re.fullmatch(r'[A-Za-z][\w+.-]*', scheme) and not (
+            is_address and scheme.lower() in ('http', 'https', 'tcp') and rest.strip('/')):
+        hint = f'write the path alone, {re.sub("^//(?=/)", "", rest)!r}' if scheme.lower() == 'file' else (
+            'write it as http://HOST:19530')
         raise UserError(f'retrieval_milvus_uri {uri!r} is no address of a Milvus server: {hint}')
-    if not is_address and not uri.endswith('.db'):
+    if not is_address and (not uri.endswith('.db') or os.path.basename(uri) == '.db'):
         raise UserError(f'retrieval_milvus_uri {uri!r} is neither the path of a local file ending in .db nor an '
                         f'address such as http://127.0.0.1:19530')
 

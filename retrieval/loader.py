@@ -33,8 +33,8 @@ END = object()  # of the batches
 class Loader:
     """
     An iterator of Batches on `device`, `count` of the training stream (None: without end). `train` is the arguments of
-    SequenceStream beside its datasets. With `val`, the rank and world_size for val_batches, take_val() has to come
-    first. Neighbors are fetched for
+    SequenceStream beside its datasets. With `val`, rank and world_size for val_batches, take_val() has to come first.
+    Neighbors are fetched for
     several batches at once, first one, then up to retrieval_prefetch_batches, as a search costs much the same for few
     chunks as for many; without `retrieve` there are none. As many batches are kept ready, or `keep_ready` if that is
     more. `say` receives news, such as that Milvus is unreachable. An exception of the process is raised here, with its
@@ -162,8 +162,12 @@ def run(settings, train, count, val, device, retrieve, keep_ready, ready, news):
 def open_streams(settings, tokenizer, train, count, val, say):
     """[the val batches, if `val` is given; `count` batches of the training stream, if `train` is]"""
     def open_setting(name):
-        return open_datasets(as_dataset_configs(getattr(settings, name), name), tokenizer, settings, say)
-    streams = []
+        found = open_datasets(as_dataset_configs(getattr(settings, name), name), tokenizer, settings, say)
+        for dataset in found:
+            if is_first and (dataset.counts.bad or dataset.counts.duplicates):
+                say(f'{dataset.config.path}: {dataset.counts.describe()}')
+        return found
+    streams, is_first = [], val is None or not val.get('rank')
     if val is not None:
         val_datasets = open_setting('val_datasets')
         streams.append(val_batches(val_datasets, tokenizer, settings.block_size, settings.batch_size,
@@ -171,9 +175,15 @@ def open_streams(settings, tokenizer, train, count, val, say):
     if train is not None:
         datasets = open_setting('train_datasets')
         streams.append(islice(SequenceStream(datasets, settings.block_size, **train), count))
-        if val is not None and not val.get('rank') and (known := count_known(val_datasets, datasets)):
-            say(f'{known:,} of {sum(map(len, val_datasets)):,} val documents stand in train_datasets, too: what they '
-                f'add to the val loss is low; remove them from one of the two')
+        if val is not None and is_first:
+            known, renamed = count_known(val_datasets, datasets)
+            count = sum(map(len, val_datasets))
+            if known:
+                say(f'{known:,} of {count:,} val documents stand in train_datasets, too: what they add to the val loss '
+                    f'is low; remove them from one of the two')
+            if renamed:
+                say(f'{renamed:,} of {count:,} val documents have ids of other documents in train_datasets, which are '
+                    f'taken for the same and never their neighbors: give the two a source of their own')
     return streams
 
 

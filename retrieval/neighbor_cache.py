@@ -7,8 +7,10 @@ Entries belong to one revision of one collection: when the collection changes, a
 adds nothing more and evicts nothing: an epoch larger than the cache would evict each entry just before it is needed.
 """
 import contextlib
+import fcntl
 import hashlib
 import os
+import re
 import sys
 
 import lmdb
@@ -33,7 +35,7 @@ class NeighborCache:
         self.folder, self.size, self.kinds, self.is_full = folder, int(gigabytes * 2**30), kinds, False
         self.collection = collection
         self.say = say or (lambda text: print(text, file=sys.stderr))
-        self.revision, self.databases = None, {}
+        self.revision, self.inode, self.is_broken = None, None, False
         try:
             os.makedirs(folder, exist_ok=True)
             self._open()
@@ -42,31 +44,40 @@ class NeighborCache:
                             f'that you may write to, or set retrieval_cache_gb to 0') from error
 
     def _open(self):
-        self.environment = None
+        self.environment, self.databases = None, {}
         try:
-            self.environment = lmdb.open(self.folder, map_size=self.size, max_dbs=256, max_readers=1024)
-            self.environment.reader_check()  # killed readers would keep old pages from being reused
-            pages = self.environment.info()['last_pgno'] + 1
-            if pages * self.environment.stat()['psize'] > os.path.getsize(os.path.join(self.folder, DATA)):
-                raise lmdb.CorruptedError('it has been cut off')  # reading beyond its end would kill the process
+            self._open_file()
         except DAMAGE as error:
             self._throw_away(error)
-            self.environment = lmdb.open(self.folder, map_size=self.size, max_dbs=256, max_readers=1024)
+            self._open_file()
+
+    def _open_file(self):
+        path = os.path.join(self.folder, DATA)
+        self.inode = os.stat(path).st_ino if os.path.exists(path) else None
+        self.environment = lmdb.open(self.folder, map_size=self.size, max_dbs=256, max_readers=1024)
+        self.inode = os.stat(path).st_ino
+        self.environment.reader_check()  # killed readers would keep old pages from being reused
+        pages = self.environment.info()['last_pgno'] + 1
+        if pages * self.environment.stat()['psize'] > os.path.getsize(path):
+            raise lmdb.CorruptedError('it has been cut off')  # reading beyond its end would kill the process
 
     def _throw_away(self, error):
-        """Remove the damaged file. Processes that have it open keep what they have."""
+        """Remove the damaged file, unless another process has. Who has it open keeps what it has."""
         if self.environment is not None:
             self.environment.close()
-        self.databases = {}
-        for name in (DATA, 'lock.mdb'):
+        with open(os.path.join(self.folder, '.throw-away'), 'a') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self.folder, name))
+                if os.stat(os.path.join(self.folder, DATA)).st_ino != self.inode:
+                    return
+                for name in (DATA, 'lock.mdb'):
+                    os.unlink(os.path.join(self.folder, name))
         self.say(f'the neighbor cache in {self.folder} was damaged ({error}), and is thrown away: neighbors are '
                  f'searched for anew')
 
     def use_revision(self, revision):
         """Read and write entries of this revision, a string, and drop those of others. None: neither read nor write."""
-        if revision == self.revision and (self.databases or revision is None):
+        if revision == self.revision and (self.databases or self.is_broken or revision is None):
             return
         self.revision, self.databases, self.is_full = revision, {}, False
         if revision is None:
@@ -77,7 +88,8 @@ class NeighborCache:
         with self._tolerating_others(), self.environment.begin() as reading:
             names = [bytes(key) for key, _ in reading.cursor()]
         for name in names:
-            if name.startswith(prefix.encode()) and not name.startswith(current.encode()):
+            is_readable = re.match(rb'[0-9a-f]{16} \| ', name)  # earlier versions had other names
+            if not is_readable or (name.startswith(prefix.encode()) and not name.startswith(current.encode())):
                 with self._tolerating_others(), self.environment.begin(write=True) as writing:
                     writing.drop(self.environment.open_db(name, writing))
         with self._tolerating_others():
@@ -92,7 +104,7 @@ class NeighborCache:
 
     def put(self, kind, items):
         """Add (key, value) pairs, all of them, or none if there is no room."""
-        if kind not in self.databases or not items:
+        if kind not in self.databases or not items or self.is_broken:
             return
         with self._tolerating_others(), self.environment.begin(self.databases[kind], write=True) as writing:
             self.is_full = self._used(writing) > USABLE * self.size
@@ -120,13 +132,19 @@ class NeighborCache:
         except lmdb.BadDbiError:  # another run saw the collection change first, and dropped these entries
             self.databases = {}
         except DAMAGE as error:
-            self._throw_away(error)
-            self._open()
+            try:
+                self._throw_away(error)
+                self._open()
+            except (lmdb.Error, OSError) as another:
+                self.databases = {}
+                self._stop_writing(another)
         except lmdb.Error as error:  # of the system, such as a full disk
-            if not self.is_full:
-                self.say(f'the neighbor cache in {self.folder} cannot be used any more ({error}): see whether there is '
-                         f'room; neighbors are searched for')
-            self.is_full = True
+            self._stop_writing(error)
+
+    def _stop_writing(self, error):
+        self.is_full = self.is_broken = True
+        self.say(f'the neighbor cache in {self.folder} cannot be written any more ({error}): see whether there is '
+                 f'room; what it lacks is searched for')
 
     def count(self, kind):
         """Number of entries of a kind."""

@@ -58,28 +58,32 @@ class Rows:
 
 @dataclass
 class Part:
-    """Some whole documents, as the collection is to hold them."""
+    """Some chunks, as the collection is to hold them."""
     rows: Rows
-    textless: np.ndarray  # (m,) ids of their chunks without text, which are no rows
-    rowless: np.ndarray  # (k,) doc_ids of those without any row
+    ends: dict  # {doc_id: how many chunks the document has}
+    textless: np.ndarray  # (m,) ids of the chunks without text, which are no rows
+    rowless: np.ndarray  # (k,) doc_ids of documents without any row
     began: float = 0.0  # reading it, by time.monotonic()
     ended: float = 0.0
 
 
 def read_parts(datasets, tokenizer):
-    """Yields the documents of ChunkedDatasets as Parts; of those without text only the doc_ids."""
+    """Yields the chunks of ChunkedDatasets as Parts; of documents without text only the doc_ids."""
     for dataset in datasets:
-        for block in dataset.blocks():
-            yield as_part(block, dataset, tokenizer)
+        for numbers in dataset.blocks():
+            yield as_part(numbers, dataset, tokenizer)
         for doc_ids in dataset.empty_documents():
-            nothing = as_part(dataset.read(np.arange(1)), dataset, tokenizer).rows.take([])
-            yield Part(nothing, np.zeros(0, dtype=np.int64), doc_ids)
+            nothing = as_part(np.arange(1), dataset, tokenizer)
+            yield Part(nothing.rows.take([]), {}, nothing.textless[:0], doc_ids)
 
 
-def as_part(chunks, dataset, tokenizer):
-    """The Part of the Chunks of whole documents. UserError if a text is too long for a row."""
+def as_part(numbers, dataset, tokenizer):
+    """The Part of the chunks of these numbers, one after another. UserError if a text is too long for a row."""
+    count = len(numbers)
+    more = dataset.read(np.arange(numbers[0], min(numbers[-1] + 2, dataset.num_chunks)))  # and the continuation
+    chunks = dataset.read(numbers)
     is_last = chunks.is_last_chunk
-    following = np.where(is_last[:, None], tokenizer.eot_token, np.roll(chunks.tokens, -1, axis=0))
+    following = np.where(is_last[:, None], tokenizer.eot_token, np.roll(more.tokens, -1, axis=0)[:count])
     texts = [tokenizer.decode(tokens[:length]) for tokens, length in
              zip(chunks.tokens.tolist(), (chunks.lengths - is_last).tolist(), strict=True)]  # without the end-of-text
     for text, document, position in zip(texts, chunks.documents, chunks.positions, strict=True):
@@ -88,14 +92,15 @@ def as_part(chunks, dataset, tokenizer):
             raise UserError(f'chunk {position + 1} of document {document_id!r} ({where}) has a text of '
                             f'{len(text.encode()):,} bytes, and a row holds {MAX_TEXT:,}: use a smaller '
                             f'retrieval_chunk_size, or leave the document out')
-    documents, inverse = np.unique(chunks.documents, return_inverse=True)
+    documents, first, inverse, held = np.unique(chunks.documents, True, True, True)
+    ends, doc_ids = dataset.table['count'][documents], chunks.doc_ids[first]
     names = [name[:256] for name in dataset.names(documents)]
     has_text = np.array([bool(text.strip()) for text in texts])
     rows = Rows(chunks.ids, chunks.doc_ids, chunks.positions, [names[i] for i in inverse], texts,
                 np.concatenate([chunks.tokens, following], axis=1),
-                chunks.lengths + np.where(is_last, 0, np.roll(chunks.lengths, -1)))
-    return Part(rows.take(np.flatnonzero(has_text)), chunks.ids[~has_text],
-                np.setdiff1d(chunks.doc_ids, chunks.doc_ids[has_text]))
+                chunks.lengths + np.where(is_last, 0, np.roll(more.lengths, -1)[:count]))
+    return Part(rows.take(np.flatnonzero(has_text)), dict(zip(doc_ids.tolist(), ends.tolist(), strict=True)),
+                chunks.ids[~has_text], np.setdiff1d(doc_ids[held == ends], chunks.doc_ids[has_text]))
 
 
 def read_into(parts, settings):
@@ -107,7 +112,7 @@ def read_into(parts, settings):
                                  parts.put)
         for dataset in datasets:
             parts.put(f'{dataset.config.path}: {dataset.counts.describe()}')
-        parts.put(sum(dataset.num_chunks for dataset in datasets))
+        parts.put([(dataset.hash, dataset.num_chunks) for dataset in datasets])
         reading, part = read_parts(datasets, tokenizer), None
         while True:
             began = time.monotonic()
@@ -121,6 +126,8 @@ def read_into(parts, settings):
         pass
     except Exception as error:
         parts.put(error)
+    except BaseException as error:  # what a library of Rust raises when it panics
+        parts.put(RuntimeError(f'{type(error).__name__}: {error}'))
 
 
 def load_embedder(name, device):
@@ -144,8 +151,8 @@ def describe_cut(texts):
 
 def missing_rows(knowledge_base, part):
     """
-    The Rows of a Part that the collection lacks or holds with other tokens, and how many documents have changed. What
-    it holds of them beyond their rows is removed.
+    The Rows of a Part that the collection lacks or holds with other tokens, and the doc_ids of documents that have
+    changed. What it holds of them beyond their chunks, or where these have no text now, is removed.
     """
     rows = part.rows
     found = knowledge_base.rows(np.concatenate([rows.id, part.textless]), ['doc_id', 'tokens'], latest=True)
@@ -159,15 +166,20 @@ def missing_rows(knowledge_base, part):
     had_text = [row_id for row_id in part.textless.tolist() if row_id in found]
     changed |= {found[row_id]['doc_id'] for row_id in had_text} | knowledge_base.which_documents(part.rowless)
     knowledge_base.delete(had_text)
+    rowless = set(part.rowless.tolist())
     for doc_id in changed:
-        knowledge_base.delete_from(doc_id, rows.position[rows.doc_id == doc_id].max(initial=-1) + 1)
-    return rows.take(missing), len(changed)
+        knowledge_base.delete_from(doc_id, 0 if doc_id in rowless else part.ends[doc_id])
+    return rows.take(missing), changed
 
 
-def remove_others(knowledge_base, settings):
-    """Remove the rows of documents that the datasets do not hold. Number of documents and of rows."""
-    tokenizer = load_tokenizer(settings.tokenizer)
+def remove_others(knowledge_base, settings, tokenizer, held):
+    """
+    Remove the rows of documents that the datasets do not hold. Number of documents and of rows. `held` is the
+    (hash, number of chunks) of each dataset that was filled in.
+    """
     datasets = open_datasets(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, settings)
+    if [(dataset.hash, dataset.num_chunks) for dataset in datasets] != held:
+        raise UserError('train_datasets have changed meanwhile, and nothing was removed: start again')
     documents, removed = set(), 0
     for ids, doc_ids in knowledge_base.all_ids():
         is_other = np.all([dataset.find(doc_ids) < 0 for dataset in datasets], axis=0)
@@ -189,13 +201,14 @@ def populate(settings, show_progress, sync=False, say=print):
     reader = context.Process(target=read_into, name='reader', args=(parts, settings), daemon=True)
     reader.start()
     embedders = ProcessPoolExecutor(1, mp_context=context)
-    seconds, done = Counter(), Counter()
+    seconds, done, changed = Counter(), Counter(), set()
     progress = tqdm(desc='chunks', unit=' chunks', unit_scale=True, disable=not show_progress)
     knowledge_base = None
     try:
         while isinstance(item := receive(parts, reader), str):  # report what cannot be read before making a collection
             say(item)
-        progress.total, part = item, receive(parts, reader)
+        held, part = item, receive(parts, reader)
+        progress.total = sum(count for _, count in held)
         info = embedders.submit(load_embedder, settings.retrieval_embedding_model,
                                 pick_device(settings.device)).result()
         if cut := embedders.submit(describe_cut, part.rows.text).result():
@@ -212,29 +225,33 @@ def populate(settings, show_progress, sync=False, say=print):
                 done['textless'] += len(part.textless)
                 size, rows = len(part.rows.id) + len(part.textless), part.rows
                 if done['before']:
-                    rows, changed = missing_rows(knowledge_base, part)
-                    done['changed'] += changed
+                    rows, found = missing_rows(knowledge_base, part)
+                    changed |= found
                 waiting.append((size, rows, embedders.submit(embed, rows.text)))
                 part = receive(parts, reader)
             size, rows, future = waiting.popleft()
             vectors, took = future.result()
             seconds['embed'] += took
             began = time.monotonic()
-            has_vector = np.flatnonzero(vectors.any(axis=1))
-            if len(has_vector):
-                knowledge_base.upsert(rows.take(has_vector).to_dicts(vectors[has_vector]))
+            has_vector = vectors.any(axis=1)
+            if has_vector.any():
+                knowledge_base.upsert(rows.take(np.flatnonzero(has_vector)).to_dicts(vectors[has_vector]))
+            if done['before'] and not has_vector.all():  # what they had before they changed
+                held = knowledge_base.rows(rows.id[~has_vector], [], latest=True)
+                knowledge_base.delete(list(held))
+                done['deleted'] += len(held)
             seconds['insert'] += time.monotonic() - began
-            done['added'] += len(has_vector)
-            done['without_vector'] += len(rows.id) - len(has_vector)
+            done['added'] += int(has_vector.sum())
+            done['without_vector'] += int((~has_vector).sum())
             progress.update(size)
         began = time.monotonic()
         if sync and done['before']:
-            done['removed_documents'], done['removed'] = remove_others(knowledge_base, settings)
-        if done['added'] or done['changed'] or done['removed'] or knowledge_base.revision() is None:
-            knowledge_base.flush()  # also where an earlier run was interrupted
+            done['removed_documents'], done['removed'] = remove_others(knowledge_base, settings, tokenizer, held)
+        if knowledge_base.revision() is None or done['added']:  # it changed, now or in a run that was interrupted
+            knowledge_base.flush()
         seconds['insert'] += time.monotonic() - began
         seconds['all'] = time.monotonic() - start
-        done['after'] = knowledge_base.count()
+        done['changed'], done['after'] = len(changed), knowledge_base.count()
         return done, seconds
     finally:
         progress.close()

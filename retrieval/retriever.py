@@ -265,18 +265,17 @@ def neighbor_function(retriever, device, hits):
 
 def count_found_themselves(batch, tokens, hits):
     """
-    Of the chunks of a Batch that go on in it and have neighbors, tokens (B, L, K, R): how many there are, and how many
-    have one that is the chunk itself with its continuation. Copies of a text do that, and so does a document that the
-    collection knows by another id, which the leak rule cannot tell.
+    Of the chunks of a Batch that have a continuation and neighbors, tokens (B, L, K, R): how many there are, and how
+    many have one that is the chunk itself with its continuation, of which a sequence's last chunk knows one token.
+    Copies of a text do that, and so does a document that the collection knows by another id, which the leak rule cannot
+    tell.
     """
     B, L, _, R = tokens.shape
-    if L < 2:
-        return dict(continued=0, found_themselves=0)
-    chunks = batch.tokens.reshape(B, L, R // 2)
-    together = np.concatenate([chunks[:, :-1], chunks[:, 1:]], axis=-1)  # (B, L - 1, R)
-    is_hit = (hits['score'] > -np.inf)[:, :-1]
-    goes_on = ~batch.is_last_chunk[:, :-1] & is_hit.any(-1)
-    is_same = (tokens[:, :-1] == together[:, :, None]).all(-1) & is_hit
+    chunks, targets = batch.tokens.reshape(B, L, 1, R // 2), batch.targets.reshape(B, L, 1, R // 2)
+    is_hit = hits['score'] > -np.inf
+    goes_on = ~batch.is_last_chunk & is_hit.any(-1)
+    is_same = (tokens[..., :R // 2] == chunks).all(-1) & (tokens[..., R // 2] == targets[..., -1]) & is_hit
+    is_same[:, :-1] &= (tokens[:, :-1, :, R // 2:] == chunks[:, 1:]).all(-1)
     return dict(continued=int(goes_on.sum()), found_themselves=int((is_same.any(-1) & goes_on).sum()))
 
 

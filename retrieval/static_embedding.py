@@ -72,9 +72,10 @@ def read_some(datasets, count):
         for block in dataset.blocks():
             if wanted <= 0:
                 break
-            chunks.append(block.tokens)
-            documents += int((block.positions == 0).sum())
-            wanted -= len(block.tokens)
+            found = dataset.read(block)
+            chunks.append(found.tokens)
+            documents += int((found.positions == 0).sum())
+            wanted -= len(block)
     return np.concatenate(chunks), documents
 
 

@@ -68,7 +68,7 @@ def test_parquet_and_saved_datasets_are_read_as_they_were_written(folder):
     datasets.Dataset.from_dict({'id': ids, 'text': texts, 'x': [[1], [2], [3]]}).save_to_disk('saved')
     datasets.DatasetDict({'test': datasets.Dataset.from_dict({'id': ids, 'text': texts})}).save_to_disk('several')
     assert read('d.PARQUET') == read('saved') == read('saved/') == read('several', split='test') == ROWS
-    with pytest.raises(UserError, match="'several' could not be read .no split 'train'"):
+    with pytest.raises(UserError, match="'several' could not be read .*no split 'train', but 'test': set split"):
         read('several')
 
 
@@ -111,6 +111,8 @@ BAD = [
     ('d.jsonl', '{"text": "fine"}\n' + '[' * 100_000 + '\n', 'd.jsonl, line 2: JSON that is nested too deeply'),
     ('d.csv', 'id,text\n1,fine\n2,hello, world\n', 'd.csv, line 3: 3 values for 2 columns: a value that holds'),
     ('d.csv', b'id,text\n1,fine\n2,caf\xe9\n', 'd.csv, line 3: not UTF-8'),
+    ('d.tsv', 'id\ttext\n1\t"a" word\n2\tfine\n', 'd.tsv, line 2: broken quotes'),
+    ('d.json', '{\n "text": "a"\n "id": 4}', "d.json, as a whole: broken JSON (Expecting ',' delimiter, line 3, col"),
     ('d.txt', b'one\ncaf\xe9', 'd.txt, as a whole: not UTF-8 (byte 0xe9 in line 2)'),
 ]
 
@@ -132,10 +134,13 @@ def test_what_is_no_text_is_an_error_that_names_file_and_row_and_can_be_left_out
     ('d.jsonl.zst', zstd(os.urandom(5000))[:-20], 'd.jsonl.zst cannot be read'),
     ('d.jsonl.gz', b'plain text', 'd.jsonl.gz cannot be read (BadGzipFile: Not a gzipped file'),
     ('d.parquet', b'no parquet', 'd.parquet cannot be read'),
-    ('d.csv', 'id,text\n1,fine\n2,"open\n3,more\n', 'd.csv: broken CSV in the row that begins in line 3'),
+    ('d.csv', 'id,text\n1,fine\n2,"open\n3,more\n', 'd.csv: broken quotes in the row that begins in line 3'),
     ('d.csv', 'id,body\n1,a\n', "d.csv: it has no column 'text': its columns are id, body; set text_field"),
     ('d.csv', '', "d.csv: it has no column 'text': its columns are none"),
     ('d.json', '[{"text": "a"},', 'd.json: broken JSON'),
+    ('d.txt', 'letters'.encode('utf-16-le'), 'd.txt: it is UTF-16, and only UTF-8'),
+    ('d.md', 'version https://git-lfs.github.com/spec/v1\noid sha256:1\n', 'd.md: it is a pointer of Git LFS'),
+    ('d.csv', 'id,text,text\n1,a,b\n', "d.csv: it has 2 columns 'text': rename all but one"),
     ('d.doc', 'x', "'d.doc' is a file of no kind that can be read: its name has to end in one of .parquet, .jsonl"),
 ])
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(folder, name, data, said):
@@ -175,7 +180,7 @@ def test_a_path_is_a_path_and_patterns_and_folders_are_one_dataset(folder):
     assert read(Path('docs/a.jsonl')) == read('./docs/../docs/a.jsonl') == [(None, 'docs/a.jsonl')]
     counts = Counts()
     list(read_documents(DatasetConfig(Path('docs')), counts))
-    assert counts.describe() == '3 documents in 3 files, 1 files of other kinds'
+    assert counts.describe() == '3 documents in 3 files (1 .jsonl, 1 .csv, 1 .md), 1 files of other kinds'
     assert [c.path for c in as_dataset_configs([Path('docs')], 'x')] == ['docs']
 
 
@@ -263,7 +268,7 @@ def test_processes_that_need_the_same_dataset_read_it_once(workspace):
     """Four at once, of which all but one wait."""
     from concurrent.futures import ThreadPoolExecutor
     code = ("from tests.conftest import open_all\nfrom configurator import load_settings\n"
-            "d, = open_all(load_settings(['config.py']))\nprint(d.hash, d.folder, sum(len(b.ids) for b in d.blocks()))")
+            "d, = open_all(load_settings(['config.py']))\nprint(d.hash, d.folder, sum(map(len, d.blocks())))")
     before = [p for p in (workspace / 'out/datasets').iterdir() if p.is_dir()]
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: run('-c', code, folder=workspace).stdout, range(4)))
@@ -288,3 +293,80 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(settings, monkeypatch):
     assert answer.returncode == 2 and answer.stderr.count('\n') == 1
     assert "data_cache_dir 'out/datasets' cannot be used" in answer.stderr and 'free some space' in answer.stderr
     assert sorted(Path('out/datasets').glob('*-*')) == before
+
+
+def test_a_string_column_with_bytes_that_are_not_utf8_names_the_row_and_a_time_that_python_cannot_hold_is_an_id(folder):
+    import datasets
+    texts = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(b'\0\0\0\0\4\0\0\0\6\0\0\0'),
+                                                   pa.py_buffer(b'fine\xff\xfe')])
+    table = pa.table({'id': pa.array([2**62, 5], pa.timestamp('us')), 'text': texts})
+    pq.write_table(table, 'd.parquet')
+    datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk('saved')
+    for path in ('d.parquet', 'saved'):
+        with pytest.raises(UserError, match='row 2: not UTF-8'):
+            read(path)
+        (document_id, text), = read(path, skip_bad=True)
+        assert text == 'fine' and document_id
+
+
+def test_brackets_are_part_of_a_name_and_only_stars_and_question_marks_are_patterns(folder):
+    for name in ('c [v2]', 'c v'):
+        os.makedirs(name)
+        Path(f'{name}/a.txt').write_text(name)
+    Path('docs1.jsonl').write_text('{"text": "another"}')
+    assert read('c [v2]/*.txt') == [(None, 'c [v2]')]
+    with pytest.raises(UserError, match=r"no corpus at 'docs\[1\].jsonl'"):
+        read('docs[1].jsonl')
+
+
+def test_links_that_lead_nowhere_are_named_and_pipes_are_not_waited_for(folder):
+    os.makedirs('docs/_delta_log')
+    Path('docs/a.txt').write_text('a')
+    Path('docs/_delta_log/0.json').write_text('{"commitInfo": {}}')
+    os.mkfifo('docs/pipe.txt')
+    assert read('docs') == read('docs/*') == [(None, 'a')]
+    os.symlink('/nowhere', 'docs/b.txt')
+    for path in ('docs', 'docs/*'):
+        with pytest.raises(UserError, match='docs/b.txt cannot be read .No such file'):
+            read(path)
+
+
+def test_a_folder_that_holds_a_saved_dataset_among_others_is_refused(folder):
+    import datasets
+    datasets.Dataset.from_dict({'text': ['a']}).save_to_disk('docs/saved')
+    with pytest.raises(UserError, match='docs/saved was written by save_to_disk: name it as a dataset of its own'):
+        read('docs')
+
+
+def test_without_an_id_field_the_text_identifies_documents(folder):
+    Path('d.jsonl').write_text('{"id": {"$oid": 5}, "text": "a"}')
+    assert read('d.jsonl', id_field='') == [(None, 'a')] and read('d.jsonl', id_field='id.$oid') == [('5', 'a')]
+    with pytest.raises(UserError, match='no id, but an object: name a field in it in id_field'):
+        read('d.jsonl')
+
+
+@pytest.mark.parametrize('name', ['tokens.bin', 'ends.bin', 'doc_ids.bin', 'names.jsonl', 'meta.json'])
+def test_a_damaged_dataset_is_made_again_and_that_is_said(settings, capsys, name):
+    before, = open_all(settings)
+    chunks = before.num_chunks
+    os.truncate(f'{before.folder}/{name}', os.path.getsize(f'{before.folder}/{name}') // 2)
+    after, = open_all(settings)
+    assert 'is damaged: reading train.parquet again' in capsys.readouterr().err
+    assert (after.hash, after.num_chunks) == (before.hash, chunks)
+    assert sum(len(after.read(numbers).ids) for numbers in after.blocks()) == chunks
+
+
+def test_a_dataset_that_is_open_stays_whole_when_a_newer_version_replaces_it(settings):
+    Path('d.jsonl').write_text('{"id": "a", "text": "before"}\n')
+    before, = open_all(settings.replace(train_datasets=['d.jsonl']))
+    Path('d.jsonl').write_text('{"id": "a", "text": "after"}\n')
+    open_all(settings.replace(train_datasets=['d.jsonl']))
+    assert before.names([0]) == ['a'] and before.describe(0)[2] == 'd.jsonl, line 1' and len(before.read([0]).ids) == 1
+
+
+def test_only_datasets_are_removed_to_make_room_and_what_killed_readers_left(settings):
+    os.makedirs('cache/photos')
+    os.makedirs('cache/0123456789abcdef-0123456789abcdef.tmp')
+    Path('cache/photos/a.bin').write_bytes(b'x' * 100_000)
+    open_all(settings.replace(data_cache_dir='cache', data_cache_gb=0.0))
+    assert Path('cache/photos/a.bin').exists() and not list(Path('cache').glob('*.tmp'))

@@ -178,7 +178,10 @@ def test_names_that_a_server_refuses_are_refused_for_a_local_file_too(uri, name,
 
 @pytest.mark.parametrize('uri, said', [
     ('file:///tmp/kb.db', "'file:///tmp/kb.db' is no address of a Milvus server: write the path alone, '/tmp/kb.db'"),
-    ('milvus://host:19530', "is no address of a Milvus server: begin with http:// or https://"),
+    ('milvus://host:19530', "is no address of a Milvus server: write it as http://HOST:19530"),
+    ('file:milvus.db', "is no address of a Milvus server: write the path alone, 'milvus.db'"),
+    ('http:/host:19530/a.db', 'is no address of a Milvus server'), ('http://', 'is no address of a Milvus server'),
+    ('.db', "'.db' is neither the path"),
     ('', "'' is neither the path of a local file ending in .db nor an address"),
 ])
 def test_uris_that_are_none_have_a_line_of_their_own(uri, said):

@@ -95,7 +95,7 @@ def test_without_retrieval_batches_have_no_neighbors(settings):
 
 def test_an_exception_of_the_process_reaches_the_caller_with_its_own_traceback(settings):
     loader = Loader(settings, stream_of(settings, seed='no number'), retrieve=False)
-    with pytest.raises(TypeError) as error:
+    with pytest.raises(ValueError) as error:
         next(loader)
     assert isinstance(error.value.__cause__, RemoteTraceback)
     assert 'read_sequences' in str(error.value.__cause__) and 'default_rng' in str(error.value.__cause__)

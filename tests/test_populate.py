@@ -11,7 +11,7 @@ import pytest
 
 from data.chunking import chunk_hashes, document_hash
 from data.documents import DatasetConfig, load_documents
-from data.tokenizer import load_tokenizer, tokenize
+from data.tokenizer import load_tokenizer, tokenize, vocabulary_hash
 from retrieval.embedding import Embedder
 from retrieval.knowledge_base import FIELDS, open_knowledge_base
 from retrieval.local_server import join_server
@@ -21,7 +21,6 @@ from tests.conftest import CHUNK, open_all, run
 
 def rows_of(settings, tokenizer):
     """{id: row} of the whole collection, read by search."""
-    from data.tokenizer import vocabulary_hash
     embedder = Embedder(settings.retrieval_embedding_model)
     knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), embedder)
     rows = knowledge_base.client.query(settings.retrieval_collection, filter='', limit=16384,
@@ -89,14 +88,37 @@ def test_an_interrupted_filling_is_completed_and_changed_documents_are_replaced(
     assert rows_of(settings, tokenizer) == complete
 
 
-def test_parts_hold_whole_documents(settings, monkeypatch):
-    monkeypatch.setattr('data.chunk_store.BLOCK', 100)
-    datasets = open_all(settings)
-    parts = list(read_parts(datasets, load_tokenizer('tokenizer.json')))
-    names = [{*part.rows.document} for part in parts]
-    assert sum(map(len, names)) == len(set.union(*names)) == len(datasets[0]) and len(parts) > 10
-    for rows in (part.rows for part in parts):
-        assert len(set(rows.id.tolist())) == len(rows.id) == len(rows.text) == len(rows.tokens)
+def test_parts_are_of_bounded_size_and_together_the_same_whatever_it_is(settings, monkeypatch):
+    """A document over many parts has the rows that it has in one, continuations over their borders included."""
+    tokenizer, found = load_tokenizer('tokenizer.json'), []
+    for size in (2048, 100, 7):
+        monkeypatch.setattr('data.chunk_store.BLOCK', size)
+        parts = list(read_parts(open_all(settings), tokenizer))
+        assert all(len(part.rows.id) + len(part.textless) <= size for part in parts)
+        found.append([[x for part in parts for x in getattr(part.rows, name)] for name in ('id', 'text', 'document')]
+                     + [[row[:n].tolist() for part in parts for row, n in
+                         zip(part.rows.tokens, part.rows.length, strict=True)]])
+    assert found[0] == found[1] == found[2] and len(found[0][0]) > 1000
+
+
+def test_a_changed_document_over_many_parts_keeps_its_unchanged_chunks(workspace, settings, monkeypatch):
+    """Of a small BLOCK, in this process."""
+    from retrieval.populate import missing_rows
+    text = ''.join(f'line {i} of the text\n' for i in range(200))
+    spaces = text.replace('line 50 of', ' ' * 400)
+    fill(workspace, [('a', spaces), ('b', 'b')])
+    monkeypatch.setattr('data.chunk_store.BLOCK', 3)
+    tokenizer = load_tokenizer('tokenizer.json')
+    own = settings.replace(retrieval_collection='own', train_datasets=['docs.jsonl'])
+    knowledge_base = open_knowledge_base(own, vocabulary_hash(tokenizer), Embedder('embedding'))
+    before = knowledge_base.count()
+    with open('docs.jsonl', 'w') as file:
+        file.write(json.dumps(dict(id='a', text=spaces.replace('line 199', 'the last'))) + '\n')
+        file.write(json.dumps(dict(id='b', text='b')) + '\n')
+    missing = [missing_rows(knowledge_base, part)[0] for part in read_parts(open_all(own), tokenizer)]
+    assert 1 <= sum(len(rows.id) for rows in missing) <= 4
+    assert knowledge_base.count() >= before - 2
+    knowledge_base.close()
 
 
 @pytest.mark.parametrize('argument, said', [
@@ -216,3 +238,10 @@ def test_sync_is_true_or_false(workspace, argument):
 def test_no_stage_is_busier_than_all_of_the_time(workspace):
     said = fill(workspace, [(str(i), f'{i} {LONG}') for i in range(300)])
     assert 0 < int(re.search(r'was busy (\d+)% of the time', said).group(1)) <= 100
+
+
+def test_a_chunk_that_changes_to_one_without_a_vector_is_removed_and_that_is_done_once(workspace, settings):
+    fill(workspace, [('a', LONG), ('b', LONG + 'b')])
+    assert '1 changed documents' in fill(workspace, [('a', '\x02\x03\x04'), ('b', LONG + 'b')])
+    assert documents_of(settings) == {'b': LONG + 'b'}
+    assert '0 of them written now, 0 changed' in fill(workspace, [('a', '\x02\x03\x04'), ('b', LONG + 'b')])

@@ -212,6 +212,8 @@ def test_reranked_neighbors_are_those_of_the_nearest_that_share_most(settings, t
         found = found[(found['score'] > -np.inf) & (found['doc_id'] != documents[i, 0])]
         rows = retriever.knowledge_base.rows(found['id'], ['tokens'])
         shared = [slow_share(chunks[i, 0].tolist(), rows[hit['id']]['tokens'][:CHUNK]) for hit in found]
+        if len(found) < settings.retrieval_k_neighbors:  # its own document crowds them
+            continue
         expected = found['id'][np.argsort(-np.round(shared, 4), kind='stable')][:settings.retrieval_k_neighbors]
         for neighbors in best:
             assert neighbors.hits['id'][i, 0].tolist() == expected.tolist()
@@ -316,5 +318,6 @@ def test_many_chunks_that_found_themselves_are_warned_of_and_most_end_the_run(fo
     assert bool(error) == stops and bool(said) == warns
     for text in [str(error)] * stops + said:
         assert 'retrieval.populate CONFIG --sync=True' in text and 'same id_field and source' in text
-    assert check_found_themselves(dict(continued=20, found_themselves=20), said.append) is None  # too few to tell
+    few = dict(continued=20, found_themselves=20)
+    assert check_found_themselves(few, said.append) is None and few  # too few to tell
     assert check_found_themselves({}, said.append) is None  # a GPT

@@ -153,9 +153,8 @@ def test_a_state_of_an_earlier_version_is_refused_with_what_to_do(datasets):
 
 @pytest.mark.parametrize('weight', [0.0, -1.0, float('inf'), float('nan')])
 def test_a_weight_that_is_not_positive_and_finite_is_refused(settings, weight):
-    datasets = open_all(settings.replace(train_datasets=[dict(path='train.parquet', weight=weight)]))
-    with pytest.raises(UserError, match='weights must be positive'):
-        SequenceStream(datasets, BLOCK, 1)
+    with pytest.raises(UserError, match='weight must be positive and finite'):
+        open_all(settings.replace(train_datasets=[dict(path='train.parquet', weight=weight)]))
 
 
 def test_weights_whose_sum_is_more_than_a_float_can_hold_are_weights(settings):

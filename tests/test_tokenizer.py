@@ -107,7 +107,9 @@ SPLIT = {'type': 'Split', 'pattern': {'Regex': r'\\d'}, 'behavior': 'Isolated', 
     (lambda s: s['model'].update(end_of_word_suffix='</w>'), "the option end_of_word_suffix = '</w>'"),
     (lambda s: s['added_tokens'].append(dict(id=1024, content='    ', special=False)), "special, such as '    '"),
     (swap_ids, 'has ids that are not in the order of its merges'),
-    (lambda s: s['model']['merges'].pop(40), 'does something that nanoRETRO does not implement: where it gives'),
+    (lambda s: s['model']['merges'].pop(40), 'has tokens that no merge makes, such as'),
+    (lambda s: s['pre_tokenizer']['pretokenizers'][0].update(pattern={'Regex': r'\p{L}{1,2}+|\P{L}'}),
+     'does something that nanoRETRO does not implement: where it gives'),
     (lambda s: s.update(added_tokens=[]), 'has no <|endoftext|> token'),
     (lambda s: s['model'].update(vocab={'Ġ': 0}, merges=[]), 'has no token for the byte 0x00'),
 ])
@@ -135,3 +137,19 @@ def test_a_million_spaces_in_a_row_have_the_ids_that_a_tokenizer_without_limits_
     assert tokenizer.decode(ids.tolist()) == text and ids.dtype == np.int32
     short = f'x ={run * 150_000}1 y'  # tiktoken can do this one
     assert tokenize(short, tokenizer).tolist() == tokenizer.encode_ordinary(short)
+
+
+def test_groups_in_a_pattern_do_not_change_what_a_long_run_gives(prepared, tmp_path):
+    pattern = r"'(s|t|re)| ?(\p{L}+)|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    tokenizer = load_tokenizer(changed(prepared, tmp_path, lambda s: s['pre_tokenizer']['pretokenizers'][0].update(
+        pattern={'Regex': pattern})))
+    text = f"it's{' ' * 1_000_000}more"
+    assert tokenizer.decode(tokenize(text, tokenizer).tolist()) == text
+
+
+def test_what_looks_like_a_special_token_is_text(prepared, tmp_path):
+    def change(saved):
+        saved['added_tokens'].append({**saved['added_tokens'][0], 'id': 1024, 'content': 'EOS'})
+        saved['model']['vocab']['EOS'] = 1024
+    tokenizer = load_tokenizer(changed(prepared, tmp_path, change))
+    assert 1024 not in tokenize('a EOS bEOS EOS', tokenizer)

@@ -7,7 +7,7 @@ import math
 
 from configurator import UserError
 
-MIN_CHUNKS = 64  # of an interval, to judge it by
+MIN_CHUNKS = 64  # to judge by
 
 
 class NotFinite(UserError):
@@ -66,15 +66,19 @@ def check_found_themselves(counts, warn):
     """
     A FoundThemselves error if most of the chunks that retrieval counted (retriever.py) were handed themselves and their
     continuation: the loss would measure copying. `warn` is told if it is a tenth, more than license headers explain.
+    The counts are cleared when they were enough to judge by.
     """
     continued, found = counts.get('continued', 0), counts.get('found_themselves', 0)
+    if continued < MIN_CHUNKS:
+        return None
+    counts.clear()
     todo = ('their documents stand in the collection under another id, or more than once; fill it from the same '
             'train_datasets with python -m retrieval.populate CONFIG --sync=True, with the same id_field and source, '
             'and remove copies')
-    if continued >= MIN_CHUNKS and found > 0.5 * continued:
+    if found > 0.5 * continued:
         return FoundThemselves(f'{found:,} of {continued:,} chunks were handed themselves and their continuation as a '
                                f'neighbor, which the model would learn to copy: {todo}')
-    if continued >= MIN_CHUNKS and found > 0.1 * continued:
+    if found > 0.1 * continued:
         warn(f'more than a tenth of the chunks were handed themselves and their continuation as a neighbor '
              f'(chunks_found_themselves in metrics.jsonl): {todo}')
     return None
