@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, load_settings, user_errors_as_one_line
-from data.chunk_store import open_datasets
+from data.chunk_store import Chunks, open_datasets
 from data.documents import as_dataset_configs
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from retrieval.embedding import Embedder, EmbedderInfo
@@ -81,7 +81,7 @@ def as_part(numbers, dataset, tokenizer):
     """The Part of the chunks of these numbers, one after another. UserError if a text is too long for a row."""
     count = len(numbers)
     more = dataset.read(np.arange(numbers[0], min(numbers[-1] + 2, dataset.num_chunks)))  # and the continuation
-    chunks = dataset.read(numbers)
+    chunks = Chunks(*(values[:count] for values in vars(more).values()))
     is_last = chunks.is_last_chunk
     following = np.where(is_last[:, None], tokenizer.eot_token, np.roll(more.tokens, -1, axis=0)[:count])
     texts = [tokenizer.decode(tokens[:length]) for tokens, length in
@@ -92,7 +92,8 @@ def as_part(numbers, dataset, tokenizer):
             raise UserError(f'chunk {position + 1} of document {document_id!r} ({where}) has a text of '
                             f'{len(text.encode()):,} bytes, and a row holds {MAX_TEXT:,}: use a smaller '
                             f'retrieval_chunk_size, or leave the document out')
-    documents, first, inverse, held = np.unique(chunks.documents, True, True, True)
+    documents, first, inverse, held = np.unique(chunks.documents, return_index=True, return_inverse=True,
+                                                return_counts=True)
     ends, doc_ids = dataset.table['count'][documents], chunks.doc_ids[first]
     names = [name[:256] for name in dataset.names(documents)]
     has_text = np.array([bool(text.strip()) for text in texts])
@@ -104,7 +105,10 @@ def as_part(numbers, dataset, tokenizer):
 
 
 def read_into(parts, settings):
-    """The reading process: puts news (texts), the number of chunks, the Parts, and at the end None or the exception."""
+    """
+    The reading process: puts news (texts), the (hash, number of chunks) of each dataset, the Parts, and at the end None
+    or the exception.
+    """
     end_with_parent()
     try:
         tokenizer = load_tokenizer(settings.tokenizer)
@@ -237,9 +241,7 @@ def populate(settings, show_progress, sync=False, say=print):
             if has_vector.any():
                 knowledge_base.upsert(rows.take(np.flatnonzero(has_vector)).to_dicts(vectors[has_vector]))
             if done['before'] and not has_vector.all():  # what they had before they changed
-                held = knowledge_base.rows(rows.id[~has_vector], [], latest=True)
-                knowledge_base.delete(list(held))
-                done['deleted'] += len(held)
+                knowledge_base.delete(list(knowledge_base.rows(rows.id[~has_vector], [], latest=True)))
             seconds['insert'] += time.monotonic() - began
             done['added'] += int(has_vector.sum())
             done['without_vector'] += int((~has_vector).sum())
