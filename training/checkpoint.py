@@ -312,7 +312,7 @@ def load_run(out_dir, overrides=()):
     settings, defaults = load_settings([], given=checkpoint.settings), load_settings([])
     named = read_overrides(overrides, vars(settings))
     for key in ('wandb_log', 'multiple_choice_benchmarks', 'benchmark_data_dir', 'retrieval_cache_dir',
-                'data_cache_dir'):
+                'data_cache_dir', 'data_cache_gb'):
         setattr(settings, key, getattr(defaults, key))
     if 'retrieval_milvus_uri' not in named:
         if named.get('retrieval_milvus_token') and not is_local(settings.retrieval_milvus_uri):
