@@ -248,7 +248,12 @@ def test_a_changed_file_is_read_anew_whatever_its_time_says(settings, change):
         os.rename('new.jsonl', 'd.jsonl')
     os.utime('d.jsonl', ns=(stat.st_atime_ns, stat.st_mtime_ns))
     after, = open_all(settings.replace(train_datasets=['d.jsonl']))
-    assert after.hash != before.hash and not os.path.exists(before.folder)  # one version is kept
+    assert after.hash != before.hash
+    folder = before.folder
+    del before
+    os.utime('d.jsonl')
+    open_all(settings.replace(train_datasets=['d.jsonl']))
+    assert not os.path.exists(folder)  # one version is kept, and those that are in use
 
 
 def test_what_has_not_changed_is_not_read_again_and_the_cache_is_bounded(settings, monkeypatch):
@@ -259,9 +264,12 @@ def test_what_has_not_changed_is_not_read_again_and_the_cache_is_bounded(setting
     again, = open_all(settings.replace(train_datasets=['./a.jsonl']))
     assert again.folder == a.folder and os.stat(f'{a.folder}/meta.json').st_ino == os.stat(
         f'{again.folder}/meta.json').st_ino
+    folder = a.folder
+    b, = open_all(settings.replace(train_datasets=['b.jsonl']))
+    assert os.path.exists(folder)  # it is in use
+    del a, again
     b, c = open_all(settings.replace(train_datasets=['b.jsonl', 'c.jsonl']))
-    assert not os.path.exists(a.folder) and os.path.exists(b.folder) and os.path.exists(c.folder)
-    assert a.read(a.ends[:1] - 1).ids  # who has it open keeps it
+    assert not os.path.exists(folder) and os.path.exists(b.folder) and os.path.exists(c.folder)
 
 
 def test_processes_that_need_the_same_dataset_read_it_once(workspace):

@@ -156,7 +156,8 @@ def test_val_documents_that_stand_in_the_training_set_are_counted_by_their_text(
 
 @pytest.mark.parametrize('sorted_together', [1 << 20, 7])
 def test_documents_are_sorted_by_their_hash_in_whatever_parts_of_memory(settings, monkeypatch, sorted_together):
-    monkeypatch.setattr('data.chunk_store.SORTED_TOGETHER', sorted_together)
+    for module in ('ingest', 'chunk_store'):
+        monkeypatch.setattr(f'data.{module}.SORTED_TOGETHER', sorted_together)
     documents = [(str(i), f'text {i}') for i in range(200)]
     write('a.jsonl', [*documents, *documents[:50], ('empty', '')])
     dataset, = open_all(settings.replace(train_datasets=['a.jsonl']))
