@@ -307,3 +307,21 @@ except ImportError:
     run(ROOT / 'train.py', *options, '--init_from=resume', folder=workspace)
     run(ROOT / 'train.py', *options, '--out_dir=whole', folder=workspace)
     assert losses(workspace) == losses(workspace, 'whole')
+
+
+def test_filling_follows_changed_emptied_and_removed_documents_on_a_server_too(server, prepared, tmp_path):
+    folder = tmp_path / 'run'
+    shutil.copytree(prepared, folder)
+
+    def fill(*rows):
+        (folder / 'docs.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        return run('-m', 'retrieval.populate', 'config.py', f'--retrieval_milvus_uri={server.uri}', '--sync=True',
+                   '--retrieval_index=FLAT', '--retrieval_collection=follows', '--train_datasets=["docs.jsonl"]',
+                   folder=folder).stdout
+    text = 'def f(x):\n    return x\n' * 30
+    fill(*(dict(id=name, text=text + name) for name in 'abcd'))
+    said = fill(dict(id='a', text=text + 'a'), dict(id='b', text='short'), dict(id='c', text=''),
+                dict(id='e', text='new'))
+    assert '2 of them written now, 2 changed documents' in said and 'chunks of 1 documents that train_dat' in said
+    said = fill(dict(id='e', text='new'), dict(id='b', text='short'), dict(id='a', text=text + 'a'))
+    assert ', 0 of them written now, 0 changed' in said and 'removed: 0 chunks' in said
