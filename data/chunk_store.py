@@ -187,9 +187,9 @@ def open_datasets(configs, tokenizer, settings, say=None):
     """
     say = say or (lambda text: print(text, file=sys.stderr))
     found = [find_files(config) for config in configs]  # all of them, before the first is read
-    opened, folders = [], []
+    opened = []
     for config, files in zip(configs, found, strict=True):
-        dataset = open_dataset(config, files, tokenizer, settings, say, in_use=folders)
+        dataset = open_dataset(config, files, tokenizer, settings, say)
         for other in opened:
             dataset.drop_documents_of(other)
         if not dataset.num_chunks:
@@ -197,12 +197,11 @@ def open_datasets(configs, tokenizer, settings, say=None):
                 f'with text ({dataset.counts.describe()}): name another' if dataset.kept is None else
                 'that no dataset before it holds: leave it out'))
         opened.append(dataset)
-        folders.append(dataset.folder)
     return opened
 
 
-def open_dataset(config, files, tokenizer, settings, say, in_use):
-    """One ChunkedDataset. Folders of data_cache_dir that are `in_use` are not removed to make room for it."""
+def open_dataset(config, files, tokenizer, settings, say):
+    """One ChunkedDataset, with its Files. If it has to be read, others are removed to make room for it."""
     parent, C = os.path.expanduser(settings.data_cache_dir), settings.retrieval_chunk_size
     place = config.path if files.hub else os.path.abspath(os.path.expanduser(config.path))
     what = [VERSION, vocabulary_hash(tokenizer), C, {**asdict(config), 'path': place, 'weight': None}]
@@ -215,7 +214,8 @@ def open_dataset(config, files, tokenizer, settings, say, in_use):
                 files.rows = open_with_datasets(config, files)
             state = state_of(files)
             folder = f'{base}-{state & (2**64 - 1):016x}'
-            if not is_whole(folder):
+            was_whole = is_whole(folder)
+            if not was_whole:
                 if os.path.isdir(folder):
                     say(f'{folder} is damaged: reading {config.path} again')
                 remove_versions(base)
@@ -223,10 +223,12 @@ def open_dataset(config, files, tokenizer, settings, say, in_use):
                 if state_of(files) != state:
                     shutil.rmtree(folder)
                     raise UserError(f'{config.path!r} has changed while it was read: start again when it is complete')
-                make_room(parent, settings.data_cache_gb, [folder, *in_use])
             with suppress(OSError):
                 os.utime(folder)  # when it was last used
-            return ChunkedDataset(folder, config, tokenizer.eot_token)
+            dataset = ChunkedDataset(folder, config, tokenizer.eot_token)
+            if not was_whole:
+                make_room(parent, settings.data_cache_gb)
+            return dataset
     except OSError as error:
         hint = 'free some space, or name' if error.errno in NO_ROOM else 'name'
         raise UserError(f'data_cache_dir {parent!r} cannot be used ({error.filename or ""} {error.strerror or error}): '
@@ -286,7 +288,7 @@ def remove(folder):
             shutil.rmtree(folder)
 
 
-def make_room(parent, gigabytes, in_use):
+def make_room(parent, gigabytes):
     """Remove the datasets that were not used for longest, beyond a total size, and what killed processes left."""
     sizes = {}
     for entry in os.scandir(parent):
@@ -297,7 +299,7 @@ def make_room(parent, gigabytes, in_use):
     total = sum(size for _, size in sizes.values())
     for folder in sorted(sizes, key=sizes.get):
         is_leftover = folder.endswith('.tmp')
-        if (is_leftover or total > gigabytes * 2**30) and folder not in in_use:
+        if is_leftover or total > gigabytes * 2**30:
             with suppress(OSError), open(f'{folder.rpartition("-")[0]}.lock', 'a') as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # or it is being made or opened
                 remove(folder)
