@@ -45,6 +45,7 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.checks import (
+    OF_TRAINING,
     NotFinite,
     check_found_themselves,
     check_settings,
@@ -229,8 +230,8 @@ def main(cleanup):
     prompt_retriever = functools.cache(lambda: cleanup.enter_context(closing(
         Retriever(settings, tokenizer, ranks.device, say_or_stop))) if settings.use_retrieval else None)
     interval, found_themselves = Interval(state.step, loader.waited), Counter()
-    for batch in val_batches:
-        interval.counts.update(batch.counts)
+    for batch in val_batches:  # of what is trained on alone it is said whether it found itself
+        interval.counts.update({**batch.counts, **dict.fromkeys(batch.counts.keys() & OF_TRAINING, 0)})
     failure = None
     cleanup.push(lambda _, error, __: end_early(settings, ranks, state, save, error))
     while True:

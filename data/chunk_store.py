@@ -311,7 +311,8 @@ def count_known(datasets, others):
     How many documents of ChunkedDatasets stand in others: with the same text, under whatever id; and with the same id,
     but another text.
     """
-    rows = np.concatenate([np.asarray(dataset.table) for dataset in datasets])
+    rows = np.concatenate([dataset.table if dataset.kept is None else dataset.table[dataset.kept]
+                           for dataset in datasets])
     rows = rows[rows['count'] > 0]
     wanted = np.unique(rows['text_hash'])
     has_text, has_id = np.zeros(len(wanted), dtype=bool), np.zeros(len(rows), dtype=bool)

@@ -225,7 +225,10 @@ def values_of(table, name):
     try:
         return column.to_pylist()
     except (OverflowError, ValueError):  # such as a time that Python cannot hold
-        return column.cast(pyarrow.string()).to_pylist()
+        try:
+            return column.cast(pyarrow.string()).to_pylist()
+        except pyarrow.ArrowException as error:
+            raise ValueError(f'column {name!r}: {error}') from error
 
 
 def check_schema(schema, config):

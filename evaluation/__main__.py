@@ -48,8 +48,8 @@ def parse_arguments():
     parser.add_argument('--data', action='append', metavar='FILE',
                         help='text to evaluate on: .jsonl, .parquet, .txt, ...; can be repeated (default: the '
                              'val_datasets of the run)')
-    parser.add_argument('--like', metavar='PATH', help='train dataset of the run whose columns and source --data has, '
-                        'if they have several')
+    parser.add_argument('--like', metavar='DATASET', help='path, name or source of a train dataset whose columns and '
+                        'source --data has, if the run has several')
     parser.add_argument('--baseline', metavar='OUT_DIR', help='a GPT of the same decoder to compare with')
     parser.add_argument('--retrieval', choices=('on', 'off'),
                         help='off: only without neighbors (default: on and off, if the model has retrieval)')
@@ -135,12 +135,16 @@ def configs_of_data(arguments, settings):
     train = as_dataset_configs(settings.train_datasets, 'train_datasets')
     known = {resolve(config.path): config for config in [*as_dataset_configs(settings.val_datasets, 'val_datasets'),
                                                          *train]}
-    like = [config for config in train if arguments.like in (None, config.path)]
-    if len({(config.source, config.text_field, config.id_field) for config in like}) != 1 and not all(
+    like = [config for config in train if arguments.like is None or arguments.like in (config.source, config.name)
+            or resolve(arguments.like) == resolve(config.path)]
+    choices = ', '.join(' '.join(filter(None, [config.path, config.name, config.source])) for config in train)
+    if not like:
+        raise UserError(f'--like={arguments.like} is neither path nor name nor source of one of the train_datasets of '
+                        f'the run: {choices}; name one of them')
+    if len({(config.source, config.text_field, config.id_field) for config in like}) > 1 and not all(
             resolve(path) in known for path in arguments.data):
-        paths = ', '.join(config.path for config in train)
-        raise UserError(f'the train_datasets of the run, {paths}, have several columns or sources: say which of them '
-                        f'--data has, --like={train[0].path}, so that its documents are recognized in the collection')
+        raise UserError(f'the train_datasets of the run have several columns or sources ({choices}): name one that has '
+                        f'those of --data by its path, name or source in --like, so that documents are recognized')
     return [known.get(resolve(path)) or replace(like[0], path=path, name='', split='train', weight=1.0)
             for path in arguments.data]
 

@@ -207,18 +207,23 @@ class KnowledgeBase:
             with self._errors():
                 self.client.delete(self.collection, ids=ids[start:start + REQUEST])
 
-    def which_documents(self, doc_ids):
-        """The set of those of the doc_ids (n,) that have rows."""
+    def which_documents(self, ends):
+        """Those of the documents {doc_id: position} that have rows from that position on, as a set of doc_ids."""
+        whole = sorted(doc_id for doc_id, end in ends.items() if end == 0)
+        parts = [f'(doc_id == {doc_id} and position >= {end})' for doc_id, end in ends.items() if end]
+        conditions = [f'doc_id in {whole[start:start + 1024]}' for start in range(0, len(whole), 1024)]
+        conditions += [' or '.join(parts[start:start + 64]) for start in range(0, len(parts), 64)]
         found = set()
-        for start in range(0, len(doc_ids), 1024):  # many rows a document, and no answer has more than MOST
-            wanted = set(doc_ids[start:start + 1024].tolist())
-            while wanted:
+        for condition in conditions:
+            here, is_more = set(), True
+            while is_more:
+                others = f' and doc_id not in {sorted(here)}' if here else ''
                 with self._errors():
-                    rows = self.client.query(self.collection, filter=f'doc_id in {sorted(wanted)}', limit=MOST,
+                    rows = self.client.query(self.collection, filter=f'({condition}){others}', limit=MOST,
                                              output_fields=['doc_id'], consistency_level='Strong', retry_times=RETRIES)
-                here = {row['doc_id'] for row in rows}
-                found |= here
-                wanted = wanted - here if len(rows) == MOST else set()
+                here |= {row['doc_id'] for row in rows}
+                is_more = len(rows) == MOST  # of documents with many rows
+            found |= here
         return found
 
     def all_ids(self):

@@ -77,6 +77,8 @@ class NeighborCache:
 
     def use_revision(self, revision):
         """Read and write entries of this revision, a string, and drop those of others. None: neither read nor write."""
+        if self.environment is None:  # it could not be opened again
+            return
         if revision == self.revision and (self.databases or self.is_broken or revision is None):
             return
         self.revision, self.databases, self.is_full = revision, {}, False
@@ -148,11 +150,14 @@ class NeighborCache:
 
     def count(self, kind):
         """Number of entries of a kind."""
+        if kind not in self.databases:
+            return 0
         with self.environment.begin() as reading:
-            return reading.stat(self.databases[kind])['entries'] if kind in self.databases else 0
+            return reading.stat(self.databases[kind])['entries']
 
     def close(self):
-        self.environment.close()
+        if self.environment is not None:
+            self.environment.close()
 
 
 def short_hash(text):

@@ -61,6 +61,7 @@ class Part:
     """Some chunks, as the collection is to hold them."""
     rows: Rows
     ends: dict  # {doc_id: how many chunks the document has}
+    finished: set  # doc_ids of documents whose last chunk is among them
     textless: np.ndarray  # (m,) ids of the chunks without text, which are no rows
     rowless: np.ndarray  # (k,) doc_ids of documents without any row
     began: float = 0.0  # reading it, by time.monotonic()
@@ -74,7 +75,7 @@ def read_parts(datasets, tokenizer):
             yield as_part(numbers, dataset, tokenizer)
         for doc_ids in dataset.empty_documents():
             nothing = as_part(np.arange(1), dataset, tokenizer)
-            yield Part(nothing.rows.take([]), {}, nothing.textless[:0], doc_ids)
+            yield Part(nothing.rows.take([]), {}, set(doc_ids.tolist()), nothing.textless[:0], doc_ids)
 
 
 def as_part(numbers, dataset, tokenizer):
@@ -101,7 +102,8 @@ def as_part(numbers, dataset, tokenizer):
                 np.concatenate([chunks.tokens, following], axis=1),
                 chunks.lengths + np.where(is_last, 0, np.roll(more.lengths, -1)[:count]))
     return Part(rows.take(np.flatnonzero(has_text)), dict(zip(doc_ids.tolist(), ends.tolist(), strict=True)),
-                chunks.ids[~has_text], np.setdiff1d(doc_ids[held == ends], chunks.doc_ids[has_text]))
+                set(chunks.doc_ids[is_last].tolist()), chunks.ids[~has_text],
+                np.setdiff1d(doc_ids[held == ends], chunks.doc_ids[has_text]))
 
 
 def read_into(parts, settings):
@@ -168,11 +170,20 @@ def missing_rows(knowledge_base, part):
             if old is not None:
                 changed.add(int(rows.doc_id[i]))
     had_text = [row_id for row_id in part.textless.tolist() if row_id in found]
-    changed |= {found[row_id]['doc_id'] for row_id in had_text} | knowledge_base.which_documents(part.rowless)
+    changed |= {found[row_id]['doc_id'] for row_id in had_text}
     knowledge_base.delete(had_text)
-    rowless = set(part.rowless.tolist())
+    ends = part.ends | dict.fromkeys(part.rowless.tolist(), 0)
+    # nothing lies beyond a last chunk that is as it was; of others it has to be asked
+    is_missing = np.zeros(len(rows.id), dtype=bool)
+    is_missing[missing] = True
+    complete = {doc_id for doc_id, position in zip(rows.doc_id[~is_missing].tolist(),
+                                                   rows.position[~is_missing].tolist(), strict=True)
+                if position == ends[doc_id] - 1}
+    known = set(rows.doc_id[~is_missing].tolist()) | set(part.rowless.tolist())
+    asked = (known & part.finished) - complete - changed
+    changed |= knowledge_base.which_documents({doc_id: ends[doc_id] for doc_id in asked})
     for doc_id in changed:
-        knowledge_base.delete_from(doc_id, 0 if doc_id in rowless else part.ends[doc_id])
+        knowledge_base.delete_from(doc_id, ends[doc_id])
     return rows.take(missing), changed
 
 

@@ -246,3 +246,13 @@ def test_a_chunk_that_changes_to_one_without_a_vector_is_removed_and_that_is_don
     assert documents_of(settings) == {'b': LONG + 'b'}
     said = fill(workspace, [('a', '\x02\x03\x04'), ('b', LONG + 'b')], '--sync=True')
     assert '0 of them written now, 0 changed' in said and 'removed: 0 chunks' in said
+
+
+def test_a_document_that_is_cut_within_a_run_of_spaces_loses_what_stood_beyond(workspace, settings):
+    spaces = ' \n' * 100
+    fill(workspace, [('a', LONG + spaces + 'the end that is gone'), ('b', 'other')])
+    assert documents_of(settings)['a'].endswith('the end that is gone')
+    assert '1 changed documents' in fill(workspace, [('a', LONG + spaces), ('b', 'other')])
+    assert 'gone' not in documents_of(settings)['a']
+    said = fill(workspace, [('a', LONG + spaces), ('b', 'other')])
+    assert ', 0 of them written now, 0 changed' in said and '--sync' not in said

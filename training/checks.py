@@ -8,6 +8,7 @@ import math
 from configurator import UserError
 
 MIN_CHUNKS = 64  # to judge by
+OF_TRAINING = {'continued', 'found_themselves'}  # counts that are not of the val text
 
 
 class NotFinite(UserError):
