@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from configurator import UserError
 from data.corpus import chunk_bytes, read_corpus
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
@@ -309,3 +310,24 @@ def test_a_stream_of_one_document_and_its_corpus_have_the_same_chunks(settings):
         for ids, tokens in zip(batch.chunk_ids, batch.tokens, strict=True):
             for i, chunk in zip(ids.tolist(), tokens.reshape(-1, CHUNK), strict=True):
                 assert not i or (known[i] == chunk).all()
+
+
+def test_data_has_the_columns_and_the_source_of_the_train_set_that_it_is_like():
+    from types import SimpleNamespace
+
+    from evaluation.__main__ import configs_of_data
+
+    def sources(data, like=None, train=None):
+        settings = SimpleNamespace(val_datasets=['v.jsonl'], train_datasets=train or [
+            dict(path='wiki', name='en', source='english'), dict(path='wiki', name='de', source='german'),
+            dict(path='docs', text_field='body')])
+        return [(config.path, config.source, config.text_field) for config in
+                configs_of_data(SimpleNamespace(data=data, like=like), settings)]
+    assert sources(None) == [('v.jsonl', '', 'text')] and sources(['./v.jsonl']) == [('v.jsonl', '', 'text')]
+    assert sources(['new.csv'], like='de') == sources(['new.csv'], like='german') == [('new.csv', 'german', 'text')]
+    assert sources(['new.csv'], like='./docs/') == [('new.csv', '', 'body')]
+    assert sources(['new.csv'], train=['a.jsonl', 'b.jsonl']) == [('new.csv', '', 'text')]
+    for like, said in ((None, 'several columns or sources'), ('wiki', 'several columns or sources'),
+                       ('wrong', '--like=wrong is neither path nor name nor source')):
+        with pytest.raises(UserError, match=f'{said}.*wiki de german'):
+            sources(['new.csv'], like=like)
