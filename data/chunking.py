@@ -27,11 +27,6 @@ def chunk_document(tokens, chunk_size, end_of_text):
     return chunks.reshape(count, chunk_size), lengths
 
 
-def join_chunks(chunks, lengths):
-    """The tokens (n,) of a document from its chunks (L, C), without the end-of-text and the padding."""
-    return chunks.reshape(-1)[:lengths.sum() - 1]
-
-
 def document_hash(source, document_id):
     """`doc_id`: the same document has the same on every machine."""
     return hash64(len(source), source, document_id)  # with its length, no two sources and ids are joined alike

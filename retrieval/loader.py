@@ -34,11 +34,10 @@ class Loader:
     """
     An iterator of Batches on `device`, `count` of the training stream (None: without end). `train` is the arguments of
     SequenceStream beside its datasets. With `val`, rank and world_size for val_batches, take_val() has to come first.
-    Neighbors are fetched for
-    several batches at once, first one, then up to retrieval_prefetch_batches, as a search costs much the same for few
-    chunks as for many; without `retrieve` there are none. As many batches are kept ready, or `keep_ready` if that is
-    more. `say` receives news, such as that Milvus is unreachable. An exception of the process is raised here, with its
-    traceback.
+    Neighbors are fetched for several batches at once, first one, then up to retrieval_prefetch_batches, as a search
+    costs much the same for few chunks as for many; without `retrieve` there are none. As many batches are kept ready,
+    or `keep_ready` if that is more. `say` receives news, such as that Milvus is unreachable. An exception of the
+    process is raised here, with its traceback.
     """
 
     def __init__(self, settings, train=None, count=None, val=None, device='cpu', say=print, retrieve=True,

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from data.chunking import chunk_document, chunk_hashes, document_hash, hash64, join_chunks
+from data.chunking import chunk_document, chunk_hashes, document_hash, hash64
 from tests.conftest import ROOT
 
 END = 99
@@ -15,7 +15,7 @@ def test_the_grid_round_trips_tokens_and_pads_the_last_chunk_alone(count):
     tokens = np.arange(count) % 50
     chunks, lengths = chunk_document(tokens, 4, END)
     assert chunks.shape == (count // 4 + 1, 4)
-    assert (join_chunks(chunks, lengths) == tokens).all()
+    assert (chunks.reshape(-1)[:lengths.sum() - 1] == tokens).all()
     assert lengths.sum() == count + 1 and (lengths[:-1] == 4).all() and 1 <= lengths[-1] <= 4
     assert (chunks.reshape(-1)[count:] == END).all()
 
@@ -25,7 +25,7 @@ def test_the_grid_round_trips_text(prepared):
     tokenizer = load_tokenizer(str(prepared / 'tokenizer.json'))
     text = 'def f(x):\n\treturn "ünïcödé 𝛑 <|endoftext|>"\n' * 9
     chunks, lengths = chunk_document(tokenizer.encode_ordinary(text), 16, tokenizer.eot_token)
-    assert tokenizer.decode(join_chunks(chunks, lengths)) == text
+    assert tokenizer.decode(chunks.reshape(-1)[:lengths.sum() - 1]) == text
 
 
 def test_ids_are_the_same_in_another_process_and_differ_by_source_document_and_position():
