@@ -27,8 +27,8 @@ USABLE = 0.75  # of the file: LMDB writes a page anew before it frees the old on
 class NeighborCache:
     """
     Byte strings by key, in a file of up to `gigabytes` in the folder, for a collection named by the string
-    `collection`. Entries of different `kinds`, strings, are separate. A damaged file is thrown away; `say` is told of
-    it. UserError if the folder cannot be used.
+    `collection`. Entries of different `kinds`, strings, are separate. A damaged file is thrown away, which `say`
+    reports. UserError if the folder cannot be used.
     """
 
     def __init__(self, folder, gigabytes, collection, kinds, say=None):

@@ -66,7 +66,7 @@ class FoundThemselves(UserError):
 def check_found_themselves(counts, warn):
     """
     A FoundThemselves error if most of the chunks that retrieval counted (retriever.py) were handed themselves and their
-    continuation: the loss would measure copying. `warn` is told if it is a tenth, more than license headers explain.
+    continuation: the loss would measure copying. Calls `warn` above a tenth, more than license headers explain.
     The counts are cleared when they were enough to judge by.
     """
     continued, found = counts.get('continued', 0), counts.get('found_themselves', 0)
