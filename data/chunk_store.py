@@ -23,7 +23,7 @@ import numpy as np
 
 from configurator import NO_ROOM, UserError
 from data.chunking import hash64
-from data.documents import Counts, find_files, open_with_datasets
+from data.documents import Counts, find_files, look_at, open_with_datasets
 from data.ingest import DOCUMENT, SORTED_TOGETHER, build, two_documents
 from data.tokenizer import vocabulary_hash
 
@@ -241,14 +241,6 @@ def state_of(files):
         return hash64(files.rows._fingerprint)
     return hash64([(os.path.basename(path), s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
                    for path, s in zip(files.paths, map(look_at, files.paths), strict=True)])
-
-
-def look_at(path):
-    """os.stat, with an error of its own: a link may lead nowhere, and a file go while others are read."""
-    try:
-        return os.stat(path)
-    except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror}): restore it, or remove its name') from error
 
 
 def wait_for_tick(files):

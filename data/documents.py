@@ -142,8 +142,10 @@ def files_of_folder(folder):
     if is_saved(folder):
         paths = glob.glob(f'{glob.escape(folder)}/**', recursive=True)
         return Files(sorted(path for path in paths if os.path.isfile(path)), saved=folder)
+
     def cannot_list(error):
         raise UserError(f'{error.filename} cannot be read ({error.strerror}): make it readable, or move it elsewhere')
+
     found, seen = Files(), set()
     for parent, folders, names in os.walk(folder, onerror=cannot_list, followlinks=True):
         if is_saved(parent):
@@ -168,8 +170,13 @@ def is_saved(folder):
 
 def is_regular(path):
     """Whether a path is a file, and no pipe, which would have to be waited for. UserError if it leads nowhere."""
+    return stat.S_ISREG(look_at(path).st_mode)
+
+
+def look_at(path):
+    """os.stat, with an error of its own: a link may lead nowhere, and a file go while others are read."""
     try:
-        return stat.S_ISREG(os.stat(path).st_mode)
+        return os.stat(path)
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror}): restore it, or remove its name') from error
 
@@ -265,8 +272,6 @@ def load_documents(configs):
 
 def as_dataset_configs(entries, setting):
     """A setting's list of paths, dicts or DatasetConfigs, as DatasetConfigs. UserError if it is anything else."""
-    if isinstance(entries, (str, os.PathLike, dict, DatasetConfig)):
-        entries = [entries]
     if not entries:
         raise UserError(f'{setting} is empty: list the documents in a config file, e.g. {setting} = '
                         f"[DatasetConfig('my/documents.jsonl')]")

@@ -108,7 +108,7 @@ def split_pattern(saved):
 def check_equals_library(name, tokenizer):
     """
     UserError if a tokenizer.json is read in another way than by Hugging Face's `tokenizers`, or is not lossless, on a
-    text with every byte, digits, cases, scripts, emoji, runs of spaces and lines, and every token.
+    text with every byte, digits, cases, scripts, emoji, runs of spaces and lines, and each token in ASCII.
     """
     from tokenizers import Tokenizer
     # characters of all lengths in UTF-8; those of new versions of Unicode may differ between two libraries

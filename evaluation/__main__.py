@@ -14,7 +14,7 @@ import math
 import os
 import time
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import asdict
 
 from system import autocast, keep_freed_memory, pick_dtype
 
@@ -145,8 +145,9 @@ def configs_of_data(arguments, settings):
             resolve(path) in known for path in arguments.data):
         raise UserError(f'the train_datasets of the run have several columns or sources ({choices}): name one that has '
                         f'those of --data by its path, name or source in --like, so that documents are recognized')
-    return [known.get(resolve(path)) or replace(like[0], path=path, name='', split='train', weight=1.0)
-            for path in arguments.data]
+    unknown = {**asdict(like[0]), 'name': '', 'split': 'train', 'weight': 1.0}
+    return as_dataset_configs([known.get(resolve(path), {**unknown, 'path': path}) for path in arguments.data],
+                              '--data')
 
 
 def resolve(path):

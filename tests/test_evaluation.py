@@ -327,6 +327,8 @@ def test_data_has_the_columns_and_the_source_of_the_train_set_that_it_is_like():
     assert sources(['new.csv'], like='de') == sources(['new.csv'], like='german') == [('new.csv', 'german', 'text')]
     assert sources(['new.csv'], like='./docs/') == [('new.csv', '', 'body')]
     assert sources(['new.csv'], train=['a.jsonl', 'b.jsonl']) == [('new.csv', '', 'text')]
+    with pytest.raises(UserError, match='--data holds .*path must not be empty'):
+        sources([''], like='docs')
     for like, said in ((None, 'several columns or sources'), ('wiki', 'several columns or sources'),
                        ('wrong', '--like=wrong is neither path nor name nor source')):
         with pytest.raises(UserError, match=f'{said}.*wiki de german'):
