@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+import subprocess
 from collections import defaultdict
 from contextlib import closing
 
@@ -16,7 +17,7 @@ from retrieval.embedding import Embedder
 from retrieval.knowledge_base import FIELDS, open_knowledge_base
 from retrieval.local_server import join_server
 from retrieval.populate import read_parts
-from tests.conftest import CHUNK, open_all, run
+from tests.conftest import CHUNK, open_all, run, spawn
 
 
 def rows_of(settings, tokenizer):
@@ -236,7 +237,11 @@ def test_sync_is_true_or_false(workspace, argument):
 
 
 def test_no_stage_is_busier_than_all_of_the_time(workspace):
-    said = fill(workspace, [(str(i), f'{i} {LONG}') for i in range(300)])
+    """In real processes: the reader imports its libraries and reads all before the stages run together."""
+    (workspace / 'docs.jsonl').write_text(json.dumps(dict(id='a', text=LONG)) + '\n')
+    process = spawn('-m', 'retrieval.populate', 'config.py', '--retrieval_collection=own',
+                    '--train_datasets=["docs.jsonl"]', folder=workspace, stdout=subprocess.PIPE)
+    said, _ = process.communicate(timeout=120)
     assert 0 < int(re.search(r'was busy (\d+)% of the time', said).group(1)) <= 100
 
 
