@@ -1,10 +1,13 @@
 """
 RETRO (Borgeaud et al. 2022, arXiv 2112.04426) in one file: a GPT-2 decoder, some of whose blocks also attend, chunk by
-chunk, to retrieved neighbors. With use_retrieval = False it is nanoGPT's GPT. Two options go beyond the paper:
-cross-attention that can copy from its first step on (retrieval_copy), and a token mix (token_mix).
+chunk, to retrieved neighbors. With use_retrieval = False it is nanoGPT's GPT. Options go beyond the paper: pointers
+(retrieval_pointers), tokens that came next in the knowledge base where the longest runs of the last tokens stand, and
+the same of the sequence's own context (copy_own_context); cross-attention that can copy from its first step on
+(retrieval_copy); a token mix (token_mix).
 
 Shapes: B sequences of T tokens, L = T / C chunks of C tokens, K neighbors a chunk, each of R = 2C tokens (a chunk and
-its continuation), D = n_embd, d = D / heads. N = B * L chunks and M = K * R neighbor tokens are flattened dimensions.
+its continuation), P pointers a token, D = n_embd, d = D / heads. N = B * L chunks and M = K * R neighbor tokens are
+flattened dimensions.
 """
 import math
 from dataclasses import dataclass, field, fields
@@ -15,6 +18,14 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 COPY_HEADS = 2  # of CopyAttention; more are no better, and each costs a pass over the scores
+POINTER_HEADS = 2  # of PointerAttention
+LONGEST = 16  # tokens that a pointer's match counts at most
+SHARES = 16  # buckets of a pointer's share: 0 is all, and each further one half an octave less
+OWN_POINTERS = 8  # of a token's own context
+OWN_LENGTHS = (1, 2, 3, 4, 6, 8)  # of the runs that are looked for in it, in tokens
+OWN_PLACES = 3  # of each, the most recent
+HASHES = [pow(6364136223846793005, n + 1, 2**63) for n in range(LONGEST + 1)]  # odd factors of a run's tokens
+GROWTH = 0.7  # a place counts e^GROWTH times as much as one whose match is a token shorter
 GPT2_FIELDS = ('model_type', 'activation_function', 'tie_word_embeddings', 'layer_norm_epsilon', 'scale_attn_weights',
                'scale_attn_by_inverse_layer_idx', 'reorder_and_upcast_attn', 'add_cross_attention', 'n_inner')
 
@@ -30,7 +41,10 @@ class RETROConfig:
     dropout: float = 0.0
     bias: bool = False
     token_mix: bool = True
+    copy_own_context: bool = True
+    pointer_layers: list = field(default_factory=list)
     use_retrieval: bool = True
+    retrieval_pointers: int = 16  # P
     retrieval_layers: list = field(default_factory=list)
     retrieval_chunk_size: int = 64  # C
     retrieval_k_neighbors: int = 2  # K
@@ -41,7 +55,12 @@ class RETROConfig:
     def __post_init__(self):
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}')
-        if not self.use_retrieval:
+        if self.has_pointers or self.copy_own_context:
+            if self.n_embd % POINTER_HEADS:
+                raise ValueError(f'n_embd {self.n_embd} must be a multiple of {POINTER_HEADS} for pointers')
+            self.pointer_layers = self.pointer_layers or sorted({1, self.n_layer // 2 + 1})
+            check_layers('pointer_layers', self.pointer_layers, self.n_layer)
+        if not self.has_neighbors:
             return
         if self.retrieval_chunk_size < 1 or self.block_size % self.retrieval_chunk_size:
             raise ValueError(f'block_size {self.block_size} must be a multiple of retrieval_chunk_size '
@@ -51,10 +70,7 @@ class RETROConfig:
         if not self.retrieval_layers:  # every third from the 6th, or 9th in deep models, and the last (section 2.4)
             first = 9 if self.n_layer > 15 else 6
             self.retrieval_layers = sorted({*range(first, self.n_layer + 1, 3), self.n_layer})
-        wrong = [p for p in self.retrieval_layers if not (isinstance(p, int) and 1 <= p <= self.n_layer)]
-        if wrong:
-            raise ValueError(f'retrieval_layers {self.retrieval_layers} must be numbers from 1 to n_layer '
-                             f'{self.n_layer}, but {wrong} are not')
+        check_layers('retrieval_layers', self.retrieval_layers, self.n_layer)
         if not 0 <= self.retrieval_longest_match <= 127:  # matches are counted in int8
             raise ValueError(f'retrieval_longest_match {self.retrieval_longest_match} is not from 0 to 127')
 
@@ -65,9 +81,23 @@ class RETROConfig:
         return cls(vocab_size=-(-vocab_size // 64) * 64, **given)
 
     @property
+    def has_neighbors(self):
+        return self.use_retrieval and self.retrieval_k_neighbors > 0
+
+    @property
+    def has_pointers(self):
+        return self.use_retrieval and self.retrieval_pointers > 0
+
+    @property
     def has_encoder(self):
         """Only copying can do without an encoder; one of 0 blocks adds positions and a layer norm."""
-        return self.use_retrieval and (self.retrieval_encoder_layers > 0 or not self.retrieval_copy)
+        return self.has_neighbors and (self.retrieval_encoder_layers > 0 or not self.retrieval_copy)
+
+
+def check_layers(name, layers, n_layer):
+    wrong = [p for p in layers if not (isinstance(p, int) and 1 <= p <= n_layer)]
+    if wrong:
+        raise ValueError(f'{name} {layers} must be numbers from 1 to n_layer {n_layer}, but {wrong} are not')
 
 
 @torch.compiler.assume_constant_result
@@ -167,6 +197,13 @@ class NeighborContext(NamedTuple):
     keys: torch.Tensor | None  # (N, M, D); to copy from (N, heads, M, d + 2)
     values: torch.Tensor | None  # to copy from: (N, heads, M, d)
     matches: torch.Tensor | None  # to copy from: (N, C, M)
+
+
+class PointerContext(NamedTuple):
+    """Inputs of the pointer blocks."""
+    values: list | None  # a table (V, d) for each head, of the tokens' normalized embeddings
+    own: torch.Tensor | None  # (B, T, OWN_POINTERS, 3) into the own context
+    found: torch.Tensor | None  # (B, T, P, 3) into the knowledge base
 
 
 class EncoderBlock(nn.Module):
@@ -281,6 +318,87 @@ def count_matches(tokens, neighbors, chunk_size, longest):
     return count.flatten(3)
 
 
+class PointerAttention(nn.Module):
+    """
+    Attention of each position to its own pointers: the tokens that came next where its last tokens stand. A pointer's
+    score is that of its longest match plus that of its share, which depend on the position's activation; its value is
+    its token's embedding. A null pointer is for attending to nothing.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.c_score = nn.Linear(config.n_embd, POINTER_HEADS * (LONGEST + SHARES + 2))  # of lengths, shares and null
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def init_scores(self):
+        """Start with more for longer matches and larger shares, by head more or less of it, and nothing as likely."""
+        nn.init.zeros_(self.c_proj.weight)
+        steepness = torch.linspace(0.1, 0.6, POINTER_HEADS)[:, None]
+        nothing = torch.full((POINTER_HEADS, 1), 3.0)
+        scores = [torch.arange(LONGEST + 1) * steepness, -torch.arange(SHARES) * (0.5 * steepness + 0.05), nothing]
+        with torch.no_grad():
+            self.c_score.bias.copy_(torch.cat(scores, dim=1).flatten())
+
+    def forward(self, x, values, pointers):
+        """x (B, T, D); values, a table (V, d) for each head; pointers (B, T, P, 3), as RETRO.forward has them."""
+        B, T, P, _ = pointers.shape
+        tokens, lengths, shares = pointers.unbind(-1)  # (B, T, P)
+        by_length, by_share, nothing = self.c_score(self.ln(x)).float().unflatten(-1, (POINTER_HEADS, -1)).split(
+            [LONGEST + 1, SHARES, 1], dim=-1)
+        indices = [f[:, :, None].expand(B, T, POINTER_HEADS, P) for f in (lengths, shares)]
+        scores = by_length.gather(-1, indices[0]) + by_share.gather(-1, indices[1])
+        scores = scores.masked_fill(lengths[:, :, None] == 0, -math.inf)
+        weights = torch.cat([nothing, scores], dim=-1).softmax(-1)[..., 1:]  # (B, T, heads, P)
+        # embedding_bag sums weighted rows without storing them: (B, T, P, D) would be the step's largest tensor
+        y = [F.embedding_bag(tokens.flatten(0, 1), table, mode='sum', per_sample_weights=w.flatten(0, 1))
+             for table, w in zip(values, weights.unbind(2), strict=True)]
+        return self.resid_dropout(self.c_proj(torch.cat(y, dim=-1).view(B, T, -1)))
+
+
+@torch.no_grad()
+def own_pointers(tokens, doc_ids=None):
+    """
+    Pointers of tokens (B, T) into their own context: (B, T, OWN_POINTERS, 3) int64, as RETRO.forward has them. They are
+    the distinct tokens that followed the most recent OWN_PLACES earlier places of the last OWN_LENGTHS tokens, of the
+    same document by doc_ids (B, T). No T x T comparison: equal runs stand side by side when their hashes are sorted.
+    """
+    T = tokens.shape[1]
+    documents = torch.zeros_like(tokens) if doc_ids is None else doc_ids
+    sums, is_run, keys, unlike = documents * HASHES[0], torch.ones_like(tokens, dtype=torch.bool), [], -torch.arange(
+        1, T + 1, device=tokens.device)
+    for n in range(1, min(OWN_LENGTHS[-1], T) + 1):
+        sums = sums + F.pad(tokens[:, :T - n + 1] + 1, (n - 1, 0)) * HASHES[n]  # int64 wraps around
+        is_run = is_run & F.pad(documents[:, :T - n + 1] == documents[:, n - 1:], (n - 1, 0), value=False)
+        if n in OWN_LENGTHS:
+            keys.append(torch.where(is_run, sums, unlike))
+    keys, order = torch.stack(keys, dim=1).sort(dim=-1, stable=True)  # (B, lengths, T)
+    places = []
+    for n in range(1, min(OWN_PLACES, T - 1) + 1):  # the n-th place before each
+        place = torch.where(keys[..., n:] == keys[..., :-n], order[..., :-n], -1)
+        places.append(torch.empty_like(order).scatter_(-1, order, F.pad(place, (n, 0), value=-1)))
+    if not places:
+        return tokens.new_zeros(*tokens.shape, OWN_POINTERS, 3)
+    places = torch.stack(places, dim=-1)  # (B, lengths, T, OWN_PLACES)
+    lengths = torch.tensor(OWN_LENGTHS[:places.shape[1]], device=tokens.device)
+    # a place of a long run is one of its shorter ones, too: together they count e^(GROWTH * length)
+    weights = torch.exp(GROWTH * lengths) - F.pad(torch.exp(GROWTH * lengths[:-1]), (1, 0))
+    lengths, weights = (x.repeat_interleave(places.shape[-1]) for x in (lengths, weights))  # (M,)
+    places = places.transpose(1, 2).flatten(2)  # (B, T, M)
+    is_place = places >= 0
+    found = torch.where(is_place, tokens.gather(1, (places + 1).flatten(1)).view_as(places), -1).int()
+    is_same = found[..., :, None] == found[..., None, :]  # (B, T, M, M)
+    weights = weights * is_place
+    share = (is_same * weights[..., None, :]).sum(-1) * (is_place & ~is_same.tril(-1).any(-1))  # each token once
+    longest = (is_same * (lengths * is_place).to(torch.int8)[..., None, :]).amax(-1)
+    share, best = share.topk(min(OWN_POINTERS, share.shape[-1]), dim=-1)
+    bucket = (-2 * (share / weights.sum(-1, keepdim=True).clamp_min(1e-9)).clamp_min(1e-9).log2()).clamp(0, SHARES - 1)
+    pointers = torch.stack([found.gather(-1, best).long(), longest.gather(-1, best).long(), bucket.long()], dim=-1)
+    pointers = pointers * (share > 0)[..., None]
+    return F.pad(pointers, (0, 0, 0, OWN_POINTERS - pointers.shape[2]))
+
+
 class ChunkedCrossAttention(nn.Module):
     """
     Section 2.4. The neighbors of chunk u go to its last token, the first that may depend on them, and to the C - 1
@@ -309,25 +427,32 @@ class ChunkedCrossAttention(nn.Module):
 
 class Block(nn.Module):
     """
-    A decoder block: self-attention, in retrieval blocks chunked cross-attention, MLP. The first retrieval block owns
-    the encoder, which is conditioned on its activations before the cross-attention.
+    A decoder block: self-attention, in pointer blocks attention to pointers into the own context and into the knowledge
+    base, in retrieval blocks chunked cross-attention, MLP. The first retrieval block owns the encoder, which is
+    conditioned on its activations before the cross-attention.
     """
 
-    def __init__(self, config, retrieves=False, encodes=False):
+    def __init__(self, config, points=False, retrieves=False, encodes=False):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = SelfAttention(config)
+        self.own = PointerAttention(config) if points and config.copy_own_context else None
+        self.point = PointerAttention(config) if points and config.has_pointers else None
         self.encoder = Encoder(config) if encodes else None
         self.cca = ChunkedCrossAttention(config) if retrieves else None
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, neighbors=None):
+    def forward(self, x, mask=None, pointed=None, neighbors=None):
         """
-        x (B, T, D); mask as in attend, None: causal; neighbors a NeighborContext or None. Returns x and the neighbors,
-        which the first retrieval block encodes for those after it.
+        x (B, T, D); mask as in attend, None: causal; pointed a PointerContext; neighbors a NeighborContext or None.
+        Returns x and the neighbors, which the first retrieval block encodes for those after it.
         """
         x = x + self.attn(self.ln_1(x), mask, causal=mask is None)
+        if self.own is not None:
+            x = x + self.own(x, pointed.values, pointed.own)
+        if self.point is not None and pointed.found is not None:
+            x = x + self.point(x, pointed.values, pointed.found)
         if self.cca is not None and neighbors is not None:
             if self.encoder is not None:
                 B, L = neighbors.found.shape
@@ -350,13 +475,13 @@ class RETRO(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        layers = config.retrieval_layers if config.use_retrieval else []
+        layers = config.retrieval_layers if config.has_neighbors else []
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList([Block(config, retrieves=number in layers,
-                                   encodes=config.has_encoder and number == min(layers))
+            h=nn.ModuleList([Block(config, number in config.pointer_layers, number in layers,
+                                   config.has_encoder and number == min(layers))
                              for number in range(1, config.n_layer + 1)]),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
@@ -374,22 +499,28 @@ class RETRO(nn.Module):
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * depth))
             if config.retrieval_copy and name.endswith('cca.attn.c_proj.weight'):
                 nn.init.zeros_(parameter)
+        for module in self.modules():
+            if isinstance(module, PointerAttention):
+                module.init_scores()
         if self.mix:  # the two tokens before: rotated, and smaller than the token itself
             nn.init.orthogonal_(self.mix.weight, gain=0.5)
 
-    def forward(self, tokens, targets=None, neighbors=None, neighbor_mask=None, doc_ids=None, loss_reduction='mean'):
+    def forward(self, tokens, targets=None, neighbors=None, neighbor_mask=None, doc_ids=None, pointers=None,
+                loss_reduction='mean'):
         """
         tokens (B, T), any T up to block_size; targets (B, T), -1 where there is none; neighbors (B, L, K, R) of the
         L <= T / C complete chunks, and neighbor_mask of the same shape, True where there is a token; doc_ids (B, T / C)
-        of the chunks: a token attends only to tokens of its own document. Returns logits (B, T, V) and the loss in
-        nats, the 'mean' or 'sum' over the targets; None without targets.
+        of the chunks: a token attends only to tokens of its own document. pointers (B, T, P, 3): for each position up
+        to P distinct tokens that came next where its last tokens stand in the knowledge base, each with the length of
+        the longest match, 0 where there is no pointer, and its share, in half octaves below all. Returns logits
+        (B, T, V) and the loss in nats, the 'mean' or 'sum' over the targets; None without targets.
         """
-        logits = self.lm_head(self.hidden(tokens, neighbors, neighbor_mask, doc_ids))
+        logits = self.lm_head(self.hidden(tokens, neighbors, neighbor_mask, doc_ids, pointers))
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
                                                             reduction=loss_reduction)
         return logits, loss
 
-    def hidden(self, tokens, neighbors=None, neighbor_mask=None, doc_ids=None):
+    def hidden(self, tokens, neighbors=None, neighbor_mask=None, doc_ids=None, pointers=None):
         """The final activations (B, T, D), before lm_head. The arguments are those of forward."""
         c, T, mask = self.config, tokens.shape[1], None
         if T > c.block_size:
@@ -402,12 +533,13 @@ class RETRO(nn.Module):
             if (self.training and c.dropout) or not takes_documents(x.device.type, to_autocast_dtype(x).dtype,
                                                                     c.n_embd // c.n_head):
                 mask = (doc_ids[:, :, None] == doc_ids[:, None, :]).tril()[:, None]  # (B, 1, T, T)
-        is_read = neighbors is not None and c.use_retrieval and neighbors.shape[1] > 0
+        pointed = self.read_pointers(tokens, doc_ids, pointers)
+        is_read = neighbors is not None and c.has_neighbors and neighbors.shape[1] > 0
         neighbors = self.read_neighbors(tokens, neighbors, neighbor_mask) if is_read else None
         x = self.mix_tokens(x, doc_ids)
         x = self.transformer.drop(x + self.transformer.wpe.weight[:T])
         for block in self.transformer.h:
-            x, neighbors = block(x, mask, neighbors)
+            x, neighbors = block(x, mask, pointed, neighbors)
         return self.transformer.ln_f(x)
 
     def mix_tokens(self, x, doc_ids=None):
@@ -424,6 +556,16 @@ class RETRO(nn.Module):
                 y = y * F.pad(doc_ids[:, n:] == doc_ids[:, :S - n], (n, 0))[..., None]
             earlier.append(y)
         return x + self.mix(torch.cat(earlier, dim=-1))
+
+    def read_pointers(self, tokens, doc_ids, pointers):
+        """tokens (B, T), doc_ids (B, T) or None, pointers (B, T, P, 3) or None, to a PointerContext."""
+        own = own_pointers(tokens, doc_ids) if self.config.copy_own_context else None
+        pointers = pointers if self.config.has_pointers else None
+        if own is None and pointers is None:
+            return PointerContext(None, None, None)
+        weight = self.transformer.wte.weight.detach().float()  # without gradients, which are not worth the time
+        values = F.layer_norm(weight, weight.shape[-1:])
+        return PointerContext([x.contiguous() for x in values.chunk(POINTER_HEADS, dim=-1)], own, pointers)
 
     def read_neighbors(self, tokens, neighbors, neighbor_mask):
         """tokens (B, T), neighbors (B, L, K, R) and their mask, to a NeighborContext. An encoder's keys come later."""
@@ -461,7 +603,8 @@ class RETRO(nn.Module):
             raise ValueError(f'{name} is not a plain GPT-2: {", ".join(odd)}')
         theirs = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, bias=True, block_size=c.n_positions,
                       vocab_size=c.vocab_size)
-        ours = RETROConfig(**{**theirs, 'token_mix': False, 'use_retrieval': False, **overrides})
+        plain = {'token_mix': False, 'copy_own_context': False, 'use_retrieval': False}
+        ours = RETROConfig(**{**theirs, **plain, **overrides})
         fits = dict(block_size=ours.block_size <= c.n_positions, vocab_size=0 <= ours.vocab_size - c.vocab_size < 128)
         wrong = [f'{key} is {getattr(ours, key)} and that of {name} {value}' for key, value in theirs.items()
                  if not fits.get(key, getattr(ours, key) == value)]
@@ -503,7 +646,10 @@ class RETRO(nn.Module):
         D, T, C, K = c.n_embd, c.block_size, c.retrieval_chunk_size, c.retrieval_k_neighbors
         mix = 6 * 2 * D * D * c.token_mix
         flops = c.n_layer * (6 * 12 * D * D + 12 * D * T) + 6 * D * c.vocab_size + mix
-        if not c.use_retrieval:
+        for count in (c.copy_own_context * OWN_POINTERS, c.has_pointers * c.retrieval_pointers):
+            scores = POINTER_HEADS * (LONGEST + SHARES + 2)
+            flops += bool(count) * len(c.pointer_layers) * (6 * D * (D + scores) + 4 * D * count)
+        if not c.has_neighbors:
             return flops
         R, ratio = 2 * C, 2 * K  # neighbor tokens per token
         flops += c.retrieval_encoder_layers * ratio * (6 * 12 * D * D + 12 * D * R)
@@ -514,11 +660,12 @@ class RETRO(nn.Module):
         return flops + len(c.retrieval_layers) * (6 * 2 * D * D * projected + passes * D * K * R)
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, retrieve=None, temperature=1.0, top_k=None, end_of_text=None,
-                 allowed=None, generator=None):
+    def generate(self, tokens, max_new_tokens, retrieve=None, point=None, temperature=1.0, top_k=None,
+                 end_of_text=None, allowed=None, generator=None):
         """
         Continue tokens (B, T), which start on the chunk grid, by up to max_new_tokens each: (B, T + n). `retrieve` is
         called once for each newly completed chunk (B, 1, C), and returns its neighbors (B, 1, K, R) and their mask.
+        `point` is called for each new token with those that are read (B, T'), and returns their pointers (B, T', P, 3).
         Temperature 0 takes the most likely token. Stops early when all have reached `end_of_text`. Only ids in
         `allowed` (n,) bool are chosen: others pad the embedding, or are gaps in the vocabulary.
         """
@@ -531,7 +678,9 @@ class RETRO(nn.Module):
                 masks.append(mask)
             first = max(0, math.ceil((tokens.shape[1] - block_size) / C))  # whole chunks leave the window
             visible = [torch.cat(x[first:], 1) for x in (neighbors, masks)] if neighbors[first:] else []
-            logits = self.lm_head(self.hidden(tokens[:, first * C:], *visible)[:, -1]).float()
+            read = tokens[:, first * C:]
+            pointers = point(read) if point else None
+            logits = self.lm_head(self.hidden(read, *visible, pointers=pointers)[:, -1]).float()
             if allowed is not None:
                 logits = logits[:, :len(allowed)].masked_fill(~allowed, -math.inf)
             if temperature == 0:

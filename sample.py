@@ -17,7 +17,7 @@ import torch
 from configurator import RANGES, UserError, check_range, user_errors_as_one_line, visible
 from data.tokenizer import is_token
 from retrieval.knowledge_base import FIELDS
-from retrieval.retriever import Retriever, neighbor_function
+from retrieval.retriever import Retriever, neighbor_function, pointer_function
 from training.checkpoint import load_run
 
 
@@ -75,6 +75,7 @@ def sample(arguments, start, model, tokenizer, retriever, device):
     retrieved = []  # by chunk, the hits of each sample, (B, K)
     generator = torch.Generator(device).manual_seed(arguments.seed)
     tokens = model.generate(tokens, arguments.max_new_tokens, neighbor_function(retriever, device, retrieved),
+                            pointer_function(retriever, device),
                             arguments.temperature, arguments.top_k, tokenizer.eot_token,
                             torch.tensor(is_token(tokenizer), device=device), generator)
     for number, sequence in enumerate(tokens.tolist()):

@@ -88,11 +88,15 @@ n_embd = 768  # width
 dropout = 0.0  # 0 for pretraining, 0.1 or more for finetuning
 bias = False  # biases in linear layers and layer norms; GPT-2 has them
 token_mix = True  # add a linear mix of the two tokens before to each token's embedding
+copy_own_context = True  # attend to what followed the last tokens where they stand earlier in the sequence
+pointer_layers = []  # blocks that attend to it and to pointers, from 1; empty: the first and the middle one
 # retrieval
 use_retrieval = True  # False: train the same decoder as a GPT
+retrieval_pointers = 16  # tokens that came next at the longest matches in the collection, for each token; 0 disables
+retrieval_dropout = 0.1  # share of training sequences without retrieval, so that the model stays usable without it
 retrieval_layers = []  # blocks with chunked cross-attention, from 1; empty: every third from the 6th, and the last
 retrieval_chunk_size = 64  # tokens per chunk
-retrieval_k_neighbors = 2  # neighbors per chunk
+retrieval_k_neighbors = 2  # neighbors per chunk; 0 disables
 retrieval_rerank = 0  # re-rank this many nearest by the text they share with the chunk; 0 disables
 retrieval_encoder_layers = 0  # blocks of the neighbor encoder; 2 in the paper
 retrieval_copy = True  # cross-attention that can copy from its first step on; False: the paper's
@@ -105,6 +109,7 @@ retrieval_index = 'IVF_FLAT'  # FLAT (exact), IVF_FLAT, HNSW (large collections 
 retrieval_prefetch_batches = 8  # batches to keep ready, and the most that one search serves
 retrieval_cache_dir = 'out/neighbors'  # cache of fetched neighbors, shared by all runs; on a local disk
 retrieval_cache_gb = 10.0  # its maximum size; 0 disables
+retrieval_matches_dir = 'out/matches'  # exact-match index of the collection, shared by all runs; on a local disk
 retrieval_timeout = 600.0  # seconds to wait for an unreachable Milvus before saving a checkpoint and ending the run
 # optimizer
 learning_rate = 6e-4  # peak learning rate
@@ -267,7 +272,7 @@ def main(cleanup):
                 wrapped.require_backward_grad_sync = micro_step == micro_steps - 1
             with context:
                 _, loss = wrapped(batch.tokens, batch.targets, batch.neighbors, batch.neighbor_mask, batch.doc_ids,
-                                  loss_reduction='sum')
+                                  batch.pointers, loss_reduction='sum')
             scaler.scale(loss * (ranks.world_size / max(1, targets))).backward()
             nats += loss.detach()
             interval.counts.update(batch.counts)

@@ -63,7 +63,7 @@ def measure(settings, is_remembered, tokenizer, datasets, rounds, together):
         stream = SequenceStream(datasets, settings.block_size, settings.batch_size)
         if is_remembered:
             for _ in range(rounds):
-                retriever.add_neighbors(list(islice(stream, together)))
+                retriever.retrieve_for(list(islice(stream, together)))
             stream = SequenceStream(datasets, settings.block_size, settings.batch_size)
         seconds = time_stages(retriever)
         for _ in range(rounds):
@@ -71,7 +71,7 @@ def measure(settings, is_remembered, tokenizer, datasets, rounds, together):
             start = time.perf_counter()
             batches = list(islice(stream, together))
             seconds['read'] = time.perf_counter() - start
-            retriever.add_neighbors(batches)
+            retriever.retrieve_for(batches)
             whole = time.perf_counter() - start
             seconds['rest'] = whole - sum(seconds.values())
             yield ({stage: 1e3 * seconds[stage] / together for stage in STAGES} | {'all': 1e3 * whole / together},

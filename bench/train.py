@@ -1,9 +1,9 @@
 """
-What live retrieval costs a training run: tokens/s of the same model on the same batches with neighbors that are (a)
-frozen, handed over as ready tensors, (b) live, with an empty cache, (c) live, second epoch, (d) live beside a process
-that keeps a core busy, and (e) of the GPT of the same decoder. All read and tokenize their text as a run does. The arms
-take turns of a few steps; while one runs, the processes of the others are stopped. A round is as many steps of each as
-one search serves. Prints a table and one JSON line.
+What live retrieval costs a training run: tokens/s of the same model on the same batches with neighbors and pointers
+that are (a) frozen, handed over as ready tensors, (b) live, with an empty cache, (c) live, second epoch, (d) live
+beside a process that keeps a core busy, and (e) of the GPT of the same decoder. All read and tokenize their text as a
+run does. The arms take turns of a few steps; while one runs, the processes of the others are stopped. A round is as
+many steps of each as one search serves. Prints a table and one JSON line.
 
     python bench/train.py config/quickstart.py [--key=value ...] [--quick]
 
@@ -52,9 +52,9 @@ def make_step(settings, vocab_size, device):
     precision = pick_dtype(settings.dtype, device)
 
     def step(batch):
-        neighbors = (batch.neighbors, batch.neighbor_mask) if settings.use_retrieval else (None, None)
+        neighbors, mask, pointers = batch.retrieved if settings.use_retrieval else (None, None, None)
         with autocast(precision, device):
-            _, loss = compiled(batch.tokens, batch.targets, *neighbors, batch.doc_ids)
+            _, loss = compiled(batch.tokens, batch.targets, neighbors, mask, batch.doc_ids, pointers)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -111,7 +111,7 @@ def measure(settings, window, rounds, device, cleanup, vocab_size=None):
     # batches until searches reach their full size; then come a warm-up round and the measured rounds
     growing = sum(2**i for i in range(window.bit_length()) if 2**i < window)
     second_epoch = load('second epoch')
-    frozen = [(batch.neighbors, batch.neighbor_mask)
+    frozen = [batch.retrieved
               for batch in itertools.islice(second_epoch, growing + (1 + rounds) * window)]
     second_epoch.close()
     busy = subprocess.Popen([sys.executable, '-c', BUSY])
@@ -127,8 +127,8 @@ def measure(settings, window, rounds, device, cleanup, vocab_size=None):
     for name, loader in loaders.items():
         batches = loader
         if name == 'frozen':
-            batches = (replace(batch, neighbors=neighbors, neighbor_mask=mask)
-                       for batch, (neighbors, mask) in zip(loader, frozen, strict=False))
+            batches = (replace(batch, neighbors=neighbors, neighbor_mask=mask, pointers=pointers)
+                       for batch, (neighbors, mask, pointers) in zip(loader, frozen, strict=False))
         arms[name] = Arm(gpt_step if name == 'gpt' else retro_step, loader, batches,
                          [loader.process.pid, *beside.get(name, [])])
     for arm in arms.values():  # all are connected before the server is stopped

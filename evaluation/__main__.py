@@ -114,7 +114,8 @@ def main(cleanup):
     write_atomically(to_json(report, indent=1), f'{results}/evaluation.json')
     written = ['evaluation.json']
     if retrieved:
-        for name, plot in (('leakage.png', plot_overlap), ('similarity.png', plot_similarity)):
+        plots = (('leakage.png', plot_overlap), ('similarity.png', plot_similarity))
+        for name, plot in plots if retrieved.hits is not None else ():
             save_figure(report, plot, f'{results}/{name}')
             written.append(name)
     passages = choose_passages(corpus, nats, retrieved, arguments.passages) if retrieved else []

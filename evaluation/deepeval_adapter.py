@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data.chunking import hash64
 from data.tokenizer import is_token
-from retrieval.retriever import neighbor_function
+from retrieval.retriever import neighbor_function, pointer_function
 
 WRITTEN_TOKENS = 32  # at most, of an answer that is written
 RETRIEVED_TOGETHER = 256  # prompts per request to the retriever
@@ -139,8 +139,11 @@ class RETROForDeepEval(DeepEvalBaseLLM):
                 tokens = self._padded(retrieved[batch])  # (B, T)
                 complete = tokens.shape[1] // self.network.config.retrieval_chunk_size
                 read = [part[batch, :complete] for part in neighbors]
+                pointers = None
+                if self.retriever is not None and self.retriever.matches:
+                    pointers = torch.from_numpy(self.retriever.point(tokens)).long().to(self.device)
                 with self.context:
-                    hidden = self.network.hidden(torch.from_numpy(tokens).to(self.device), *read)
+                    hidden = self.network.hidden(torch.from_numpy(tokens).to(self.device), *read, pointers=pointers)
                 for x, row in zip(hidden, retrieved[batch], strict=True):
                     for i in rows[row]:
                         whole, first = options[i]  # in float32: in bfloat16 many answers would be equally likely
@@ -159,8 +162,8 @@ class RETROForDeepEval(DeepEvalBaseLLM):
         return tokens
 
     def _retrieve(self, rows):
-        """Neighbors (n, L, K, R) of the rows' complete chunks and their mask, on the device; () without a retriever."""
-        if self.retriever is None:
+        """Neighbors (n, L, K, R) of the rows' complete chunks and their mask, on the device; () if there are none."""
+        if self.retriever is None or not self.retriever.k:
             return ()
         C = self.network.config.retrieval_chunk_size
         tokens = self._padded(rows)
@@ -176,7 +179,8 @@ class RETROForDeepEval(DeepEvalBaseLLM):
         tokens, = self._fit(prompt, [''], self.network.config.block_size - WRITTEN_TOKENS)
         with self.context:
             whole = self.network.generate(torch.tensor([tokens], device=self.device), WRITTEN_TOKENS,
-                                          neighbor_function(self.retriever, self.device, []), temperature=0,
+                                          neighbor_function(self.retriever, self.device, []),
+                                          pointer_function(self.retriever, self.device), temperature=0,
                                           end_of_text=self.tokenizer.eot_token, allowed=self.allowed)
         written = [token for token in whole[0, len(tokens):].tolist() if token != self.tokenizer.eot_token]
         return self.tokenizer.decode(written).strip().partition('\n')[0]

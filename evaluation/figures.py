@@ -11,6 +11,7 @@ from evaluation.leakage import overlap
 from evaluation.losses import bits_per_byte, bootstrap
 
 OVERLAPS = (0.125, 0.25, 0.5, 0.75, 1.0)  # as in the paper's figure
+RUNS = (4, 8, 16, 32, 64)  # tokens
 SIMILARITIES = (-1.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # bin edges
 ARMS = {'on': 'retrieval on', 'off': 'retrieval off', 'baseline': 'GPT'}
 COLORS = {'on': '#2f7fd6', 'off': '#e07b39', 'baseline': '#8a8f98'}
@@ -20,7 +21,7 @@ def summarize(corpus, size, nats, retrieved=None):
     """
     Metrics of one evaluation of a Corpus, as the dict for evaluation.json. `size` (N,) is the bytes of each chunk.
     `nats` maps arms, which are keys of ARMS, to token losses (N, C). With `retrieved`, a Retrieved, it must have the
-    arms 'on' and 'off', and the metrics by overlap and by similarity are added.
+    arms 'on' and 'off', and the metrics by longest run, and with neighbors by overlap and similarity, are added.
     """
     arms = [arm for arm in ARMS if arm in nats]
     sums = {arm: nats[arm].sum(1, dtype=np.float64) for arm in arms}  # (N,)
@@ -49,6 +50,10 @@ def summarize(corpus, size, nats, retrieved=None):
                             gain_interval=bootstrap(gain, corpus.document, sums['on'] * subset, sums['off'] * subset))
         return dict(chunks=int(subset.sum()), share_of_bytes=float(size[subset].sum() / size.sum())) | metrics
 
+    runs = retrieved.longest_runs  # (N,)
+    report['bpb_by_longest_run'] = [dict(longest_run=limit, **subset_metrics(runs <= limit)) for limit in RUNS]
+    if retrieved.hits is None:
+        return report
     overlaps = overlap(corpus, retrieved)  # (N,)
     similarity = np.where(retrieved.read >= 0, retrieved.hits['score'][retrieved.read].max(1), -np.inf)  # (N,)
     bins = np.digitize(similarity, SIMILARITIES[1:-1])
@@ -105,12 +110,18 @@ def table(report):
                          f'{significance}')
     lines += report['notes']
     lines.append('intervals are bootstrapped over documents; the variance between training runs is larger')
+    compared = [f'bpb_{arm}' for arm in arms if f'bpb_{arm}' in report.get('bpb_by_longest_run', [{}])[0]]
+    header = ('share of bytes', *(ARMS[key[4:]] for key in compared), f'{"gain over off (95% interval)":>30}')
+    if 'bpb_by_longest_run' in report:
+        lines += ['', 'bits per byte by the longest run of tokens that a chunk shares with anything in the collection:']
+        row('longest run at most', *header)
+        for line in report['bpb_by_longest_run']:
+            row(f'{line["longest_run"]} tokens', f'{line["share_of_bytes"]:.1%}', *metric_cells(line, compared))
+        lines.append('')
     if 'bpb_by_overlap' in report:
         lines += [f'{report["share_with_neighbors"]:.1%} of the chunks have neighbors, '
                   f'{report["share_read_with_neighbors"]:.1%} are predicted with neighbors', '',
                   'bits per byte by maximum overlap, the longest run of tokens shared with a neighbor:']
-        compared = [f'bpb_{arm}' for arm in arms if f'bpb_{arm}' in report['bpb_by_overlap'][0]]
-        header = ('share of bytes', *(ARMS[key[4:]] for key in compared), f'{"gain over off (95% interval)":>30}')
         row('overlap at most', *header)
         for line in report['bpb_by_overlap']:
             row(f'{line["overlap"]:.1%}', f'{line["share_of_bytes"]:.1%}', *metric_cells(line, compared))

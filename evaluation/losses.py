@@ -18,11 +18,13 @@ RETRIEVED_TOGETHER = 64  # sequences per request to the retriever
 
 @dataclass
 class Retrieved:
-    """The neighbors of a corpus' N chunks."""
-    tokens: np.ndarray  # (N, K, R) int32
-    mask: np.ndarray  # (N, K, R) bool
-    hits: np.ndarray  # (N, K) of HIT
+    """What was retrieved for a corpus' N chunks."""
+    tokens: np.ndarray | None  # (N, K, R) int32; None without neighbors
+    mask: np.ndarray | None  # (N, K, R) bool
+    hits: np.ndarray | None  # (N, K) of HIT
     read: np.ndarray  # (N,) index of the chunk whose neighbors it was read with, the one before; -1 if there is none
+    pointers: np.ndarray | None  # (N, C, P, 3): of each position, into the token after it
+    longest_runs: np.ndarray  # (N,) the longest run of its tokens that stands anywhere in the collection
 
 
 def evaluate_corpus(model, corpus, batch_size, device, context, retriever=None, label='evaluating'):
@@ -37,11 +39,13 @@ def evaluate_corpus(model, corpus, batch_size, device, context, retriever=None, 
                for start in range(0, len(sequences.tokens), batch_size)]
     together = max(1, RETRIEVED_TOGETHER // batch_size)  # batches per request
     nats = {arm: [] for arm in (['off', 'on'] if retriever else ['off'])}  # by arm [(B, T)]
+    runs = []  # [(B, T)]
     model.eval()
     bar = tqdm(total=len(sequences.tokens), unit='sequence', desc=label, dynamic_ncols=True, disable=None)
     for start in range(0, len(batches), together):
         if retriever:
-            batches[start:start + together] = retriever.add_neighbors(batches[start:start + together])
+            batches[start:start + together] = retriever.retrieve_for(batches[start:start + together])
+            runs += [retriever.longest_runs(batch.tokens, batch.doc_ids) for batch in batches[start:start + together]]
         for batch in batches[start:start + together]:
             on_device = batch.to(torch.device(device))
             for arm, losses in nats.items():
@@ -57,20 +61,28 @@ def evaluate_corpus(model, corpus, batch_size, device, context, retriever=None, 
                             f'--dtype=float32')
     if not retriever:
         return nats, None
-    neighbors, mask, hits = (np.concatenate([getattr(batch, name).reshape(-1, *getattr(batch, name).shape[2:])
-                                             for batch in batches])[:N]
-                             for name in ('neighbors', 'neighbor_mask', 'hits'))
+    def by_chunk(name, size):
+        """(N, ...) of what the batches have for each chunk, or for each token; None if they do not have it."""
+        values = [getattr(batch, name) for batch in batches]
+        if values[0] is None:
+            return None
+        return np.concatenate([value.reshape(-1, *size, *value.shape[2:]) for value in values])[:N]
+
+    # within the chunk, of which only what is predicted counts as one of its tokens
+    runs = np.minimum(np.concatenate(runs).reshape(-1, C)[:N], np.arange(1, C + 1))
+    runs = (runs * (np.arange(C) < corpus.lengths[:, None])).max(1)
     previous = np.arange(N) - 1
     has_previous = (corpus.position > 0) & (np.arange(N) % L > 0)  # in the same document and the same sequence
-    return nats, Retrieved(neighbors, mask, hits, np.where(has_previous, previous, -1))
+    return nats, Retrieved(by_chunk('neighbors', ()), by_chunk('neighbor_mask', ()), by_chunk('hits', ()),
+                           np.where(has_previous, previous, -1), by_chunk('pointers', (C,)), runs)
 
 
 @torch.no_grad()
-def token_losses(model, batch, with_neighbors, context):
+def token_losses(model, batch, with_retrieval, context):
     """Nats of each target of a Batch on the device, (B, T), 0 where there is none."""
-    neighbors = (batch.neighbors, batch.neighbor_mask) if with_neighbors else (None, None)
+    neighbors, mask, pointers = batch.retrieved if with_retrieval else (None, None, None)
     with context:
-        logits, _ = model(batch.tokens, None, *neighbors, batch.doc_ids)
+        logits, _ = model(batch.tokens, None, neighbors, mask, batch.doc_ids, pointers)
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-1,
                            reduction='none').view_as(batch.targets)
 

@@ -35,7 +35,10 @@ def choose_passages(corpus, nats, retrieved, count):
     and 'off', each (N, C).
     """
     gains = (nats['off'] - nats['on']).sum(1)  # (N,)
-    candidates = np.flatnonzero((retrieved.read >= 0) & (retrieved.hits['score'][retrieved.read, 0] > -np.inf))
+    is_read = retrieved.read >= 0
+    if retrieved.hits is not None:
+        is_read &= retrieved.hits['score'][retrieved.read, 0] > -np.inf
+    candidates = np.flatnonzero(is_read)
     order = candidates[np.argsort(-gains[candidates], kind='stable')]
     count = min(count, len(order) // 3)
     helped, hurt = order[:count], order[::-1][:count]
@@ -50,16 +53,18 @@ def write_report(path, report, passages, corpus, nats, retrieved, retriever, tok
     metrics_path is the metrics.jsonl of the training run, which may be missing.
     """
     parts = [heading(report), metrics_table(report), curves(metrics_path)]
-    if 'bpb_by_overlap' in report:
+    if 'bpb_by_longest_run' in report:
         parts += [leakage(report)]
     if report['benchmarks']:
         parts += [benchmark_scores(report['benchmarks'])]
     if passages:
         rows = neighbor_rows(passages, retrieved, retriever)
+        sources = pointer_sources(passages, corpus, retrieved, retriever)
         indices = [i for _, i in passages]
         strongest = max(0.01, float(f'{np.quantile(abs(nats["off"] - nats["on"])[indices], 0.99):.1g}'))
-        parts += [passages_heading(strongest), *(passage(kind, i, corpus, nats, retrieved, rows, tokenizer, strongest)
-                                                 for kind, i in passages), '</section>']
+        parts += [passages_heading(strongest),
+                  *(passage(kind, i, corpus, nats, retrieved, rows, sources, tokenizer, strongest)
+                    for kind, i in passages), '</section>']
     page = (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title(report)}</title>\n'
             f'<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n'
@@ -136,27 +141,37 @@ def curves(metrics_path):
 
 
 def leakage(report):
-    """Bits per byte by overlap, as plot and table, and the plot of the gain by similarity."""
-    arms = [arm for arm in ARMS if f'bpb_{arm}' in report['bpb_by_overlap'][0]]
+    """Bits per byte by longest run and by overlap, as plots and tables, and the plot of the gain by similarity."""
+    runs = subset_table(report['bpb_by_longest_run'], 'longest run at most',
+                        lambda line: f'{line["longest_run"]} tokens')
+    page = ('<section class="card">\n<h2>Is it more than copying?</h2>\n<p>Chunks are grouped by the longest run of '
+            f'tokens that they share with anything in the collection, their own documents excluded.</p>\n{runs}')
+    if 'bpb_by_overlap' in report:
+        plots = svg(lambda axes: plot_overlap(report, axes)) + svg(lambda axes: plot_similarity(report, axes))
+        overlaps = subset_table(report['bpb_by_overlap'], 'overlap at most', lambda line: f'{line["overlap"]:.1%}')
+        page += (f'<p>The same by overlap: the longest run of tokens shared with a neighbor, as a fraction of the '
+                 f'chunk length.</p>\n<div class="plots">{plots}</div>\n{overlaps}\n'
+                 f'<p>{report["share_with_neighbors"]:.1%} of the chunks have neighbors; '
+                 f'{report["share_read_with_neighbors"]:.1%} are predicted with neighbors.</p>')
+    return page + '\n</section>'
+
+
+def subset_table(subsets, name, describe):
+    """The metrics of subsets of the chunks as a table; describe() names the subset of a line."""
+    arms = [arm for arm in ARMS if f'bpb_{arm}' in subsets[0]]
     lines = []
-    for line in report['bpb_by_overlap']:
+    for line in subsets:
         cells = ''.join(f'<td>{line[f"bpb_{arm}"]:.4f}</td>' if line[f'bpb_{arm}'] is not None else '<td>–</td>'
                         for arm in arms)
         gain = '–'
         if 'gain' in line:
             gain = f'{line["gain"]:.2%}<small>{interval(line["gain_interval"], "{:.2%}")}</small>'
-        lines.append(f'<tr><th scope="row">{line["overlap"]:.1%}</th><td>{line["share_of_bytes"]:.1%}</td>{cells}'
+        lines.append(f'<tr><th scope="row">{describe(line)}</th><td>{line["share_of_bytes"]:.1%}</td>{cells}'
                      f'<td>{gain}</td></tr>')
     head = ''.join(f'<th scope="col">{ARMS[arm]}</th>' for arm in arms)
-    plots = svg(lambda axes: plot_overlap(report, axes)) + svg(lambda axes: plot_similarity(report, axes))
-    return (f'<section class="card">\n<h2>Is it more than copying?</h2>\n<p>Chunks are grouped by overlap: the longest '
-            f'run of tokens shared with a neighbor, as a fraction of the chunk length. The further left, the less can '
-            f'be copied verbatim.</p>\n<div class="plots">{plots}</div>\n'
-            f'<div class="scroll"><table><thead><tr>'
-            f'<th scope="col">overlap at most</th><th scope="col">share of bytes</th>{head}'
-            f'<th scope="col">gain over off</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>\n'
-            f'<p>{report["share_with_neighbors"]:.1%} of the chunks have neighbors; '
-            f'{report["share_read_with_neighbors"]:.1%} are predicted with neighbors.</p>\n</section>')
+    return (f'<div class="scroll"><table><thead><tr><th scope="col">{name}</th>'
+            f'<th scope="col">share of bytes</th>{head}<th scope="col">gain over off</th></tr></thead>'
+            f'<tbody>{"".join(lines)}</tbody></table></div>')
 
 
 def benchmark_scores(benchmarks):
@@ -184,17 +199,48 @@ def svg(plot):
 
 def neighbor_rows(passages, retrieved, retriever):
     """{id: row} of the neighbors that the passages were predicted with."""
+    if retrieved.hits is None:
+        return {}
     hits = retrieved.hits[retrieved.read[[i for _, i in passages]]].ravel()
     ids = np.unique(hits['id'][hits['score'] > -np.inf])
     return retriever.knowledge_base.rows(ids, FIELDS)
 
 
-def passage(kind, i, corpus, nats, retrieved, rows, tokenizer, strongest):
+def pointer_sources(passages, corpus, retrieved, retriever):
+    """
+    {(chunk, index in it): where the pointer to this token was found, as text} of the tokens of the passages that had
+    one.
+    """
+    if retrieved.pointers is None:
+        return {}
+    C = corpus.chunks.shape[1]
+    flat = retrieved.pointers.reshape(-1, *retrieved.pointers.shape[2:])
+    found = {}
+    for _, i in passages:
+        for j in range(corpus.lengths[i]):
+            pointers, token = flat[i * C + j - 1], corpus.chunks[i, j]  # a passage's first token has one before it
+            rank = np.flatnonzero((pointers[:, 0] == token) & (pointers[:, 1] > 0))
+            if len(rank):
+                first = i
+                while corpus.position[first] > 0 and retrieved.read[first] >= 0:
+                    first -= 1  # of its document in its sequence
+                length, doc_id, place = retriever.index.where(corpus.chunks[first:i + 1].reshape(-1),
+                                                              corpus.doc_ids[first:i + 1], (i - first) * C + j - 1,
+                                                              token)
+                if length:
+                    found[i, j] = (int(rank[0]) + 1, length, doc_id, place // C)
+    rows = retriever.knowledge_base.rows_at(sorted({source[2:] for source in found.values()}), ['document'])
+    return {key: f'pointer {rank}: after {length} equal token{"s" * (length > 1)} in '
+                 f'{rows.get((doc_id, position), {}).get("document", "a deleted row")}, chunk {position + 1}'
+            for key, (rank, length, doc_id, position) in found.items()}
+
+
+def passage(kind, i, corpus, nats, retrieved, rows, sources, tokenizer, strongest):
     """One passage: the query chunk, the chunk i after it, tinted, and beside them the neighbors."""
     query = retrieved.read[i]
     gains = nats['off'] - nats['on']  # (N, C)
     chunk = corpus.chunks[i][:corpus.lengths[i]]
-    is_hit = retrieved.hits[query]['score'] > -np.inf
+    is_hit = retrieved.hits[query]['score'] > -np.inf if retrieved.hits is not None else np.zeros(0, dtype=bool)
     neighbors = [retrieved.tokens[query, k][retrieved.mask[query, k]] for k in np.flatnonzero(is_hit)]
     marked = np.zeros(len(chunk), dtype=bool)
     neighbor_parts = []
@@ -209,29 +255,33 @@ def passage(kind, i, corpus, nats, retrieved, rows, tokenizer, strongest):
                 + tokens_as_html(tokens[C:], tokenizer, marked=shared[C:]))
         neighbor_parts.append(f'<div class="neighbor"><h4>{escape(row["document"])}, chunk {row["position"] + 1}'
                               f'<span>similarity {hit["score"]:.2f}</span></h4><pre>{text}</pre></div>')
+    notes = [sources.get((i, j), '') for j in range(len(chunk))]
     total = float(gains[i].sum())
     location = f'{escape(corpus.names[corpus.document[i]])}, chunk {corpus.position[i] + 1}'
     return (f'<article class="card passage" data-kind="{kind}" data-gain="{total:.4f}">\n<h3>{location}'
             f'<span>{"helped" if total >= 0 else "hurt"} by {abs(total):.1f} nats</span></h3>\n<div class="columns">'
             f'<div><pre class="text"><span class="before">{tokens_as_html(corpus.chunks[query], tokenizer)}</span>'
-            f'{tokens_as_html(chunk, tokenizer, gains[i][:len(chunk)], marked, strongest)}</pre></div>'
+            f'{tokens_as_html(chunk, tokenizer, gains[i][:len(chunk)], marked, strongest, notes)}</pre></div>'
             f'<div>{"".join(neighbor_parts)}</div></div>\n</article>')
 
 
-def tokens_as_html(tokens, tokenizer, gains=None, marked=None, strongest=1.0):
+def tokens_as_html(tokens, tokenizer, gains=None, marked=None, strongest=1.0, notes=None):
     """
     Tokens (n,) as HTML spans. `gains` (n,) in nats tint them, green where retrieval helped and red where it hurt; the
-    tint saturates at `strongest` nats. `marked` (n,) bool underlines them.
+    tint saturates at `strongest` nats. `marked` (n,) bool underlines them. `notes`, n texts, say where a pointer to
+    them was found, which has a dot under them.
     """
     spans = []
     for i, text in enumerate(token_texts(tokens, tokenizer)):
         gain = 0.0 if gains is None else float(gains[i])
         strength = min(1.0, abs(gain) / strongest)
         classes = ' '.join(name for name, applies in (('up', gain > 0), ('down', gain < 0),
-                                                      ('shared', marked is not None and marked[i])) if applies)
+                                                      ('shared', marked is not None and marked[i]),
+                                                      ('pointed', bool(notes and notes[i]))) if applies)
         attributes = f' class="{classes}"' if classes else ''
         if gains is not None:
-            attributes += f' style="--s:{strength:.2f}" data-gain="{gain:.3f}" title="{gain:+.2f} nats"'
+            note = f', {escape(notes[i])}' if notes and notes[i] else ''
+            attributes += f' style="--s:{strength:.2f}" data-gain="{gain:.3f}" title="{gain:+.2f} nats{note}"'
         spans.append(f'<span{attributes}>{escape(text)}</span>' if attributes else escape(text))
     return ''.join(spans)
 
@@ -266,7 +316,8 @@ def passages_heading(strongest):
 <h2>Where retrieval helps</h2>
 <p>The faint text is the query chunk; the text after it was predicted with the neighbors retrieved for that chunk. Each
 of its tokens is tinted by its loss without retrieval minus its loss with retrieval. Runs of {SHORTEST_SHARED} or more
-tokens shared with a neighbor are underlined. ┊ marks the start of a neighbor's continuation, ∎ the end of a
+tokens shared with a neighbor are underlined. Tokens that a pointer named are dotted: hover over them to see where it
+was found. ┊ marks the start of a neighbor's continuation, ∎ the end of a
 document.</p>
 <p class="legend" data-strongest="{strongest:g}"><span class="down" style="--s:1">hurt by {strongest:g} nats or
 more</span><span class="down" style="--s:.4"></span><span></span><span class="up" style="--s:.4"></span><span class="up"
@@ -305,6 +356,7 @@ pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.55 ui-monos
 .up{background:rgba(var(--up),calc(var(--s)*.75))}.down{background:rgba(var(--down),calc(var(--s)*.75))}
 .shared{text-decoration:underline;text-decoration-thickness:2px;text-decoration-color:var(--accent);
 text-underline-offset:3px}
+.pointed{border-bottom:2px dotted var(--accent)}
 .neighbor .shared{color:var(--ink)}
 .turn{border-left:2px dotted var(--accent);margin:0 2px}
 .legend{display:flex;font-size:.8rem}.legend span{padding:2px 10px;min-width:2.5em}

@@ -5,7 +5,7 @@ import torch
 from configurator import visible
 from data.tokenizer import is_token
 from retrieval.knowledge_base import FIELDS
-from retrieval.retriever import neighbor_function
+from retrieval.retriever import neighbor_function, pointer_function
 
 COLUMNS = ['prompt', 'on', 'off', 'neighbors']
 NEW_TOKENS = 64
@@ -21,8 +21,9 @@ def write_samples(model, prompts, tokenizer, device, context, retriever=None, se
     written = {}
     for arm in ('on', 'off') if retriever else ('off',):
         with context:
-            tokens = model.generate(prompts, NEW_TOKENS, neighbor_function(arm == 'on' and retriever, device, hits),
-                                    temperature=0.8, top_k=200, allowed=allowed,
+            reads = arm == 'on' and retriever
+            tokens = model.generate(prompts, NEW_TOKENS, neighbor_function(reads, device, hits),
+                                    pointer_function(reads, device), temperature=0.8, top_k=200, allowed=allowed,
                                     generator=torch.Generator(device).manual_seed(seed))
         written[arm] = [tokenizer.decode(line) for line in tokens[:, prompts.shape[1]:].tolist()]
     rows = []

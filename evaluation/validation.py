@@ -26,9 +26,10 @@ def evaluate(model, batches, token_bytes, context, ranks, use_retrieval, signals
         real = batch.targets[batch.targets >= 0]
         sums[2:] += torch.tensor([len(real), token_bytes[real].sum().item()])
         for arm in arms:
-            neighbors = (batch.neighbors, batch.neighbor_mask) if arm == 'on' else (None, None)
+            neighbors, mask, pointers = batch.retrieved if arm == 'on' else (None, None, None)
             with context:
-                _, nats = model(batch.tokens, batch.targets, *neighbors, batch.doc_ids, loss_reduction='sum')
+                _, nats = model(batch.tokens, batch.targets, neighbors, mask, batch.doc_ids, pointers,
+                                loss_reduction='sum')
             sums[('on', 'off').index(arm)] += nats.item()
     model.train()
     nats_on, nats_off, targets, size = ranks.sum(sums).tolist()

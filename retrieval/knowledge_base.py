@@ -226,8 +226,20 @@ class KnowledgeBase:
             found |= here
         return found
 
-    def all_ids(self):
-        """Yields (ids, doc_ids) of all rows, as arrays. Ids are hashes: equal ranges hold about as many of them."""
+    def rows_at(self, places, fields):
+        """{(doc_id, position): row} of those of the places, pairs of a document and the number of its chunk."""
+        found = {}
+        for start in range(0, len(places), 256):
+            some = places[start:start + 256]
+            doc_ids, positions = (sorted(set(values)) for values in zip(*some, strict=True))
+            with self._errors():
+                rows = self.client.query(self.collection, filter=f'doc_id in {doc_ids} and position in {positions}',
+                                         limit=MOST, output_fields=['doc_id', 'position', *fields], retry_times=RETRIES)
+            found |= {(row['doc_id'], row['position']): row for row in rows}
+        return {place: found[place] for place in places if place in found}
+
+    def all_rows(self, fields):
+        """Yields lists of rows, dicts of the fields and the id. Ids are hashes: equal ranges hold about as many."""
         parts = self.count() // (MOST // 4) + 1
         borders = [i * 2**64 // parts - 2**63 for i in range(1, parts)]
         ranges = list(itertools.pairwise([None, *borders, None]))
@@ -236,13 +248,13 @@ class KnowledgeBase:
             conditions = [f'id >= {low}'] * (low is not None) + [f'id < {high}'] * (high is not None)
             with self._errors():
                 rows = self.client.query(self.collection, filter=' and '.join(conditions or ['id < 0 or id >= 0']),
-                                         limit=MOST, output_fields=['id', 'doc_id'], consistency_level='Strong',
+                                         limit=MOST, output_fields=['id', *fields], consistency_level='Strong',
                                          retry_times=RETRIES)
             if len(rows) == MOST:  # there may be more
                 middle = ((-2**63 if low is None else low) + (2**63 if high is None else high)) // 2
                 ranges += [(low, middle), (middle, high)]
                 continue
-            yield tuple(np.array([row[name] for row in rows], dtype=np.int64) for name in ('id', 'doc_id'))
+            yield list(rows)
 
     def flush(self):
         """Write the changes to disk, index them, and begin a new revision, which may be cached."""

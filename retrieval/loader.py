@@ -173,7 +173,8 @@ def open_streams(settings, tokenizer, train, count, val, say):
                                    settings.eval_tokens, **val))
     if train is not None:
         datasets = open_setting('train_datasets')
-        streams.append(islice(SequenceStream(datasets, settings.block_size, **train), count))
+        streams.append(islice(SequenceStream(datasets, settings.block_size, dropout=settings.retrieval_dropout,
+                                             **train), count))
         if val is not None and is_first:
             known, renamed = count_known(val_datasets, datasets)
             count = sum(map(len, val_datasets))
@@ -191,7 +192,7 @@ def load(streams, retriever, most):
     for stream in streams:
         remaining, together = iter(stream), 1
         while batches := list(islice(remaining, together)):
-            for batch in retriever.add_neighbors(batches) if retriever else batches:
+            for batch in retriever.retrieve_for(batches) if retriever else batches:
                 yield batch, retriever and retriever.size
             together = min(2 * together, most)
 

@@ -7,7 +7,8 @@ Fills a collection with the chunks of the train documents:
 Reading, embedding and inserting run at the same time, the first two in processes of their own. Chunks that the
 collection already has are left as they are, so a second run adds none, and completes one that was interrupted. The
 chunks of a document that has changed since, or has become empty, are replaced. Those of documents that are gone stay,
-unless --sync=True. A chunk without text of its own, or that the embedding model maps to zero, is no row.
+unless --sync=True. A chunk without text of its own, or that the embedding model maps to zero, is no row. At the end the
+exact-match index is brought up to date (match_index.py).
 """
 import multiprocessing
 import queue
@@ -28,6 +29,7 @@ from data.documents import as_dataset_configs
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from retrieval.embedding import Embedder, EmbedderInfo
 from retrieval.knowledge_base import MAX_TEXT, open_knowledge_base
+from retrieval.match_index import open_match_index
 
 AHEAD = 4  # Parts that may queue before a stage
 
@@ -196,7 +198,8 @@ def remove_others(knowledge_base, settings, tokenizer, held):
     if [(dataset.hash, dataset.num_chunks) for dataset in datasets] != held:
         raise UserError('train_datasets have changed meanwhile, and nothing was removed: start again')
     documents, removed = set(), 0
-    for ids, doc_ids in knowledge_base.all_ids():
+    for rows in knowledge_base.all_rows(['doc_id']):
+        ids, doc_ids = (np.array([row[name] for row in rows], dtype=np.int64) for name in ('id', 'doc_id'))
         is_other = np.all([dataset.find(doc_ids) < 0 for dataset in datasets], axis=0)
         documents.update(doc_ids[is_other].tolist())
         removed += int(is_other.sum())
@@ -265,6 +268,9 @@ def populate(settings, show_progress, sync=False, say=print):
         seconds['insert'] += time.monotonic() - began
         seconds['all'] = time.monotonic() - start
         done['changed'], done['after'] = len(changed), knowledge_base.count()
+        if settings.retrieval_pointers and done['after']:
+            progress.close()
+            open_match_index(settings, tokenizer, say, show_progress).follow(knowledge_base)
         return done, seconds
     finally:
         progress.close()

@@ -1,9 +1,10 @@
 """
-Chunks in, neighbors out: finds the embeddings of a batch's chunks, searches the knowledge base without leaks (leaks.py)
-and assembles what the model reads. What was found once is cached (neighbor_cache.py).
+Sequences in, neighbors and pointers out. Finds the embeddings of a batch's chunks, searches the knowledge base without
+leaks (leaks.py) and assembles the neighbors that the model reads; what was found once is cached (neighbor_cache.py).
+Looks up where the last tokens of each position stand in the knowledge base (match_index.py).
 
     with closing(Retriever(settings, tokenizer)) as retriever:
-        batch, = retriever.add_neighbors([batch])
+        batch, = retriever.retrieve_for([batch])
 """
 import hashlib
 import sys
@@ -17,6 +18,7 @@ from data.tokenizer import vocabulary_hash
 from retrieval.embedding import Embedder
 from retrieval.knowledge_base import HIT, open_knowledge_base
 from retrieval.leaks import SPARE, hits_without_leaks, search_stage
+from retrieval.match_index import open_match_index
 from retrieval.neighbor_cache import NeighborCache
 from retrieval.waiting import wait_for_milvus
 
@@ -52,11 +54,11 @@ class UniqueChunks:
 
 class Retriever:
     """
-    Finds the neighbors of chunks in the collection that the settings name, until close(). While Milvus is unreachable
-    retrieve() waits, and tells `say`. UserError if the collection does not fit the settings.
+    Finds the neighbors of chunks and the pointers of tokens in the collection that the settings name, until close().
+    While Milvus is unreachable it waits, and tells `say`. UserError if the collection does not fit the settings.
     """
 
-    def __init__(self, settings, tokenizer, device='cpu', say=None):
+    def __init__(self, settings, tokenizer, device='cpu', say=None, show_progress=False):
         self.tokenizer, self.uri = tokenizer, settings.retrieval_milvus_uri
         self.timeout, self.say = settings.retrieval_timeout, say or (lambda text: print(text, file=sys.stderr))
         self.k, self.chunk_size = settings.retrieval_k_neighbors, settings.retrieval_chunk_size
@@ -66,8 +68,11 @@ class Retriever:
         self.hits_kind = f'hits for {self.k} of {self.candidates} {self.reranks}'
         token_type = np.uint16 if tokenizer.n_vocab <= 2**16 else np.int32
         self.row_type = np.dtype([('length', np.int16), ('tokens', token_type, 2 * self.chunk_size)])
-        self.cache = None
+        self.cache = self.matches = None
         self.revision, self.stale_until = '', time.monotonic() + STALE
+        self.num_pointers = settings.retrieval_pointers
+        self.index = open_match_index(settings, tokenizer, self.say, show_progress)
+        self.matches = self.index if self.num_pointers else None
         self.embedder = Embedder(settings.retrieval_embedding_model, device)
         self.knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), self.embedder)
         try:
@@ -75,7 +80,7 @@ class Retriever:
             if not self.size:
                 raise UserError(f'collection {settings.retrieval_collection!r} in {self.uri} is empty: fill it with '
                                 f'python -m retrieval.populate CONFIG')
-            if settings.retrieval_cache_gb > 0:
+            if settings.retrieval_cache_gb > 0 and self.k:
                 self.cache = NeighborCache(settings.retrieval_cache_dir, settings.retrieval_cache_gb,
                                            f'{self.uri} {settings.retrieval_collection}', ['rows', self.hits_kind],
                                            self.say)
@@ -90,8 +95,10 @@ class Retriever:
         (B, L): they use a stored embedding if there is one, and are cached. RetrievalTimeout if Milvus is unreachable
         for too long.
         """
-        return wait_for_milvus(lambda: self._retrieve(chunks, doc_ids, is_last_chunk, chunk_ids),
-                               self.knowledge_base.open, self.timeout, self.say)
+        return self._wait(lambda: self._retrieve(chunks, doc_ids, is_last_chunk, chunk_ids))
+
+    def _wait(self, work):
+        return wait_for_milvus(work, self.knowledge_base.open, self.timeout, self.say)
 
     def retrieve_for_text(self, chunks):
         """
@@ -101,8 +108,46 @@ class Retriever:
         doc_ids = np.zeros(chunks.shape[:2], dtype=np.int64)
         return self.retrieve(chunks, doc_ids, (chunks == self.tokenizer.eot_token).any(-1))
 
-    def add_neighbors(self, batches):
-        """The Batches with neighbors, hits and counts, by one request, whose cost hardly depends on their number."""
+    def point(self, tokens, doc_ids=None):
+        """
+        The pointers (B, T, P, 3) of sequences tokens (B, T) into the documents that are none of theirs, doc_ids (B, L);
+        as RETRO.forward has them. Without doc_ids the tokens are of no document of the collection.
+        """
+        if doc_ids is None:
+            doc_ids = np.zeros((len(tokens), 1), dtype=np.int64)
+
+        def find():
+            self._follow_revision()
+            return self.matches.find(tokens, doc_ids, self.num_pointers)
+        return self._wait(find)
+
+    def longest_runs(self, tokens, doc_ids):
+        """
+        For each position of sequences tokens (B, T) the longest run of tokens that ends at it and stands in a document
+        of the collection that is none of the sequence's, doc_ids (B, L): (B, T). Builds an index if pointers need none.
+        """
+        def find():
+            self.index.follow(self.knowledge_base)
+            return self.index.longest_runs(tokens, doc_ids)
+        return self._wait(find)
+
+    def retrieve_for(self, batches):
+        """The Batches with neighbors, pointers, hits and counts."""
+        batches = self._add_neighbors(batches) if self.k else batches
+        if self.matches:
+            found = self.point(*(np.concatenate([getattr(batch, name) for batch in batches])
+                                 for name in ('tokens', 'doc_ids')))
+            found = np.split(found, np.cumsum([len(batch.tokens) for batch in batches])[:-1])
+            for batch, pointers in zip(batches, found, strict=True):
+                if batch.is_dropped is not None:
+                    pointers[batch.is_dropped] = 0
+            batches = [replace(batch, pointers=pointers) for batch, pointers in zip(batches, found, strict=True)]
+        return batches
+
+    def _add_neighbors(self, batches):
+        """By one request, whose cost hardly depends on the number of Batches."""
+        batches = [batch if batch.is_dropped is None else replace(
+            batch, is_last_chunk=batch.is_last_chunk | batch.is_dropped[:, None]) for batch in batches]
         chunk_shape = (*batches[0].is_last_chunk.shape[1:], self.chunk_size)
         found = self.retrieve(np.concatenate([batch.tokens.reshape(-1, *chunk_shape) for batch in batches]),
                               *(np.concatenate([getattr(batch, name) for batch in batches])
@@ -120,8 +165,7 @@ class Retriever:
         return complete
 
     def _retrieve(self, chunks, doc_ids, is_last_chunk, chunk_ids):
-        if self.cache:
-            self._follow_revision()
+        self._follow_revision()
         retrieves = ~is_last_chunk
         unique, inverse = self._unique(chunks[retrieves], doc_ids[retrieves],
                                        None if chunk_ids is None else chunk_ids[retrieves])
@@ -130,15 +174,18 @@ class Retriever:
         return self._assemble(retrieves, hits, unique.origin[inverse], searched_again)
 
     def _follow_revision(self):
-        """Switch the cache to the collection's current revision."""
+        """Switch cache and exact-match index to the collection's current revision."""
         revision = self.knowledge_base.revision()
         if revision != self.revision:
             self.revision, self.stale_until = revision, time.monotonic() + STALE
             self.size = self.knowledge_base.count()  # detects changes by other programs, which keep the revision
-            if revision is None:
+            if revision is None and self.cache:
                 self.say('the collection is being filled, or filling it was interrupted: no neighbors are cached until '
                          'python -m retrieval.populate has finished')
-        self.cache.use_revision(revision and f'{revision} {self.size}')
+        if self.cache:
+            self.cache.use_revision(revision and f'{revision} {self.size}')
+        if self.matches:
+            self.matches.follow(self.knowledge_base, revision and f'{revision} {self.size}')
 
     def _unique(self, tokens, doc_ids, ids):
         """Deduplicate N chunks: the UniqueChunks and inverse (N,), each one's index among them."""
@@ -251,6 +298,16 @@ class Retriever:
             self.cache.close()
 
 
+def pointer_function(retriever, device):
+    """The function that RETRO.generate asks for the pointers of tokens (B, T); None without a retriever."""
+    def point(tokens):
+        return torch.from_numpy(retriever.point(tokens.cpu().numpy())).long().to(device)
+    if not retriever or not retriever.matches:
+        return None
+    import torch
+    return point
+
+
 def neighbor_function(retriever, device, hits):
     """
     The function that RETRO.generate asks for the neighbors of chunks (B, 1, C); None without a retriever. It appends
@@ -260,7 +317,7 @@ def neighbor_function(retriever, device, hits):
         found = retriever.retrieve_for_text(chunks.cpu().numpy())
         hits.append(found.hits[:, 0])
         return found.to(device)
-    return retrieve if retriever else None
+    return retrieve if retriever and retriever.k else None
 
 
 def count_found_themselves(batch, tokens, hits):

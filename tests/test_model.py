@@ -22,13 +22,15 @@ C, L, K, V = 4, 3, 2, 50
 R, T = 2 * C, C * L
 
 # the paper's model, and those that copy, with and without an encoder
-PAPER = dict(bias=True, token_mix=False, retrieval_copy=False, retrieval_encoder_layers=2)
+PAPER = dict(bias=True, token_mix=False, copy_own_context=False, retrieval_pointers=0, retrieval_copy=False,
+             retrieval_encoder_layers=2)
 OPTIONS = [{}, dict(token_mix=True, retrieval_copy=True, retrieval_encoder_layers=0),
            dict(token_mix=True, retrieval_copy=True), dict(retrieval_copy=True, retrieval_longest_match=0),
-           dict(token_mix=True)]  # beside PAPER
+           dict(token_mix=True), dict(copy_own_context=True, retrieval_pointers=3)]  # beside PAPER
 with_an_encoder = pytest.mark.parametrize('options', [OPTIONS[0], *OPTIONS[2:]],
-                                          ids=['paper', 'copy+encoder', 'no match', 'mix'])
-with_all_options = pytest.mark.parametrize('options', OPTIONS, ids=['paper', 'copy', 'copy+encoder', 'no match', 'mix'])
+                                          ids=['paper', 'copy+encoder', 'no match', 'mix', 'pointers'])
+with_all_options = pytest.mark.parametrize('options', OPTIONS, ids=['paper', 'copy', 'copy+encoder', 'no match', 'mix',
+                                                                     'pointers'])
 
 
 def make_model(seed=0, **changes):
@@ -503,9 +505,10 @@ def test_flops_per_token_counts_what_the_profiler_counts(use_retrieval):
                                              retrieval_layers=[] if use_retrieval is False else [2])
                               | (use_retrieval or {}))).train()
     tokens, neighbors = torch.randint(512, (2, 128)), torch.randint(512, (2, 4, 2, 64))
-    given = (neighbors, torch.ones_like(neighbors, dtype=torch.bool)) if use_retrieval is not False else ()
+    given = (neighbors, torch.ones_like(neighbors, dtype=torch.bool)) if use_retrieval is not False else (None, None)
+    pointers = torch.ones(2, 128, model.config.retrieval_pointers, 3, dtype=torch.int64)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(tokens, tokens, *given)[1].backward()
+        model(tokens, tokens, *given, pointers=pointers)[1].backward()
     assert model.flops_per_token() == pytest.approx(counter.get_total_flops() / tokens.numel(), rel=0.02)
 
 
@@ -574,8 +577,8 @@ def test_a_config_that_makes_no_model_is_refused_by_name(changes, said):
 
 def test_the_defaults_of_the_architecture_are_those_of_the_settings():
     settings, _ = defaults_and_comments()
-    for name, default in vars(RETROConfig(use_retrieval=False)).items():
-        if name not in ('vocab_size', 'use_retrieval'):
+    for name, default in vars(RETROConfig(use_retrieval=False, copy_own_context=False)).items():
+        if name not in ('vocab_size', 'use_retrieval', 'copy_own_context'):
             assert settings[name] == default, name
 
 

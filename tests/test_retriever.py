@@ -304,7 +304,7 @@ def test_chunks_that_are_handed_themselves_with_their_continuation_are_counted(s
     retriever = Retriever(settings.replace(retrieval_cache_gb=0.0), tokenizer)
     renamed = settings.replace(train_datasets=[dict(path='train.parquet', source='elsewhere')])
     same, other = (next(SequenceStream(open_all(s), s.block_size, 16)) for s in (settings, renamed))
-    same, other = retriever.add_neighbors([same])[0].counts, retriever.add_neighbors([other])[0].counts
+    same, other = retriever.retrieve_for([same])[0].counts, retriever.retrieve_for([other])[0].counts
     retriever.close()
     assert same['continued'] > 20 and same['found_themselves'] < 0.1 * same['continued']
     assert other['found_themselves'] > 0.8 * other['continued'] > 20

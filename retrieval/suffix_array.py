@@ -1,0 +1,217 @@
+"""
+Exact matches at every position: where the tokens up to it stand in a text, longest match first, and what came next.
+Functions over arrays; match_index.py keeps the arrays on disk.
+
+A suffix array of the reversed text: all positions, sorted by their last DEPTH tokens read backwards. Positions that end
+alike are neighbors in it. So the longest matches of a query lie around where the query itself would stand, and with the
+number of tokens that each entry shares with the one before it, its next token and its document in the same order, they
+are read without touching the text. Compiled by numba at the first call, and cached on disk.
+"""
+import numpy as np
+from numba import njit
+
+DEPTH = 16  # tokens that a match counts at most
+PLACES = 256  # of the longest matches, that are counted for a position
+TABLE = 1024  # slots of the hash table of distinct tokens: a power of two, at least twice PLACES
+GROWTH = 0.7  # a match counts e^GROWTH times as much as one that is a token shorter
+SHARES = 16  # buckets of a pointer's share, each half an octave
+
+
+def sort_positions(text, end_of_text):
+    """
+    The positions of text (n,) uint16 or uint32 that hold a token and have one after them, by their last DEPTH tokens
+    read backwards, equal ones in the text's order: (m,) uint32. Prefix doubling: each round sorts by twice as many
+    tokens. The text starts with end_of_text.
+    """
+    bits = 8 * text.dtype.itemsize
+    key, depth = np.zeros(len(text), dtype=np.uint64), 64 // bits  # tokens of the first round, in a number each
+    for back in range(depth):
+        key[back:] |= text[:len(text) - back].astype(np.uint64) << np.uint64(64 - bits * (back + 1))
+    while True:
+        order = np.argsort(key)
+        sorted_key = key[order]
+        is_new = np.ones(len(key), dtype=bool)
+        np.not_equal(sorted_key[1:], sorted_key[:-1], out=is_new[1:])
+        if depth == DEPTH:
+            break
+        rank = np.empty(len(key), dtype=np.uint64)
+        rank[order] = np.cumsum(is_new) - 1
+        key = rank << np.uint64(32)
+        key[depth:] |= rank[:-depth]
+        depth *= 2
+    order = order.astype(np.uint32)
+    sort_ties(order, is_new)
+    order = order[text[order] != end_of_text]
+    return order[order != len(text) - 1]
+
+
+@njit(cache=True, nogil=True)
+def sort_ties(order, is_new):
+    """Sort the runs of order (n,) that is_new (n,) starts, in place."""
+    start = 0
+    for i in range(1, len(order) + 1):
+        if i == len(order) or is_new[i]:
+            if i - start > 1:
+                order[start:i].sort()
+            start = i
+
+
+@njit(cache=True, nogil=True)
+def count_shared(text, order, end_of_text):
+    """How many tokens each entry's position shares with that of the entry before, going back: (m,) uint8."""
+    shared = np.zeros(len(order), dtype=np.uint8)
+    for i in range(1, len(order)):
+        a, b, count = np.int64(order[i - 1]), np.int64(order[i]), 0
+        while count < DEPTH and text[a - count] == text[b - count] and text[a - count] != end_of_text:
+            count += 1
+        shared[i] = count
+    return shared
+
+
+@njit(cache=True, nogil=True)
+def find_matches(text, order, following, document, shared, first, is_masked, end_of_text, tokens, run, excluded, least,
+                 lengths, next_tokens, places):
+    """
+    The longest matches of each position of sequences tokens (B, T) in a text, longest first: their lengths (B, T, N), 0
+    beyond the last, the next_tokens (B, T, N) after them, and, unless it is empty, the places (B, T, N) of their last
+    tokens. A match has `least` tokens or more, at most the run (B, T) of tokens of its own document that end at the
+    position, and DEPTH, and is in no document that is_masked (D,), or whose number is in excluded (B, X), -1 for none.
+    first (V + 1,) are the entries where each last token begins.
+    """
+    B, T, N = lengths.shape
+    size = len(order)
+    for b in range(B):
+        for t in range(T):
+            lengths[b, t, 0] = 0
+            limit = min(run[b, t], DEPTH)
+            token = tokens[b, t]
+            if limit < least or token + 1 >= len(first) or first[token] == first[token + 1]:
+                continue
+            # the first entry that is not below the query
+            low, high = first[token], first[token + 1]
+            while low < high:
+                middle = (low + high) >> 1
+                place, i = np.int64(order[middle]), 1
+                while i < limit and place >= i and text[place - i] == tokens[b, t - i]:
+                    i += 1
+                if i < limit and (place < i or text[place - i] < tokens[b, t - i]):
+                    low = middle + 1
+                else:
+                    high = middle
+            left, right, left_length, right_length = low - 1, low, 0, 0
+            if left >= first[token]:
+                place = np.int64(order[left])
+                while left_length < limit and text[place - left_length] == tokens[b, t - left_length]:
+                    left_length += 1
+            if right < first[token + 1]:
+                place = np.int64(order[right])
+                while right_length < limit and text[place - right_length] == tokens[b, t - right_length]:
+                    right_length += 1
+            # outward from there, the longer of the two sides first
+            found = 0
+            while found < N and (left_length >= least or right_length >= least):
+                if right_length >= left_length:
+                    entry, length = right, right_length
+                    right += 1
+                    right_length = min(right_length, np.int64(shared[right])) if right < size else 0
+                else:
+                    entry, length = left, left_length
+                    left_length = min(left_length, np.int64(shared[left]))
+                    left -= 1
+                number, is_excluded = np.int64(document[entry]), False
+                for x in excluded[b]:
+                    if x == number:
+                        is_excluded = True
+                if is_excluded or is_masked[number]:
+                    continue
+                lengths[b, t, found] = length
+                next_tokens[b, t, found] = following[entry]
+                if places.size:
+                    places[b, t, found] = order[entry]
+                found += 1
+            if found < N:
+                lengths[b, t, found] = 0
+
+
+@njit(cache=True, nogil=True)
+def count_tokens(lengths, next_tokens, weights, pointers):
+    """
+    The distinct tokens with the largest shares among the N longest matches, of those lengths (S, B, T, N) with
+    next_tokens (S, B, T, N) of S segments: written into pointers (B, T, P, 3), the largest share first: token, longest
+    match, and share in half octaves below all. A match counts weights (DEPTH + 1,) by its length.
+    """
+    S, B, T, N = lengths.shape
+    P = pointers.shape[2]
+    table = np.full(TABLE, -1, dtype=np.int64)  # of distinct tokens, to their place in the lists
+    used, distinct, longest = np.zeros(N, np.int64), np.zeros(N, np.int64), np.zeros(N, np.int64)
+    weight, histogram = np.zeros(N), np.zeros(DEPTH + 1, np.int64)
+    for b in range(B):
+        for t in range(T):
+            # of the shortest of the N longest there may be more than fit
+            shortest, room = 1, N
+            if S > 1:
+                histogram[:] = 0
+                for s in range(S):
+                    for i in range(N):
+                        if lengths[s, b, t, i] == 0:
+                            break
+                        histogram[lengths[s, b, t, i]] += 1
+                shortest = DEPTH
+                while shortest > 1 and room > histogram[shortest]:
+                    room -= histogram[shortest]
+                    shortest -= 1
+            count, total = 0, 0.0
+            for s in range(S):
+                for i in range(N):
+                    length = np.int64(lengths[s, b, t, i])
+                    if length < shortest or (length == shortest and room == 0):
+                        break
+                    if length == shortest:
+                        room -= 1
+                    token = np.int64(next_tokens[s, b, t, i])
+                    slot = (token * 40503) & (TABLE - 1)
+                    while table[slot] >= 0 and distinct[table[slot]] != token:
+                        slot = (slot + 1) & (TABLE - 1)
+                    if table[slot] < 0:
+                        table[slot] = count
+                        used[count], distinct[count], weight[count], longest[count] = slot, token, 0.0, 0
+                        count += 1
+                    place = table[slot]
+                    weight[place] += weights[length]
+                    longest[place] = max(longest[place], length)
+                    total += weights[length]
+            for i in range(count):
+                table[used[i]] = -1
+            for p in range(P):
+                best, largest = -1, 0.0
+                for i in range(count):
+                    if weight[i] > largest:
+                        best, largest = i, weight[i]
+                if best < 0:
+                    pointers[b, t, p:] = 0
+                    break
+                pointers[b, t, p, 0] = distinct[best]
+                pointers[b, t, p, 1] = longest[best]
+                pointers[b, t, p, 2] = min(np.int64(-2.0 * np.log2(largest / total)), SHARES - 1)
+                weight[best] = 0.0
+
+
+@njit(cache=True, nogil=True)
+def extend_matches(text, tokens, run, end_of_text, lengths, places, longest):
+    """
+    Follow the matches that find_matches found, lengths (B, T, N) and places (B, T, N), beyond DEPTH tokens, and raise
+    longest (B, T) to the longest of each position.
+    """
+    B, T, N = lengths.shape
+    for b in range(B):
+        for t in range(T):
+            for i in range(N):
+                length = np.int64(lengths[b, t, i])
+                if length == 0:
+                    break
+                if length == DEPTH:
+                    place = places[b, t, i]
+                    while (length < run[b, t] and text[place - length] == tokens[b, t - length]
+                           and text[place - length] != end_of_text):
+                        length += 1
+                longest[b, t] = max(longest[b, t], length)
