@@ -184,15 +184,16 @@ def count_tokens(lengths, next_tokens, weights, pointers):
                 table[used[i]] = -1
             for p in range(P):
                 best, largest = -1, 0.0
-                for i in range(count):
-                    if weight[i] > largest:
+                for i in range(count):  # of equal ones the lowest, whatever the order in which they were added up
+                    if weight[i] > largest * (1 + 1e-9) or (
+                            best >= 0 and weight[i] > largest * (1 - 1e-9) and distinct[i] < distinct[best]):
                         best, largest = i, weight[i]
                 if best < 0:
                     pointers[b, t, p:] = 0
                     break
                 pointers[b, t, p, 0] = distinct[best]
                 pointers[b, t, p, 1] = longest[best]
-                pointers[b, t, p, 2] = min(np.int64(-2.0 * np.log2(largest / total)), SHARES - 1)
+                pointers[b, t, p, 2] = min(np.int64(-2.0 * np.log2(largest / total) + 1e-6), SHARES - 1)
                 weight[best] = 0.0
 
 
