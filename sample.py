@@ -1,7 +1,7 @@
 """
 Prompts a trained model, which retrieves live whenever a chunk of its text is complete, and shows what it retrieved.
 
-    python sample.py --out_dir=out/quickstart --start="import numpy" --show_neighbors
+    python sample.py --out_dir=out/quickstart --start="import numpy" --show_neighbors    # and the pointers' sources
     python sample.py --out_dir=out/quickstart --start=FILE:prompt.txt --num_samples=3 --max_new_tokens=200
 
 The checkpoint holds its settings. To reach its knowledge base elsewhere, give --retrieval_milvus_uri=..., and
@@ -49,7 +49,8 @@ def parse_arguments():
     parser.add_argument('--temperature', type=float, default=0.8, help='0: the likeliest token (default: %(default)s)')
     parser.add_argument('--top_k', type=int, default=200, help='of the k likeliest; 0: of all (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=1337, help='random seed (default: %(default)s)')
-    parser.add_argument('--show_neighbors', action='store_true', help='print what each chunk retrieved')
+    parser.add_argument('--show_neighbors', action='store_true', help='print what each chunk retrieved, '
+                        'and where the tokens that pointers named were found')
     parser.add_argument('--retrieval', choices=('on', 'off'), default='on', help='off: without neighbors (default: on)')
     arguments, overrides = parser.parse_known_args()
     for name, least, below in (('num_samples', 1, math.inf), ('max_new_tokens', 1, math.inf),
@@ -85,7 +86,10 @@ def sample(arguments, start, model, tokenizer, retriever, device):
             print(f'=== sample {number + 1}')
         print(visible(tokenizer.decode(sequence[:end])))
         if arguments.show_neighbors:
-            show_neighbors(sequence[:end], [hits[number] for hits in retrieved], retriever, model.config, tokenizer)
+            if model.config.has_neighbors:
+                show_neighbors(sequence[:end], [hits[number] for hits in retrieved], retriever, model.config, tokenizer)
+            if retriever and retriever.matches:
+                show_pointers(sequence[:end], len(prompt), retriever, tokenizer)
 
 
 def show_neighbors(tokens, retrieved, retriever, config, tokenizer):
@@ -104,6 +108,33 @@ def show_neighbors(tokens, retrieved, retriever, config, tokenizer):
             print(f'  {rank}. {visible(row["document"])}, chunk {row["position"] + 1}, similarity {hit["score"]:.2f}')
             print(f'     {one_line(row["text"].replace("<|endoftext|>", ""))}')
             print(f'     then: {one_line(continuation)}')
+
+
+def show_pointers(tokens, first, retriever, tokenizer):
+    """
+    Print where the new tokens, from the index `first` on, stand that a pointer named: runs that follow each other there
+    as they do here.
+    """
+    tokens = np.array(tokens)
+    # what precedes may be longer than the model reads, which looks up the same
+    pointers = retriever.point(tokens[None])[0]
+    runs, named = [], 0  # [first token, number of tokens, document, place]
+    for t in range(max(1, first), len(tokens)):
+        if ((pointers[t - 1, :, 0] == tokens[t]) & (pointers[t - 1, :, 1] > 0)).any():
+            _, document, place = retriever.index.where(tokens, np.zeros(1, dtype=np.int64), t - 1, tokens[t])
+            named += 1
+            if runs and runs[-1][2] == document and t - runs[-1][0] == runs[-1][1] == place - runs[-1][3]:
+                runs[-1][1] += 1
+            else:
+                runs.append([t, 1, document, place])
+    print(f'\n--- what pointers named: {named} of {len(tokens) - first} new tokens; runs of two or more')
+    C = retriever.chunk_size
+    runs = [run for run in runs if run[1] > 1]
+    rows = retriever.knowledge_base.rows_at(sorted({(doc, place // C) for _, _, doc, place in runs}), ['document'])
+    for t, count, document, place in runs:
+        name = rows.get((document, place // C), {}).get('document', 'a deleted row')
+        text = one_line(tokenizer.decode(tokens[t:t + count].tolist()))
+        print(f'  {text!r}: {visible(name)}, chunk {place // C + 1}')
 
 
 def one_line(text, width=400):

@@ -93,7 +93,7 @@ pointer_layers = []  # blocks that attend to it and to pointers, from 1; empty: 
 # retrieval
 use_retrieval = True  # False: train the same decoder as a GPT
 retrieval_pointers = 16  # tokens that came next at the longest matches in the collection, for each token; 0 disables
-retrieval_dropout = 0.1  # share of training sequences without retrieval, so that the model stays usable without it
+retrieval_dropout = 0.2  # share of training sequences without retrieval, so that the model stays usable without it
 retrieval_layers = []  # blocks with chunked cross-attention, from 1; empty: every third from the 6th, and the last
 retrieval_chunk_size = 64  # tokens per chunk
 retrieval_k_neighbors = 2  # neighbors per chunk; 0 disables

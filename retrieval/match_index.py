@@ -222,7 +222,7 @@ class MatchIndex:
         bar.update(len(arrays['text']))
         return name, []
 
-    def find(self, tokens, doc_ids, count, least=1):
+    def find(self, tokens, doc_ids, count):
         """
         Pointers (B, T, P, 3) int32, P = count, of sequences tokens (B, T) on the chunk grid, whose chunks belong to the
         documents doc_ids (B, L): for each position the distinct tokens that came next after the longest matches, those
@@ -230,14 +230,16 @@ class MatchIndex:
         match ends at the position, stays in its document, and stands in none of the sequence's documents.
         """
         B, T = tokens.shape
+        pointers = np.zeros((B, T, count, 3), dtype=np.int32)
+        if not self.segments:
+            return pointers
         run = run_lengths(tokens, doc_ids, self.end_of_text)
-        lengths = np.zeros((max(1, len(self.segments)), B, T, PLACES), dtype=np.uint8)
-        next_tokens = np.zeros(lengths.shape, dtype=self.token_type)
+        lengths = np.empty((len(self.segments), B, T, PLACES), dtype=np.uint8)
+        next_tokens = np.empty(lengths.shape, dtype=self.token_type)
         for i, segment in enumerate(self.segments):
             find_matches(segment.text, segment.order, segment.following, segment.document, segment.shared,
                          segment.first, segment.is_masked, self.end_of_text, tokens, run, segment.numbers(doc_ids),
-                         least, lengths[i], next_tokens[i], np.zeros((0, 0, 0), dtype=np.int64))
-        pointers = np.zeros((B, T, count, 3), dtype=np.int32)
+                         lengths[i], next_tokens[i], np.zeros((0, 0, 0), dtype=np.int64))
         count_tokens(lengths, next_tokens, self.weights, pointers)
         return pointers
 
@@ -259,7 +261,7 @@ class MatchIndex:
         next_tokens = np.zeros(lengths.shape, dtype=self.token_type)
         places = np.zeros(lengths.shape, dtype=np.int64)
         find_matches(segment.text, segment.order, segment.following, segment.document, segment.shared, segment.first,
-                     segment.is_masked, self.end_of_text, tokens, run, segment.numbers(doc_ids), 1, lengths,
+                     segment.is_masked, self.end_of_text, tokens, run, segment.numbers(doc_ids), lengths,
                      next_tokens, places)
         return lengths, next_tokens, places
 

@@ -7,6 +7,7 @@ Looks up where the last tokens of each position stand in the knowledge base (mat
         batch, = retriever.retrieve_for([batch])
 """
 import hashlib
+import itertools
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -18,8 +19,9 @@ from data.tokenizer import vocabulary_hash
 from retrieval.embedding import Embedder
 from retrieval.knowledge_base import HIT, open_knowledge_base
 from retrieval.leaks import SPARE, hits_without_leaks, search_stage
-from retrieval.match_index import open_match_index
+from retrieval.match_index import open_match_index, run_lengths
 from retrieval.neighbor_cache import NeighborCache
+from retrieval.suffix_array import DEPTH
 from retrieval.waiting import wait_for_milvus
 
 NONE, REMEMBERED, LOOKED_UP, EMBEDDED = range(4)  # where a chunk's hits, or the vector that found them, come from
@@ -71,6 +73,8 @@ class Retriever:
         self.cache = self.matches = None
         self.revision, self.stale_until = '', time.monotonic() + STALE
         self.num_pointers = settings.retrieval_pointers
+        self.pointers_kind = f'{self.num_pointers} pointers'
+        self.pointer_type = np.dtype([('token', token_type), ('length', np.uint8), ('share', np.uint8)])
         self.index = open_match_index(settings, tokenizer, self.say, show_progress)
         self.matches = self.index if self.num_pointers else None
         self.embedder = Embedder(settings.retrieval_embedding_model, device)
@@ -80,10 +84,10 @@ class Retriever:
             if not self.size:
                 raise UserError(f'collection {settings.retrieval_collection!r} in {self.uri} is empty: fill it with '
                                 f'python -m retrieval.populate CONFIG')
-            if settings.retrieval_cache_gb > 0 and self.k:
+            if settings.retrieval_cache_gb > 0:
                 self.cache = NeighborCache(settings.retrieval_cache_dir, settings.retrieval_cache_gb,
-                                           f'{self.uri} {settings.retrieval_collection}', ['rows', self.hits_kind],
-                                           self.say)
+                                           f'{self.uri} {settings.retrieval_collection}',
+                                           ['rows', self.hits_kind, self.pointers_kind], self.say)
         except BaseException:
             self.close()
             raise
@@ -117,7 +121,7 @@ class Retriever:
             doc_ids = np.zeros((len(tokens), 1), dtype=np.int64)
 
         def find():
-            self._follow_revision()
+            self.matches.follow(self.knowledge_base, self._follow_revision())
             return self.matches.find(tokens, doc_ids, self.num_pointers)
         return self._wait(find)
 
@@ -134,15 +138,41 @@ class Retriever:
     def retrieve_for(self, batches):
         """The Batches with neighbors, pointers, hits and counts."""
         batches = self._add_neighbors(batches) if self.k else batches
-        if self.matches:
-            found = self.point(*(np.concatenate([getattr(batch, name) for batch in batches])
-                                 for name in ('tokens', 'doc_ids')))
-            found = np.split(found, np.cumsum([len(batch.tokens) for batch in batches])[:-1])
-            for batch, pointers in zip(batches, found, strict=True):
-                if batch.is_dropped is not None:
-                    pointers[batch.is_dropped] = 0
-            batches = [replace(batch, pointers=pointers) for batch, pointers in zip(batches, found, strict=True)]
-        return batches
+        if not self.matches:
+            return batches
+
+        def add_pointers():
+            self.matches.follow(self.knowledge_base, self._follow_revision())
+            return [self._add_pointers(batch) for batch in batches]
+        return self._wait(add_pointers)
+
+    def _add_pointers(self, batch):
+        """Pointers are remembered by chunk. A sequence of which one is missing is looked up as a whole."""
+        (B, L), C, P = batch.doc_ids.shape, self.chunk_size, self.num_pointers
+        packed = np.zeros((B, L, C, P), dtype=self.pointer_type)
+        wanted = np.arange(B) if batch.is_dropped is None else np.flatnonzero(~batch.is_dropped)
+        keys = pointer_keys(batch.tokens[wanted], batch.doc_ids[wanted], self.tokenizer.eot_token)
+        cached = self.cache.get(self.pointers_kind, list(itertools.chain(*keys))) if self.cache else {}
+        new, new_keys = [], []
+        for b, line in zip(wanted.tolist(), keys, strict=True):
+            if all(key in cached for key in line):
+                packed[b] = np.frombuffer(b''.join(cached[key] for key in line), packed.dtype).reshape(L, C, P)
+            else:
+                new.append(b)
+                new_keys += line
+        if new:
+            found = self.matches.find(batch.tokens[new], batch.doc_ids[new], P).reshape(len(new), L, C, P, 3)
+            for part, name in enumerate(packed.dtype.names):
+                packed[name][new] = found[..., part]
+            if self.cache:
+                chunks = packed[new].reshape(-1, C * P)
+                self.cache.put(self.pointers_kind, [(key, chunk.tobytes()) for key, chunk in
+                                                    zip(new_keys, chunks, strict=True)])
+        pointers = np.empty((B, L * C, P, 3), dtype=np.int32)
+        for part, name in enumerate(packed.dtype.names):
+            pointers[..., part] = packed[name].reshape(B, L * C, P)
+        counts = batch.counts if self.k else count_pointed_to_themselves(batch, pointers)
+        return replace(batch, pointers=pointers, counts=counts)
 
     def _add_neighbors(self, batches):
         """By one request, whose cost hardly depends on the number of Batches."""
@@ -174,7 +204,7 @@ class Retriever:
         return self._assemble(retrieves, hits, unique.origin[inverse], searched_again)
 
     def _follow_revision(self):
-        """Switch cache and exact-match index to the collection's current revision."""
+        """Switch the cache to the collection's current revision, which is returned; None while it changes."""
         revision = self.knowledge_base.revision()
         if revision != self.revision:
             self.revision, self.stale_until = revision, time.monotonic() + STALE
@@ -182,10 +212,10 @@ class Retriever:
             if revision is None and self.cache:
                 self.say('the collection is being filled, or filling it was interrupted: no neighbors are cached until '
                          'python -m retrieval.populate has finished')
+        revision = revision and f'{revision} {self.size}'
         if self.cache:
-            self.cache.use_revision(revision and f'{revision} {self.size}')
-        if self.matches:
-            self.matches.follow(self.knowledge_base, revision and f'{revision} {self.size}')
+            self.cache.use_revision(revision)
+        return revision
 
     def _unique(self, tokens, doc_ids, ids):
         """Deduplicate N chunks: the UniqueChunks and inverse (N,), each one's index among them."""
@@ -334,6 +364,36 @@ def count_found_themselves(batch, tokens, hits):
     is_same = (tokens[..., :R // 2] == chunks).all(-1) & (tokens[..., R // 2] == targets[..., -1]) & is_hit
     is_same[:, :-1] &= (tokens[:, :-1, :, R // 2:] == chunks[:, 1:]).all(-1)
     return dict(continued=int(goes_on.sum()), found_themselves=int((is_same.any(-1) & goes_on).sum()))
+
+
+def pointer_keys(tokens, doc_ids, end_of_text):
+    """
+    For each chunk of sequences tokens (B, T), of the documents doc_ids (B, L), a byte string of all that its pointers
+    depend on: its tokens, those before it that a match may hold, and the sequence's documents. B lists of L.
+    """
+    (B, T), L = tokens.shape, doc_ids.shape[1]
+    C = T // L
+    run = run_lengths(tokens, doc_ids, end_of_text)[:, ::C] - 1  # tokens of the same document before each chunk
+    before = np.where(np.arange(DEPTH - 1, 0, -1) <= run[..., None], np.lib.stride_tricks.sliding_window_view(
+        np.pad(tokens, ((0, 0), (DEPTH - 1, 0))), DEPTH - 1, axis=1)[:, :T:C], -1)  # (B, L, DEPTH - 1)
+    documents = [np.unique(line).tobytes() for line in doc_ids]
+    table = np.concatenate([before, tokens.reshape(B, L, C)], axis=2)
+    return [[hashlib.blake2b(chunk.tobytes() + own, digest_size=16).digest() for chunk in line]
+            for line, own in zip(table, documents, strict=True)]
+
+
+def count_pointed_to_themselves(batch, pointers):
+    """
+    As count_found_themselves, by pointers (B, T, P, 3): of the chunks of a Batch that are not their document's last,
+    those that stand elsewhere as a whole, up to the token after them, as far as matches are followed.
+    """
+    shape = (*batch.is_last_chunk.shape, -1)
+    is_named = ((pointers[..., 0] == batch.targets[..., None]) & (pointers[..., 1] == DEPTH)).any(-1).reshape(shape)
+    goes_on = ~batch.is_last_chunk
+    if batch.is_dropped is not None:
+        goes_on &= ~batch.is_dropped[:, None]
+    is_same = is_named[..., DEPTH - 1:].all(-1) if is_named.shape[2] >= DEPTH else np.zeros_like(goes_on)
+    return dict(continued=int(goes_on.sum()), found_themselves=int((is_same & goes_on).sum()))
 
 
 def share_trigrams(chunks, candidates):

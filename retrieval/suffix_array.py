@@ -69,14 +69,14 @@ def count_shared(text, order, end_of_text):
 
 
 @njit(cache=True, nogil=True)
-def find_matches(text, order, following, document, shared, first, is_masked, end_of_text, tokens, run, excluded, least,
+def find_matches(text, order, following, document, shared, first, is_masked, end_of_text, tokens, run, excluded,
                  lengths, next_tokens, places):
     """
     The longest matches of each position of sequences tokens (B, T) in a text, longest first: their lengths (B, T, N), 0
     beyond the last, the next_tokens (B, T, N) after them, and, unless it is empty, the places (B, T, N) of their last
-    tokens. A match has `least` tokens or more, at most the run (B, T) of tokens of its own document that end at the
-    position, and DEPTH, and is in no document that is_masked (D,), or whose number is in excluded (B, X), -1 for none.
-    first (V + 1,) are the entries where each last token begins.
+    tokens. A match has at most as many tokens as the run (B, T) of the position's own document that ends there, and
+    DEPTH, and is in no document that is_masked (D,), or whose number is in excluded (B, X), -1 for none. first (V + 1,)
+    are the entries where each last token begins.
     """
     B, T, N = lengths.shape
     size = len(order)
@@ -85,7 +85,7 @@ def find_matches(text, order, following, document, shared, first, is_masked, end
             lengths[b, t, 0] = 0
             limit = min(run[b, t], DEPTH)
             token = tokens[b, t]
-            if limit < least or token + 1 >= len(first) or first[token] == first[token + 1]:
+            if limit == 0 or token + 1 >= len(first) or first[token] == first[token + 1]:
                 continue
             # the first entry that is not below the query
             low, high = first[token], first[token + 1]
@@ -109,7 +109,7 @@ def find_matches(text, order, following, document, shared, first, is_masked, end
                     right_length += 1
             # outward from there, the longer of the two sides first
             found = 0
-            while found < N and (left_length >= least or right_length >= least):
+            while found < N and (left_length > 0 or right_length > 0):
                 if right_length >= left_length:
                     entry, length = right, right_length
                     right += 1

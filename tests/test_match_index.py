@@ -3,6 +3,7 @@ import json
 import shutil
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,41 @@ def test_pointers_depend_on_no_later_token(retriever, batch):
     other[:, 37:] = np.roll(other[:, 37:], 3, axis=1)
     again = retriever.point(other, batch.doc_ids)
     assert (again[:, :37] == pointers[:, :37]).all() and not (again == pointers).all()
+
+
+def test_pointers_are_remembered_by_chunk_and_dropped_sequences_get_none(settings, retriever, batch, monkeypatch):
+    batch.is_dropped = np.array([False, True, False, False])
+    expected = retriever.point(batch.tokens, batch.doc_ids)
+    first, = retriever.retrieve_for([batch])
+    monkeypatch.setattr(retriever.matches, 'find', None)  # and is not called again
+    second, = retriever.retrieve_for([batch])
+    for found in (first, second):
+        assert (found.pointers[~batch.is_dropped] == expected[~batch.is_dropped]).all()
+        assert not found.pointers[1].any() and found.neighbor_mask[0].any() and not found.neighbor_mask[1].any()
+
+
+def test_remembered_pointers_are_those_of_the_same_context_and_the_same_documents(settings, retriever, batch):
+    """Another epoch cuts the text elsewhere."""
+    dataset, = open_all(settings)
+    long = [chunks for chunks in dataset.documents() if len(chunks.tokens) > 7][:2]
+
+    def make_batch(chosen):
+        tokens = np.concatenate([chunks.tokens[i] for chunks, i in chosen])[None].astype(np.int64)
+        doc_ids = np.array([[chunks.doc_ids[0] for chunks, _ in chosen]])
+        return replace(batch, tokens=tokens, targets=tokens, doc_ids=doc_ids, chunk_ids=doc_ids,
+                       is_last_chunk=np.zeros(doc_ids.shape, dtype=bool))
+    a, b = long
+    for number, (line, added) in enumerate((
+            ([(a, 0), (a, 1), (a, 2), (a, 3)], 4),
+            ([(a, 1), (a, 2), (a, 3), (a, 4)], 2),  # the first one has lost what came before it
+            ([(a, 3), (b, 0), (b, 1), (b, 2)], 4),  # among other documents
+            ([(b, 0), (b, 1), (b, 2), (a, 3)], 0),  # the same documents, and nothing but these before each chunk
+            ([(a, 1), (a, 2), (a, 3), (a, 4)], 0))):
+        before = retriever.cache.count(retriever.pointers_kind)
+        some = make_batch(line)
+        found, = retriever.retrieve_for([some])
+        assert (found.pointers == retriever.point(some.tokens, some.doc_ids)).all()
+        assert retriever.cache.count(retriever.pointers_kind) - before == added, number
 
 
 def test_rows_that_are_deleted_or_changed_are_never_pointed_to(retriever, batch, tmp_path):

@@ -286,7 +286,7 @@ def test_a_changed_collection_is_never_answered_from_the_cache(settings, tokeniz
     assert (again.hits['id'] == after.hits['id']).all()
     with retriever.cache.environment.begin() as reading:
         names = [bytes(key) for key, _ in reading.cursor()]
-    assert len(names) == 2 and all(retriever.knowledge_base.revision().encode() in name for name in names)
+    assert len(names) == 3 and all(retriever.knowledge_base.revision().encode() in name for name in names)
     retriever.close()
 
 

@@ -35,9 +35,12 @@ def check_settings(settings):
     if settings.eval_only and settings.init_from not in ('scratch', 'resume'):
         raise UserError(f'eval_only evaluates the checkpoint in out_dir {settings.out_dir!r}, and init_from names '
                         f'{settings.init_from!r}: leave one of them out')
-    if settings.retrieval_rerank and settings.retrieval_rerank < settings.retrieval_k_neighbors:
+    if 0 < settings.retrieval_rerank < settings.retrieval_k_neighbors:
         raise UserError(f'retrieval_rerank {settings.retrieval_rerank} must be at least retrieval_k_neighbors '
                         f'{settings.retrieval_k_neighbors}, or 0')
+    if settings.use_retrieval and not settings.retrieval_k_neighbors and not settings.retrieval_pointers:
+        raise UserError('use_retrieval is True, but retrieval_k_neighbors and retrieval_pointers are both 0: set one '
+                        'of them, or use_retrieval to False')
     for key, value in settings.without_secrets().items():  # checkpoints hold them
         try:
             json.dumps(value)
