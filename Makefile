@@ -8,6 +8,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 CORPUS = data/python_source
 RUN = out/quickstart
+GPT = out/quickstart_gpt
 
 .DELETE_ON_ERROR:
 .PHONY: quickstart test test-slow lint clean
@@ -41,8 +42,15 @@ $(RUN)/trained: config/quickstart.py out/populated
 	    $$(test -e $(RUN)/trained -o ! -e $(RUN)/checkpoints/latest || echo --init_from=resume)
 	@touch $@
 
-quickstart: $(RUN)/trained
+# The same decoder without retrieval, to compare with.
+$(GPT)/trained: config/quickstart.py out/populated
+	$(PY) train.py config/quickstart.py --use_retrieval=False --out_dir=$(GPT) \
+	    $$(test -e $(GPT)/trained -o ! -e $(GPT)/checkpoints/latest || echo --init_from=resume)
+	@touch $@
+
+quickstart: $(RUN)/trained $(GPT)/trained
 	@$(PY) sample.py --out_dir=$(RUN) --start=FILE:config/quickstart_prompt.txt --max_new_tokens=96 --show_neighbors
+	@$(PY) -m evaluation --out_dir=$(RUN) --baseline=$(GPT) --max_tokens=80000
 
 test: .venv/installed-dev
 	$(PY) -m pytest tests
@@ -54,6 +62,6 @@ lint: .venv/installed-dev
 	$(PY) -m ruff check .
 
 clean:
-	rm -rf .venv $(RUN) out/static_embedding out/milvus.db out/populated out/neighbors out/datasets \
+	rm -rf .venv $(RUN) $(GPT) out/static_embedding out/milvus.db out/populated out/neighbors out/matches out/datasets \
 	    $(CORPUS)/train.parquet $(CORPUS)/val.parquet $(CORPUS)/tokenizer.json $(CORPUS)/corpus.json .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

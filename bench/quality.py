@@ -40,7 +40,6 @@ ARMS = {  # options on top of the config
     'RETRO': {},
     'GPT for as long': GPT,  # as the RETRO took
     'RETRO with neighbors alone': dict(retrieval_pointers=0, retrieval_k_neighbors=2),
-    'RETRO with pointers alone': dict(retrieval_k_neighbors=0),
     'RETRO with both': dict(retrieval_k_neighbors=2),
     'GPT of 4 times the parameters': GPT | dict(n_embd=256, n_layer=8, n_head=8, learning_rate=2e-3),
     'GPT of 9 times the parameters': GPT | dict(n_embd=384, n_layer=8, n_head=12, learning_rate=1.5e-3),

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from system import pick_device
 
+import numpy as np
+
 from bench.milvus_server import MilvusServer, why_not
 from configurator import load_settings, user_errors_as_one_line
 from data.chunk_store import open_datasets
@@ -29,7 +31,8 @@ from data.tokenizer import load_tokenizer
 from retrieval.populate import populate
 from retrieval.retriever import Retriever
 
-STAGES = ('read', 'recall', 'stored embeddings', 'embed', 'search', 'search again', 'rows', 'remember', 'rest')
+STAGES = ('read', 'recall', 'stored embeddings', 'embed', 'search', 'search again', 'rows', 'pointers', 'remember',
+          'rest')
 
 
 def time_stages(retriever):
@@ -49,7 +52,10 @@ def time_stages(retriever):
 
     timed(retriever.cache, 'get', lambda *_: 'recall')
     timed(retriever.cache, 'put', lambda *_: 'remember')
-    timed(retriever.embedder, 'embed', lambda *_: 'embed')
+    if retriever.k:
+        timed(retriever.embedder, 'embed', lambda *_: 'embed')
+    if retriever.matches:
+        timed(retriever.matches, 'find', lambda *_: 'pointers')
     timed(retriever.knowledge_base, 'rows', lambda _, fields, *rest: 'rows' if fields == ['tokens'] else
           'stored embeddings')
     timed(retriever.knowledge_base, 'search', lambda _, limit, excluded=(), latest=False:
@@ -65,6 +71,8 @@ def measure(settings, is_remembered, tokenizer, datasets, rounds, together):
             for _ in range(rounds):
                 retriever.retrieve_for(list(islice(stream, together)))
             stream = SequenceStream(datasets, settings.block_size, settings.batch_size)
+        if retriever.matches:  # builds the index
+            retriever.point(np.zeros((1, settings.block_size), dtype=np.int64))
         seconds = time_stages(retriever)
         for _ in range(rounds):
             seconds.clear()

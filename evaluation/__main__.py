@@ -55,11 +55,14 @@ def parse_arguments():
                         help='off: only without neighbors (default: on and off, if the model has retrieval)')
     parser.add_argument('--max_tokens', type=int, default=200_000,
                         help='tokens to evaluate, of shuffled documents; 0: all (default: %(default)s)')
+    parser.add_argument('--without_copies', type=int, default=0, metavar='TOKENS',
+                        help='leave out pointers into passages that share a run of at least this many tokens with the '
+                             'text; 0: none (default: %(default)s)')
     parser.add_argument('--passages', type=int, default=12,
                         help='passages of each kind that the report shows (default: %(default)s)')
     parser.add_argument('--results', metavar='DIR', help='folder for the results (default: out_dir)')
     arguments, overrides = parser.parse_known_args()
-    for name in ('max_tokens', 'passages'):
+    for name in ('max_tokens', 'passages', 'without_copies'):
         check_range(f'--{name}', getattr(arguments, name), 0, math.inf)
     return arguments, overrides
 
@@ -88,13 +91,19 @@ def main(cleanup):
     if not os.access(results, os.W_OK):
         raise UserError(f'--results {results!r} cannot be written: name another folder')
     corpus = read_corpus(open_datasets(configs, tokenizer, settings), tokenizer, arguments.max_tokens)
-    retriever = cleanup.enter_context(closing(Retriever(settings, tokenizer, device))) if use_retrieval else None
+    retriever = None
+    if use_retrieval:
+        retriever = cleanup.enter_context(closing(Retriever(settings, tokenizer, device, show_progress=True,
+                                                            copied=arguments.without_copies)))
 
     keep_freed_memory()
     started = time.perf_counter()
     nats, retrieved = evaluate_corpus(model, corpus, settings.batch_size, device, context, retriever)
     report = dict(out_dir=arguments.out_dir, data=', '.join(config.path for config in configs),
                   corpus=describe_corpus(configs), baseline=arguments.baseline, notes=[])
+    if arguments.without_copies and retrieved:
+        report['notes'].append(f'pointers into passages that share {arguments.without_copies} or more tokens with the '
+                               f'text were left out')
     separate = {}
     if baseline:
         if baseline[2].config.use_retrieval:

@@ -44,7 +44,7 @@ RETRIES = 1  # by pymilvus, which retries in silence; we wait ourselves, and say
 
 @dataclass
 class Metadata:
-    """What made a collection. Opening it with anything else is an error."""
+    """What made a collection. Opening it with anything else is an error; None where it does not matter."""
     tokenizer: str
     vocabulary_hash: str
     chunk_size: int
@@ -158,7 +158,7 @@ class KnowledgeBase:
                             f'name in retrieval_collection')
         found, wanted = json.loads(found), asdict(self.metadata)
         names = {'tokenizer', 'embedding_model'}  # they may differ where the hashes agree
-        wrong = [key for key in wanted if key not in names and found.get(key) != wanted[key]]
+        wrong = [key for key in wanted if key not in names and wanted[key] not in (None, found.get(key))]
         if wrong:
             named = {'vocabulary_hash': 'tokenizer', 'embedding_hash': 'embedding_model'}
             both = '; '.join(f'{named.get(key, key)}: it has {describe(found, key)}, the run {describe(wanted, key)}'

@@ -35,10 +35,12 @@ from retrieval.suffix_array import (
     DEPTH,
     GROWTH,
     PLACES,
+    STRIDE,
     count_shared,
     count_tokens,
     extend_matches,
     find_matches,
+    pack_tokens,
     sort_positions,
 )
 
@@ -46,6 +48,7 @@ VERSION = 1  # of the files' layout
 MANIFEST = 'manifest.json'
 MOST = 1 << 26  # tokens of a segment: building one takes 40 bytes of memory for each
 MASKED = 0.25  # share of a segment's tokens that are masked before it is made anew
+NO_PLACES = np.zeros((0, 0, 0), dtype=np.int64)
 ROWS = ('doc_id', 'position', 'tokens')
 READ_AGAIN = 3  # times, while the collection changes
 
@@ -79,7 +82,7 @@ class Segment:
             raise ValueError(f'{folder}: files have {sizes} bytes, and should have {meta["sizes"]}')
         token_type = np.dtype(meta['token_type'])
         types = dict(text=token_type, order=np.uint32, shared=np.uint8, following=token_type, document=np.uint32,
-                     first=np.int64, starts=np.int64, doc_ids=np.int64, hashes=np.int64)
+                     first=np.int64, top=np.uint64, starts=np.int64, doc_ids=np.int64, hashes=np.int64)
         for name, dtype in types.items():
             setattr(self, name, np.asarray(map_file(f'{folder}/{name}.bin', dtype)))
         self.name, self.masked = os.path.basename(folder), masked
@@ -90,6 +93,12 @@ class Segment:
         """The numbers of documents doc_ids (B, L) here, -1 where there is none."""
         place = np.minimum(np.searchsorted(self.doc_ids, doc_ids), len(self.doc_ids) - 1)
         return np.where(self.doc_ids[place] == doc_ids, place, -1)
+
+    def find(self, tokens, doc_ids, run, end_of_text, copied, lengths, next_tokens, places):
+        """The longest matches of sequences tokens (B, T) of documents doc_ids (B, L), as find_matches has them."""
+        find_matches(self.text, self.order, self.following, self.document, self.shared, self.first, self.top,
+                     self.is_masked, end_of_text, tokens, run, self.numbers(doc_ids), copied, lengths, next_tokens,
+                     places)
 
     def documents(self):
         """Those that are not masked, as Documents."""
@@ -112,7 +121,7 @@ class MatchIndex:
         self.say = say or (lambda text: print(text, file=sys.stderr))
         self.show_progress = show_progress
         self.revision, self.segments = None, []
-        self.weights = np.exp(GROWTH * np.arange(DEPTH + 1))
+        self.weights = np.rint(1024 * np.exp(GROWTH * np.arange(DEPTH + 1))).astype(np.int64)  # exact sums
 
     def follow(self, knowledge_base, revision=None):
         """
@@ -222,12 +231,13 @@ class MatchIndex:
         bar.update(len(arrays['text']))
         return name, []
 
-    def find(self, tokens, doc_ids, count):
+    def find(self, tokens, doc_ids, count, copied=0):
         """
         Pointers (B, T, P, 3) int32, P = count, of sequences tokens (B, T) on the chunk grid, whose chunks belong to the
         documents doc_ids (B, L): for each position the distinct tokens that came next after the longest matches, those
         with the largest share first: token, longest match (0: there is none) and share in half octaves below all. A
-        match ends at the position, stays in its document, and stands in none of the sequence's documents.
+        match ends at the position, stays in its document, and stands in none of the sequence's documents; nor, unless
+        it is 0, in a passage that shares `copied` tokens in a row with the text around it, also with what follows.
         """
         B, T = tokens.shape
         pointers = np.zeros((B, T, count, 3), dtype=np.int32)
@@ -237,9 +247,7 @@ class MatchIndex:
         lengths = np.empty((len(self.segments), B, T, PLACES), dtype=np.uint8)
         next_tokens = np.empty(lengths.shape, dtype=self.token_type)
         for i, segment in enumerate(self.segments):
-            find_matches(segment.text, segment.order, segment.following, segment.document, segment.shared,
-                         segment.first, segment.is_masked, self.end_of_text, tokens, run, segment.numbers(doc_ids),
-                         lengths[i], next_tokens[i], np.zeros((0, 0, 0), dtype=np.int64))
+            segment.find(tokens, doc_ids, run, self.end_of_text, copied, lengths[i], next_tokens[i], NO_PLACES)
         count_tokens(lengths, next_tokens, self.weights, pointers)
         return pointers
 
@@ -260,9 +268,7 @@ class MatchIndex:
         lengths = np.zeros((*tokens.shape, PLACES), dtype=np.uint8)
         next_tokens = np.zeros(lengths.shape, dtype=self.token_type)
         places = np.zeros(lengths.shape, dtype=np.int64)
-        find_matches(segment.text, segment.order, segment.following, segment.document, segment.shared, segment.first,
-                     segment.is_masked, self.end_of_text, tokens, run, segment.numbers(doc_ids), lengths,
-                     next_tokens, places)
+        segment.find(tokens, doc_ids, run, self.end_of_text, 0, lengths, next_tokens, places)
         return lengths, next_tokens, places
 
     def where(self, tokens, doc_ids, position, token):
@@ -411,7 +417,8 @@ def index_documents(documents, end_of_text, token_type):
                 following=text[order.astype(np.int64) + 1],
                 document=(np.searchsorted(starts, order, side='right') - 1).astype(np.uint32),
                 first=np.searchsorted(text[order], np.arange(largest + 2)).astype(np.int64),
-                starts=starts.astype(np.int64), doc_ids=documents.doc_ids, hashes=documents.hashes)
+                top=pack_tokens(text)[order[::STRIDE]], starts=starts.astype(np.int64), doc_ids=documents.doc_ids,
+                hashes=documents.hashes)
 
 
 def run_lengths(tokens, doc_ids, end_of_text):

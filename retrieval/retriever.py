@@ -16,7 +16,7 @@ import numpy as np
 
 from configurator import UserError
 from data.tokenizer import vocabulary_hash
-from retrieval.embedding import Embedder
+from retrieval.embedding import Embedder, EmbedderInfo
 from retrieval.knowledge_base import HIT, open_knowledge_base
 from retrieval.leaks import SPARE, hits_without_leaks, search_stage
 from retrieval.match_index import open_match_index, run_lengths
@@ -57,10 +57,11 @@ class UniqueChunks:
 class Retriever:
     """
     Finds the neighbors of chunks and the pointers of tokens in the collection that the settings name, until close().
-    While Milvus is unreachable it waits, and tells `say`. UserError if the collection does not fit the settings.
+    While Milvus is unreachable it waits, and tells `say`. Pointers leave out passages that share `copied` tokens in a
+    row with the text, unless it is 0. UserError if the collection does not fit the settings.
     """
 
-    def __init__(self, settings, tokenizer, device='cpu', say=None, show_progress=False):
+    def __init__(self, settings, tokenizer, device='cpu', say=None, show_progress=False, copied=0):
         self.tokenizer, self.uri = tokenizer, settings.retrieval_milvus_uri
         self.timeout, self.say = settings.retrieval_timeout, say or (lambda text: print(text, file=sys.stderr))
         self.k, self.chunk_size = settings.retrieval_k_neighbors, settings.retrieval_chunk_size
@@ -72,12 +73,14 @@ class Retriever:
         self.row_type = np.dtype([('length', np.int16), ('tokens', token_type, 2 * self.chunk_size)])
         self.cache = self.matches = None
         self.revision, self.stale_until = '', time.monotonic() + STALE
-        self.num_pointers = settings.retrieval_pointers
+        self.num_pointers, self.copied = settings.retrieval_pointers, copied
         self.pointers_kind = f'{self.num_pointers} pointers'
         self.pointer_type = np.dtype([('token', token_type), ('length', np.uint8), ('share', np.uint8)])
         self.index = open_match_index(settings, tokenizer, self.say, show_progress)
         self.matches = self.index if self.num_pointers else None
-        self.embedder = Embedder(settings.retrieval_embedding_model, device)
+        # pointers alone need no embedding model
+        self.embedder = (Embedder(settings.retrieval_embedding_model, device) if self.k else
+                         EmbedderInfo(settings.retrieval_embedding_model, None, None))
         self.knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), self.embedder)
         try:
             self.size = self.knowledge_base.count()
@@ -152,7 +155,8 @@ class Retriever:
         packed = np.zeros((B, L, C, P), dtype=self.pointer_type)
         wanted = np.arange(B) if batch.is_dropped is None else np.flatnonzero(~batch.is_dropped)
         keys = pointer_keys(batch.tokens[wanted], batch.doc_ids[wanted], self.tokenizer.eot_token)
-        cached = self.cache.get(self.pointers_kind, list(itertools.chain(*keys))) if self.cache else {}
+        cache = None if self.copied else self.cache  # what is left out depends on what follows, too
+        cached = cache.get(self.pointers_kind, list(itertools.chain(*keys))) if cache else {}
         new, new_keys = [], []
         for b, line in zip(wanted.tolist(), keys, strict=True):
             if all(key in cached for key in line):
@@ -161,12 +165,13 @@ class Retriever:
                 new.append(b)
                 new_keys += line
         if new:
-            found = self.matches.find(batch.tokens[new], batch.doc_ids[new], P).reshape(len(new), L, C, P, 3)
+            found = self.matches.find(batch.tokens[new], batch.doc_ids[new], P, self.copied)
+            found = found.reshape(len(new), L, C, P, 3)
             for part, name in enumerate(packed.dtype.names):
                 packed[name][new] = found[..., part]
-            if self.cache:
+            if cache:
                 chunks = packed[new].reshape(-1, C * P)
-                self.cache.put(self.pointers_kind, [(key, chunk.tobytes()) for key, chunk in
+                cache.put(self.pointers_kind, [(key, chunk.tobytes()) for key, chunk in
                                                     zip(new_keys, chunks, strict=True)])
         pointers = np.empty((B, L * C, P, 3), dtype=np.int32)
         for part, name in enumerate(packed.dtype.names):

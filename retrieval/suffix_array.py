@@ -12,6 +12,7 @@ from numba import njit
 
 DEPTH = 16  # tokens that a match counts at most
 PLACES = 256  # of the longest matches, that are counted for a position
+STRIDE = 64  # entries between those whose first tokens are kept side by side, to search in first
 TABLE = 1024  # slots of the hash table of distinct tokens: a power of two, at least twice PLACES
 GROWTH = 0.7  # a match counts e^GROWTH times as much as one that is a token shorter
 SHARES = 16  # buckets of a pointer's share, each half an octave
@@ -23,10 +24,7 @@ def sort_positions(text, end_of_text):
     read backwards, equal ones in the text's order: (m,) uint32. Prefix doubling: each round sorts by twice as many
     tokens. The text starts with end_of_text.
     """
-    bits = 8 * text.dtype.itemsize
-    key, depth = np.zeros(len(text), dtype=np.uint64), 64 // bits  # tokens of the first round, in a number each
-    for back in range(depth):
-        key[back:] |= text[:len(text) - back].astype(np.uint64) << np.uint64(64 - bits * (back + 1))
+    key, depth = pack_tokens(text), 8 // text.dtype.itemsize  # tokens of the first round
     while True:
         order = np.argsort(key)
         sorted_key = key[order]
@@ -43,6 +41,14 @@ def sort_positions(text, end_of_text):
     sort_ties(order, is_new)
     order = order[text[order] != end_of_text]
     return order[order != len(text) - 1]
+
+
+def pack_tokens(text):
+    """For each position of text (n,), its last 2 or 4 tokens, read backwards, as one number: (n,) uint64."""
+    bits, key = 8 * text.dtype.itemsize, np.zeros(len(text), dtype=np.uint64)
+    for back in range(64 // bits):
+        key[back:] |= text[:len(text) - back].astype(np.uint64) << np.uint64(64 - bits * (back + 1))
+    return key
 
 
 @njit(cache=True, nogil=True)
@@ -69,26 +75,33 @@ def count_shared(text, order, end_of_text):
 
 
 @njit(cache=True, nogil=True)
-def find_matches(text, order, following, document, shared, first, is_masked, end_of_text, tokens, run, excluded,
-                 lengths, next_tokens, places):
+def find_matches(text, order, following, document, shared, first, top, is_masked, end_of_text, tokens, run, excluded,
+                 copied, lengths, next_tokens, places):
     """
     The longest matches of each position of sequences tokens (B, T) in a text, longest first: their lengths (B, T, N), 0
     beyond the last, the next_tokens (B, T, N) after them, and, unless it is empty, the places (B, T, N) of their last
     tokens. A match has at most as many tokens as the run (B, T) of the position's own document that ends there, and
-    DEPTH, and is in no document that is_masked (D,), or whose number is in excluded (B, X), -1 for none. first (V + 1,)
-    are the entries where each last token begins.
+    DEPTH, and is in no document that is_masked (D,), or whose number is in excluded (B, X), -1 for none; nor, unless it
+    is 0, in a passage that shares `copied` tokens in a row with the text around the position. first (V + 1,) are the
+    entries where each last token begins, top those of pack_tokens for every STRIDE-th entry.
     """
     B, T, N = lengths.shape
-    size = len(order)
+    size, bits = len(order), 8 * text.itemsize
     for b in range(B):
+        numbers = np.unique(excluded[b])
         for t in range(T):
             lengths[b, t, 0] = 0
             limit = min(run[b, t], DEPTH)
             token = tokens[b, t]
             if limit == 0 or token + 1 >= len(first) or first[token] == first[token + 1]:
                 continue
-            # the first entry that is not below the query
-            low, high = first[token], first[token + 1]
+            # the first entry that is not below the query, at first by what fits into one number
+            key, known = np.uint64(0), min(limit, 64 // bits)
+            for i in range(known):
+                key |= np.uint64(tokens[b, t - i]) << np.uint64(64 - bits * (i + 1))
+            rest = np.uint64(0) if known * bits == 64 else (np.uint64(1) << np.uint64(64 - bits * known)) - np.uint64(1)
+            low = max(first[token], (np.searchsorted(top, key) - 1) * STRIDE)
+            high = min(first[token + 1], np.searchsorted(top, key | rest, side='right') * STRIDE)
             while low < high:
                 middle = (low + high) >> 1
                 place, i = np.int64(order[middle]), 1
@@ -118,11 +131,19 @@ def find_matches(text, order, following, document, shared, first, is_masked, end
                     entry, length = left, left_length
                     left_length = min(left_length, np.int64(shared[left]))
                     left -= 1
-                number, is_excluded = np.int64(document[entry]), False
-                for x in excluded[b]:
-                    if x == number:
-                        is_excluded = True
-                if is_excluded or is_masked[number]:
+                number = np.int64(document[entry])
+                is_excluded = is_masked[number]
+                for x in numbers:
+                    is_excluded |= x == number
+                if copied and not is_excluded and length == DEPTH:
+                    place, back, ahead = np.int64(order[entry]), DEPTH, 1
+                    while back < run[b, t] and text[place - back] == tokens[b, t - back]:
+                        back += 1
+                    while (t + ahead < T and run[b, t + ahead] == run[b, t] + ahead
+                           and text[place + ahead] == tokens[b, t + ahead]):
+                        ahead += 1
+                    is_excluded = back + ahead - 1 >= copied
+                if is_excluded:
                     continue
                 lengths[b, t, found] = length
                 next_tokens[b, t, found] = following[entry]
@@ -138,13 +159,14 @@ def count_tokens(lengths, next_tokens, weights, pointers):
     """
     The distinct tokens with the largest shares among the N longest matches, of those lengths (S, B, T, N) with
     next_tokens (S, B, T, N) of S segments: written into pointers (B, T, P, 3), the largest share first: token, longest
-    match, and share in half octaves below all. A match counts weights (DEPTH + 1,) by its length.
+    match, and share in half octaves below all. A match counts weights (DEPTH + 1,) int64 by its length.
     """
     S, B, T, N = lengths.shape
     P = pointers.shape[2]
+    best, heaviest = np.zeros(P, np.int64), np.zeros(P, np.int64)
     table = np.full(TABLE, -1, dtype=np.int64)  # of distinct tokens, to their place in the lists
     used, distinct, longest = np.zeros(N, np.int64), np.zeros(N, np.int64), np.zeros(N, np.int64)
-    weight, histogram = np.zeros(N), np.zeros(DEPTH + 1, np.int64)
+    weight, histogram = np.zeros(N, np.int64), np.zeros(DEPTH + 1, np.int64)
     for b in range(B):
         for t in range(T):
             # of the shortest of the N longest there may be more than fit
@@ -160,7 +182,7 @@ def count_tokens(lengths, next_tokens, weights, pointers):
                 while shortest > 1 and room > histogram[shortest]:
                     room -= histogram[shortest]
                     shortest -= 1
-            count, total = 0, 0.0
+            count, total = 0, 0
             for s in range(S):
                 for i in range(N):
                     length = np.int64(lengths[s, b, t, i])
@@ -174,7 +196,7 @@ def count_tokens(lengths, next_tokens, weights, pointers):
                         slot = (slot + 1) & (TABLE - 1)
                     if table[slot] < 0:
                         table[slot] = count
-                        used[count], distinct[count], weight[count], longest[count] = slot, token, 0.0, 0
+                        used[count], distinct[count], weight[count], longest[count] = slot, token, 0, 0
                         count += 1
                     place = table[slot]
                     weight[place] += weights[length]
@@ -182,19 +204,23 @@ def count_tokens(lengths, next_tokens, weights, pointers):
                     total += weights[length]
             for i in range(count):
                 table[used[i]] = -1
-            for p in range(P):
-                best, largest = -1, 0.0
-                for i in range(count):  # of equal ones the lowest, whatever the order in which they were added up
-                    if weight[i] > largest * (1 + 1e-9) or (
-                            best >= 0 and weight[i] > largest * (1 - 1e-9) and distinct[i] < distinct[best]):
-                        best, largest = i, weight[i]
-                if best < 0:
-                    pointers[b, t, p:] = 0
-                    break
-                pointers[b, t, p, 0] = distinct[best]
-                pointers[b, t, p, 1] = longest[best]
-                pointers[b, t, p, 2] = min(np.int64(-2.0 * np.log2(largest / total) + 1e-6), SHARES - 1)
-                weight[best] = 0.0
+            # the heaviest P, of equal ones the lowest
+            kept = 0
+            for i in range(count):
+                p = kept
+                while p > 0 and (weight[i] > heaviest[p - 1] or (
+                        weight[i] == heaviest[p - 1] and distinct[i] < distinct[best[p - 1]])):
+                    if p < P:
+                        best[p], heaviest[p] = best[p - 1], heaviest[p - 1]
+                    p -= 1
+                if p < P:
+                    best[p], heaviest[p] = i, weight[i]
+                    kept = min(kept + 1, P)
+            for p in range(kept):
+                pointers[b, t, p, 0] = distinct[best[p]]
+                pointers[b, t, p, 1] = longest[best[p]]
+                pointers[b, t, p, 2] = min(np.int64(-2.0 * np.log2(heaviest[p] / total) + 1e-6), SHARES - 1)
+            pointers[b, t, kept:] = 0
 
 
 @njit(cache=True, nogil=True)

@@ -244,6 +244,7 @@ def test_a_strangers_checkpoint_gets_no_token_switches_nothing_on_and_names_no_f
     meta = json.loads(meta_path.read_text())
     meta['settings'] |= dict(retrieval_milvus_uri='http://stranger:1', wandb_log=True, benchmark_data_dir='theirs',
                              multiple_choice_benchmarks=['LogiQA'], retrieval_cache_dir='/somewhere',
+                             retrieval_matches_dir='/somewhere',
                              data_cache_dir='/elsewhere', data_cache_gb=0.0)
     meta_path.write_text(json.dumps(meta))
     monkeypatch.setenv('MILVUS_TOKEN', 'root:hush')
@@ -252,6 +253,7 @@ def test_a_strangers_checkpoint_gets_no_token_switches_nothing_on_and_names_no_f
     assert not settings.wandb_log and settings.multiple_choice_benchmarks == [] and settings.benchmark_data_dir == ''
     defaults = load_settings([])
     assert settings.retrieval_cache_dir == defaults.retrieval_cache_dir
+    assert settings.retrieval_matches_dir == defaults.retrieval_matches_dir
     assert (settings.data_cache_dir, settings.data_cache_gb) == (defaults.data_cache_dir, defaults.data_cache_gb)
     mine = load_run(str(copy / 'out'), ['--retrieval_milvus_uri=http://mine:1', '--wandb_log=True'])[0]
     assert mine.retrieval_milvus_token == 'root:hush' and mine.wandb_log

@@ -133,6 +133,19 @@ def test_tokens_above_65536_are_told_apart():
     assert pointers.tolist() == [[70_002, 1, 0], [70_003, 2, 0], [0, 1, 0], [4_467, 1, 0]]
 
 
+def test_copies_of_the_passage_are_left_out_if_they_are_as_long_as_asked_for():
+    rng = np.random.default_rng(0)
+    text = rng.integers(1, 50, 60)
+    documents = [np.append(np.concatenate([rng.integers(50, 90, 9), text[a:b], rng.integers(50, 90, 9)]), END)
+                 for a, b in ((0, 60), (10, 50), (20, 45))]  # copies of 60, 40 and 25 tokens
+    index = InMemory(Documents(np.arange(3), np.arange(3), [d.astype(np.uint16) for d in documents]))
+    doc_ids, t = np.array([[9]]), 40  # more than DEPTH into each
+    weights = [index.find(text[None], doc_ids, 3, copied)[0, t, 0, 1] for copied in (0, 61, 60, 40, 26, 25)]
+    assert weights == [DEPTH] * 5 + [weights[-1]] and weights[-1] < DEPTH
+    runs = [int((index.find(text[None], doc_ids, 1, copied)[0, :, 0, 1] == DEPTH).sum()) for copied in (0, 60, 40, 25)]
+    assert runs == [45, 25, 10, 0]
+
+
 def test_run_lengths_begin_anew_at_each_document_and_after_an_end_of_text():
     tokens = np.array([[1, 1, 1, 1, 1, 1, END, 2]])
     assert run_lengths(tokens, np.array([[7, 7, 8, 8]]), END).tolist() == [[1, 2, 3, 4, 1, 2, 0, 1]]

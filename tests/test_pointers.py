@@ -176,6 +176,18 @@ def test_a_model_without_own_context_has_none_of_its_parameters_and_a_gpt_may_ha
     assert names[1] < names[0] and all('.own.' in name for name in names[0] - names[1])
 
 
+def test_pointers_compile_to_one_graph_with_the_same_loss_and_gradients():
+    tokens, pointers = make_pointers()
+    results = []
+    for compiled in (False, True):
+        model = make_model()
+        call = torch.compile(model, backend='aot_eager', fullgraph=True) if compiled else model
+        loss = call(tokens, tokens, pointers=pointers, doc_ids=torch.tensor([[1, 1, 2], [3, 4, 4]]))[1]
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*results)
+
+
 def test_lengths_and_shares_are_those_of_the_index():
     assert (LONGEST, SHARES, GROWTH) == (suffix_array.DEPTH, suffix_array.SHARES, suffix_array.GROWTH)
 

@@ -42,6 +42,38 @@ def test_a_run_killed_eight_times_has_the_losses_of_an_unbroken_one(workspace):
     assert not list((workspace / 'broken').rglob('*.tmp*'))
 
 
+BUILD = '''
+from configurator import load_settings
+from data.tokenizer import load_tokenizer
+from retrieval.retriever import Retriever
+import numpy as np
+settings = load_settings(["config.py"])
+retriever = Retriever(settings, load_tokenizer(settings.tokenizer))
+print("ready", flush=True)
+retriever.point(np.ones((1, 16), dtype=np.int64))
+retriever.close()
+'''
+
+
+def test_an_index_whose_building_is_killed_twenty_times_is_that_of_one_that_was_not(workspace):
+    folder, = (workspace / 'out/matches').iterdir()
+    expected = {path.relative_to(folder): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    dice, killed = random.Random(2), 0
+    for number in range(20):
+        if number % 4 == 0:  # the others find what those before them left
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        process = spawn('-c', BUILD, folder=workspace, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process.stdout.readline()
+        time.sleep(dice.random() * 0.6)
+        killed += process.poll() is None
+        process.kill()
+        process.wait()
+    run('-c', BUILD, folder=workspace)
+    found = {path.relative_to(folder): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    assert found == expected and killed >= 10
+
+
 def rows_of(folder):
     """{id: tokens} of its collection."""
     uri = str(folder / 'milvus.db')

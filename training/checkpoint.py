@@ -37,7 +37,9 @@ from training.checks import NotFinite
 VERSION = 1  # of the layout
 LATEST = 'latest'
 RANK_STATE = ('stream', 'rng', 'losses', 'targets')  # fields of RunState in rank-N.pt
-MAY_DIFFER = {'dropout', 'retrieval_k_neighbors'}  # fields of RETROConfig that may change after training
+COUNTS = {'retrieval_k_neighbors', 'retrieval_pointers'}  # how many there are may change, but not whether
+MAY_DIFFER = {'dropout', *COUNTS}  # fields of RETROConfig that may change after training
+BEFORE = dict(copy_own_context=False, retrieval_pointers=0)  # settings of checkpoints from before there were pointers
 
 
 @dataclass
@@ -229,6 +231,7 @@ def load_checkpoint(out_dir, for_resume=False):
             raise ValueError('its layout is of another version')
         if meta['best_val_loss'] is None:
             meta['best_val_loss'] = math.inf
+        meta['model'], meta['settings'] = BEFORE | meta['model'], BEFORE | meta['settings']
         RETROConfig(**meta['model'])
         load_settings([], given=meta['settings'])
         return Checkpoint(folder, **meta)
@@ -256,7 +259,8 @@ def check_fits(checkpoint, config, tokenizer):
     saved = checkpoint.model | {'vocabulary': checkpoint.vocabulary_hash}
     wanted = asdict(config) | {'vocabulary': vocabulary_hash(tokenizer)}
     differing = [f'{key}: it has {saved.get(key)!r}, the run {wanted[key]!r}' for key in wanted
-                 if key not in MAY_DIFFER and saved.get(key) != wanted[key]]
+                 if (key not in MAY_DIFFER and saved.get(key) != wanted[key])
+                 or (key in COUNTS and bool(saved.get(key)) != bool(wanted[key]))]
     if differing:
         raise UserError(f'the checkpoint {checkpoint.folder!r} is of another architecture ({"; ".join(differing)}): '
                         f'use the settings that made it, or start another out_dir')
@@ -312,7 +316,7 @@ def load_run(out_dir, overrides=()):
     settings, defaults = load_settings([], given=checkpoint.settings), load_settings([])
     named = read_overrides(overrides, vars(settings))
     for key in ('wandb_log', 'multiple_choice_benchmarks', 'benchmark_data_dir', 'retrieval_cache_dir',
-                'data_cache_dir', 'data_cache_gb'):
+                'retrieval_matches_dir', 'data_cache_dir', 'data_cache_gb'):
         setattr(settings, key, getattr(defaults, key))
     if 'retrieval_milvus_uri' not in named:
         if named.get('retrieval_milvus_token') and not is_local(settings.retrieval_milvus_uri):
