@@ -35,7 +35,7 @@ RANGES = {  # of numeric settings: at least, and below
     **dict.fromkeys(('learning_rate', 'weight_decay', 'grad_clip', 'retrieval_cache_gb', 'retrieval_timeout',
                      'data_cache_gb'),
                     (0.0, math.inf)),
-    **dict.fromkeys(('dropout', 'beta1', 'beta2', 'retrieval_dropout'), (0.0, 1.0)),
+    **dict.fromkeys(('dropout', 'beta1', 'beta2'), (0.0, 1.0)),
     'min_lr': (-1.0, math.inf),
     'retrieval_longest_match': (0, 128),  # matches are counted in int8
     'retrieval_pointers': (0, 257),  # of as many places (retrieval/suffix_array.py)

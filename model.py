@@ -18,9 +18,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 COPY_HEADS = 2  # of CopyAttention; more are no better, and each costs a pass over the scores
-POINTER_HEADS = 2  # of PointerAttention
+POINTER_HEADS = 2  # of OwnContext
 LONGEST = 16  # tokens that a pointer's match counts at most
-SHARES = 16  # buckets of a pointer's share: 0 is all, and each further one half an octave less
+OCTAVE = 8  # parts of an octave that a pointer's share is told in
+SHARES = 32  # buckets of shares, of half an octave each
 OWN_POINTERS = 8  # of a token's own context
 OWN_LENGTHS = (1, 2, 3, 4, 6, 8)  # of the runs that are looked for in it, in tokens
 OWN_PLACES = 3  # of each, the most recent
@@ -42,7 +43,7 @@ class RETROConfig:
     bias: bool = False
     token_mix: bool = True
     copy_own_context: bool = True
-    pointer_layers: list = field(default_factory=list)
+    own_context_layers: list = field(default_factory=list)
     use_retrieval: bool = True
     retrieval_pointers: int = 16  # P
     retrieval_layers: list = field(default_factory=list)
@@ -55,11 +56,11 @@ class RETROConfig:
     def __post_init__(self):
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}')
-        if self.has_pointers or self.copy_own_context:
+        if self.copy_own_context:
             if self.n_embd % POINTER_HEADS:
-                raise ValueError(f'n_embd {self.n_embd} must be a multiple of {POINTER_HEADS} for pointers')
-            self.pointer_layers = self.pointer_layers or sorted({1, self.n_layer // 2 + 1})
-            check_layers('pointer_layers', self.pointer_layers, self.n_layer)
+                raise ValueError(f'n_embd {self.n_embd} must be a multiple of {POINTER_HEADS} for copy_own_context')
+            self.own_context_layers = self.own_context_layers or sorted({1, self.n_layer // 2 + 1})
+            check_layers('own_context_layers', self.own_context_layers, self.n_layer)
         if not self.has_neighbors:
             return
         if self.retrieval_chunk_size < 1 or self.block_size % self.retrieval_chunk_size:
@@ -199,13 +200,6 @@ class NeighborContext(NamedTuple):
     matches: torch.Tensor | None  # to copy from: (N, C, M)
 
 
-class PointerContext(NamedTuple):
-    """Inputs of the pointer blocks."""
-    values: list | None  # a table (V, d) for each head, of the tokens' normalized embeddings
-    own: torch.Tensor | None  # (B, T, OWN_POINTERS, 3) into the own context
-    found: torch.Tensor | None  # (B, T, P, 3) into the knowledge base
-
-
 class EncoderBlock(nn.Module):
     """A bidirectional block over a neighbor. The first one also attends to the chunk that retrieved it."""
 
@@ -318,11 +312,11 @@ def count_matches(tokens, neighbors, chunk_size, longest):
     return count.flatten(3)
 
 
-class PointerAttention(nn.Module):
+class OwnContext(nn.Module):
     """
-    Attention of each position to its own pointers: the tokens that came next where its last tokens stand. A pointer's
-    score is that of its longest match plus that of its share, which depend on the position's activation; its value is
-    its token's embedding. A null pointer is for attending to nothing.
+    Attention of each position to own_pointers: the tokens that followed its last tokens earlier in the sequence. A
+    pointer's score is that of its longest match plus that of its share, which depend on the position's activation; its
+    value is its token's embedding. A null pointer is for attending to nothing.
     """
 
     def __init__(self, config):
@@ -342,19 +336,46 @@ class PointerAttention(nn.Module):
             self.c_score.bias.copy_(torch.cat(scores, dim=1).flatten())
 
     def forward(self, x, values, pointers):
-        """x (B, T, D); values, a table (V, d) for each head; pointers (B, T, P, 3), as RETRO.forward has them."""
+        """x (B, T, D); values, a table (V, d) for each head; pointers (B, T, P, 3)."""
         B, T, P, _ = pointers.shape
         tokens, lengths, shares = pointers.unbind(-1)  # (B, T, P)
         by_length, by_share, nothing = self.c_score(self.ln(x)).float().unflatten(-1, (POINTER_HEADS, -1)).split(
             [LONGEST + 1, SHARES, 1], dim=-1)
-        indices = [f[:, :, None].expand(B, T, POINTER_HEADS, P) for f in (lengths, shares)]
+        indices = [f[:, :, None].expand(B, T, POINTER_HEADS, P) for f in (lengths, share_buckets(shares))]
         scores = by_length.gather(-1, indices[0]) + by_share.gather(-1, indices[1])
-        scores = scores.masked_fill(lengths[:, :, None] == 0, -math.inf)
+        scores = scores.masked_fill(lengths[:, :, None] == 0, -1e4)
         weights = torch.cat([nothing, scores], dim=-1).softmax(-1)[..., 1:]  # (B, T, heads, P)
         # embedding_bag sums weighted rows without storing them: (B, T, P, D) would be the step's largest tensor
         y = [F.embedding_bag(tokens.flatten(0, 1), table, mode='sum', per_sample_weights=w.flatten(0, 1))
              for table, w in zip(values, weights.unbind(2), strict=True)]
         return self.resid_dropout(self.c_proj(torch.cat(y, dim=-1).view(B, T, -1)))
+
+
+def share_buckets(shares):
+    return (shares // (OCTAVE // 2)).clamp_max(SHARES - 1)
+
+
+class PointerMixture(nn.Module):
+    """
+    Mixes pointers into the prediction (after the pointer sentinel of Merity et al. 2016): a softmax over the decoder
+    and the pointers says how much of the probability each gives. A pointer's score is the logarithm of its share, plus
+    what its longest match and its share are worth at the position, by the final activation. No gradient goes back
+    through that: the decoder learns what it would without pointers, and stays the model to use without them.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.score = nn.Linear(config.n_embd, LONGEST + SHARES + 2)  # of lengths, shares, and the decoder
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, x, pointers):
+        """x (B, T, D), pointers (B, T, P, 3), to log-weights of the decoder (B, T, 1) and of the pointers (B, T, P)."""
+        lengths, shares = pointers[..., 1], pointers[..., 2]
+        by_length, by_share, decoder = self.score(x.detach()).float().split([LONGEST + 1, SHARES, 1], dim=-1)
+        scores = by_length.gather(-1, lengths) + by_share.gather(-1, share_buckets(shares))
+        scores = (scores - shares * (math.log(2) / OCTAVE)).masked_fill(lengths == 0, -1e4)
+        return torch.cat([decoder, scores], dim=-1).log_softmax(-1).split([1, scores.shape[-1]], dim=-1)
 
 
 @torch.no_grad()
@@ -393,8 +414,9 @@ def own_pointers(tokens, doc_ids=None):
     share = (is_same * weights[..., None, :]).sum(-1) * (is_place & ~is_same.tril(-1).any(-1))  # each token once
     longest = (is_same * (lengths * is_place).to(torch.int8)[..., None, :]).amax(-1)
     share, best = share.topk(min(OWN_POINTERS, share.shape[-1]), dim=-1)
-    bucket = (-2 * (share / weights.sum(-1, keepdim=True).clamp_min(1e-9)).clamp_min(1e-9).log2()).clamp(0, SHARES - 1)
-    pointers = torch.stack([found.gather(-1, best).long(), longest.gather(-1, best).long(), bucket.long()], dim=-1)
+    parts = -OCTAVE * (share / weights.sum(-1, keepdim=True).clamp_min(1e-9)).clamp(1e-9, 1).log2()
+    pointers = (found.gather(-1, best), longest.gather(-1, best), parts.round())
+    pointers = torch.stack([x.long() for x in pointers], dim=-1)
     pointers = pointers * (share > 0)[..., None]
     return F.pad(pointers, (0, 0, 0, OWN_POINTERS - pointers.shape[2]))
 
@@ -427,32 +449,28 @@ class ChunkedCrossAttention(nn.Module):
 
 class Block(nn.Module):
     """
-    A decoder block: self-attention, in pointer blocks attention to pointers into the own context and into the knowledge
-    base, in retrieval blocks chunked cross-attention, MLP. The first retrieval block owns the encoder, which is
-    conditioned on its activations before the cross-attention.
+    A decoder block: self-attention, in some copying from the own context, in retrieval blocks chunked cross-attention,
+    MLP. The first retrieval block owns the encoder, which is conditioned on its activations before the cross-attention.
     """
 
-    def __init__(self, config, points=False, retrieves=False, encodes=False):
+    def __init__(self, config, copies=False, retrieves=False, encodes=False):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = SelfAttention(config)
-        self.own = PointerAttention(config) if points and config.copy_own_context else None
-        self.point = PointerAttention(config) if points and config.has_pointers else None
+        self.own = OwnContext(config) if copies else None
         self.encoder = Encoder(config) if encodes else None
         self.cca = ChunkedCrossAttention(config) if retrieves else None
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, pointed=None, neighbors=None):
+    def forward(self, x, mask=None, own=None, neighbors=None):
         """
-        x (B, T, D); mask as in attend, None: causal; pointed a PointerContext; neighbors a NeighborContext or None.
-        Returns x and the neighbors, which the first retrieval block encodes for those after it.
+        x (B, T, D); mask as in attend, None: causal; own, values and pointers for OwnContext; neighbors a
+        NeighborContext or None. Returns x and the neighbors, which the first retrieval block encodes for those after.
         """
         x = x + self.attn(self.ln_1(x), mask, causal=mask is None)
         if self.own is not None:
-            x = x + self.own(x, pointed.values, pointed.own)
-        if self.point is not None and pointed.found is not None:
-            x = x + self.point(x, pointed.values, pointed.found)
+            x = x + self.own(x, *own)
         if self.cca is not None and neighbors is not None:
             if self.encoder is not None:
                 B, L = neighbors.found.shape
@@ -476,11 +494,12 @@ class RETRO(nn.Module):
         super().__init__()
         self.config = config
         layers = config.retrieval_layers if config.has_neighbors else []
+        own_layers = config.own_context_layers if config.copy_own_context else []
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList([Block(config, number in config.pointer_layers, number in layers,
+            h=nn.ModuleList([Block(config, number in own_layers, number in layers,
                                    config.has_encoder and number == min(layers))
                              for number in range(1, config.n_layer + 1)]),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
@@ -500,10 +519,11 @@ class RETRO(nn.Module):
             if config.retrieval_copy and name.endswith('cca.attn.c_proj.weight'):
                 nn.init.zeros_(parameter)
         for module in self.modules():
-            if isinstance(module, PointerAttention):
+            if isinstance(module, OwnContext):
                 module.init_scores()
         if self.mix:  # the two tokens before: rotated, and smaller than the token itself
             nn.init.orthogonal_(self.mix.weight, gain=0.5)
+        self.mixture = PointerMixture(config) if config.has_pointers else None  # last: the rest starts as in a GPT
 
     def forward(self, tokens, targets=None, neighbors=None, neighbor_mask=None, doc_ids=None, pointers=None,
                 loss_reduction='mean'):
@@ -512,15 +532,39 @@ class RETRO(nn.Module):
         L <= T / C complete chunks, and neighbor_mask of the same shape, True where there is a token; doc_ids (B, T / C)
         of the chunks: a token attends only to tokens of its own document. pointers (B, T, P, 3): for each position up
         to P distinct tokens that came next where its last tokens stand in the knowledge base, each with the length of
-        the longest match, 0 where there is no pointer, and its share, in half octaves below all. Returns logits
-        (B, T, V) and the loss in nats, the 'mean' or 'sum' over the targets; None without targets.
+        the longest match, 0 where there is no pointer, and its share, in parts of an octave below all. Returns
+        logits (B, T, V) and, with targets, the loss in nats, their 'mean' or 'sum'. With pointers the logits are
+        log-probabilities of the mixture, or with targets the decoder's own; the loss is that of the mixture, and its
+        gradient is the sum of two: the mixture learns from it, and the decoder from the loss without pointers.
         """
-        logits = self.lm_head(self.hidden(tokens, neighbors, neighbor_mask, doc_ids, pointers))
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
-                                                            reduction=loss_reduction)
-        return logits, loss
+        x = self.hidden(tokens, neighbors, neighbor_mask, doc_ids)
+        if targets is None:
+            return self.predict(x, pointers), None
+        logits = self.lm_head(x)
+        if pointers is None or self.mixture is None:
+            return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
+                                           reduction=loss_reduction)
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='none')
+        nats = nats.view_as(targets)
+        decoder, scores = self.mixture(x, pointers)
+        named = scores.masked_fill(pointers[..., 0] != targets[..., None], -1e4).logsumexp(-1)  # by pointers, (B, T)
+        mixed = -torch.logaddexp(decoder[..., 0] - nats.detach(), named)
+        is_target = targets >= 0
+        loss = ((mixed + nats - nats.detach()) * is_target).sum()
+        return logits, loss / is_target.sum() if loss_reduction == 'mean' else loss
 
-    def hidden(self, tokens, neighbors=None, neighbor_mask=None, doc_ids=None, pointers=None):
+    def predict(self, x, pointers=None):
+        """Logits (B, T, V) of final activations x (B, T, D); with pointers (B, T, P, 3) log-probabilities."""
+        logits = self.lm_head(x)
+        if pointers is None or self.mixture is None:
+            return logits
+        decoder, scores = self.mixture(x, pointers)
+        log_p = logits.float().log_softmax(-1) + decoder
+        tokens = pointers[..., 0]
+        # a token has one pointer at most; those without a match add nothing to their token, 0
+        return log_p.scatter_reduce(-1, tokens, torch.logaddexp(log_p.gather(-1, tokens), scores), 'amax')
+
+    def hidden(self, tokens, neighbors=None, neighbor_mask=None, doc_ids=None):
         """The final activations (B, T, D), before lm_head. The arguments are those of forward."""
         c, T, mask = self.config, tokens.shape[1], None
         if T > c.block_size:
@@ -533,13 +577,13 @@ class RETRO(nn.Module):
             if (self.training and c.dropout) or not takes_documents(x.device.type, to_autocast_dtype(x).dtype,
                                                                     c.n_embd // c.n_head):
                 mask = (doc_ids[:, :, None] == doc_ids[:, None, :]).tril()[:, None]  # (B, 1, T, T)
-        pointed = self.read_pointers(tokens, doc_ids, pointers)
+        own = self.read_own_context(tokens, doc_ids) if c.copy_own_context else None
         is_read = neighbors is not None and c.has_neighbors and neighbors.shape[1] > 0
         neighbors = self.read_neighbors(tokens, neighbors, neighbor_mask) if is_read else None
         x = self.mix_tokens(x, doc_ids)
         x = self.transformer.drop(x + self.transformer.wpe.weight[:T])
         for block in self.transformer.h:
-            x, neighbors = block(x, mask, pointed, neighbors)
+            x, neighbors = block(x, mask, own, neighbors)
         return self.transformer.ln_f(x)
 
     def mix_tokens(self, x, doc_ids=None):
@@ -557,15 +601,11 @@ class RETRO(nn.Module):
             earlier.append(y)
         return x + self.mix(torch.cat(earlier, dim=-1))
 
-    def read_pointers(self, tokens, doc_ids, pointers):
-        """tokens (B, T), doc_ids (B, T) or None, pointers (B, T, P, 3) or None, to a PointerContext."""
-        own = own_pointers(tokens, doc_ids) if self.config.copy_own_context else None
-        pointers = pointers if self.config.has_pointers else None
-        if own is None and pointers is None:
-            return PointerContext(None, None, None)
+    def read_own_context(self, tokens, doc_ids):
+        """What OwnContext takes: tables (V, d) of normalized embeddings for each head, and own_pointers."""
         weight = self.transformer.wte.weight.detach().float()  # without gradients, which are not worth the time
-        values = F.layer_norm(weight, weight.shape[-1:])
-        return PointerContext([x.contiguous() for x in values.chunk(POINTER_HEADS, dim=-1)], own, pointers)
+        values = F.layer_norm(weight, weight.shape[-1:]).chunk(POINTER_HEADS, dim=-1)
+        return [x.contiguous() for x in values], own_pointers(tokens, doc_ids)
 
     def read_neighbors(self, tokens, neighbors, neighbor_mask):
         """tokens (B, T), neighbors (B, L, K, R) and their mask, to a NeighborContext. An encoder's keys come later."""
@@ -646,9 +686,10 @@ class RETRO(nn.Module):
         D, T, C, K = c.n_embd, c.block_size, c.retrieval_chunk_size, c.retrieval_k_neighbors
         mix = 6 * 2 * D * D * c.token_mix
         flops = c.n_layer * (6 * 12 * D * D + 12 * D * T) + 6 * D * c.vocab_size + mix
-        for count in (c.copy_own_context * OWN_POINTERS, c.has_pointers * c.retrieval_pointers):
-            scores = POINTER_HEADS * (LONGEST + SHARES + 2)
-            flops += bool(count) * len(c.pointer_layers) * (6 * D * (D + scores) + 4 * D * count)
+        scores = LONGEST + SHARES + 2
+        flops += c.copy_own_context * len(c.own_context_layers) * (
+            6 * D * (D + POINTER_HEADS * scores) + 4 * D * OWN_POINTERS)
+        flops += c.has_pointers * 4 * D * scores  # no gradient goes back from these
         if not c.has_neighbors:
             return flops
         R, ratio = 2 * C, 2 * K  # neighbor tokens per token
@@ -679,8 +720,8 @@ class RETRO(nn.Module):
             first = max(0, math.ceil((tokens.shape[1] - block_size) / C))  # whole chunks leave the window
             visible = [torch.cat(x[first:], 1) for x in (neighbors, masks)] if neighbors[first:] else []
             read = tokens[:, first * C:]
-            pointers = point(read) if point else None
-            logits = self.lm_head(self.hidden(read, *visible, pointers=pointers)[:, -1]).float()
+            x = self.hidden(read, *visible)[:, -1:]
+            logits = self.predict(x, point(read)[:, -1:] if point else None)[:, 0].float()
             if allowed is not None:
                 logits = logits[:, :len(allowed)].masked_fill(~allowed, -math.inf)
             if temperature == 0:

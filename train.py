@@ -89,11 +89,10 @@ dropout = 0.0  # 0 for pretraining, 0.1 or more for finetuning
 bias = False  # biases in linear layers and layer norms; GPT-2 has them
 token_mix = True  # add a linear mix of the two tokens before to each token's embedding
 copy_own_context = True  # attend to what followed the last tokens where they stand earlier in the sequence
-pointer_layers = []  # blocks that attend to it and to pointers, from 1; empty: the first and the middle one
+own_context_layers = []  # blocks that do so, from 1; empty: the first and the middle one
 # retrieval
 use_retrieval = True  # False: train the same decoder as a GPT
 retrieval_pointers = 16  # tokens that came next at the longest matches in the collection, for each token; 0 disables
-retrieval_dropout = 0.2  # share of training sequences without retrieval, so that the model stays usable without it
 retrieval_layers = []  # blocks with chunked cross-attention, from 1; empty: every third from the 6th, and the last
 retrieval_chunk_size = 64  # tokens per chunk
 retrieval_k_neighbors = 2  # neighbors per chunk; 0 disables

@@ -207,6 +207,7 @@ train_datasets, val_datasets = ['{corpus}/train.parquet'], ['{corpus}/val.parque
 tokenizer = '{corpus}/tokenizer.json'
 retrieval_embedding_model, retrieval_milvus_uri = '{folder}/embedding', '{folder}/milvus.db'
 retrieval_cache_dir = '{folder}/neighbors'
+retrieval_matches_dir = '{folder}/matches'
 ''')
     run('-m', 'retrieval.static_embedding', config, folder=folder)
     run('-m', 'retrieval.populate', config, folder=folder)

@@ -92,13 +92,13 @@ def main():
     tokenizer = load_tokenizer(settings.tokenizer)
     together = 8 if is_quick else settings.retrieval_prefetch_batches
     rounds = 2 if is_quick else max(3, 192 // together)
-    settings = settings.replace(retrieval_cache_gb=4.0)
     if is_quick:
         settings.train_datasets = settings.val_datasets
     datasets = open_datasets(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, settings)
     arms = {}
     with ExitStack() as cleanup:
         folder = cleanup.enter_context(tempfile.TemporaryDirectory())
+        settings = settings.replace(retrieval_cache_gb=4.0, retrieval_matches_dir=f'{folder}/matches')
         databases = {'Milvus Lite': settings.replace(retrieval_milvus_uri=f'{folder}/lite.db')}
         if why_not():
             print(f'no real Milvus server: {why_not()}', file=sys.stderr)

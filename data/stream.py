@@ -27,7 +27,6 @@ class Batch:
     neighbors: np.ndarray | None = None  # (B, L, K, R) int32
     neighbor_mask: np.ndarray | None = None  # (B, L, K, R) bool, True where there is a token
     pointers: np.ndarray | None = None  # (B, T, P, 3) int32: token, length of the longest match (0: none), share
-    is_dropped: np.ndarray | None = None  # (B,) bool, sequences that get no retrieval
     hits: np.ndarray | None = None  # (B, L, K) of HIT (retrieval/knowledge_base.py), the neighbors' ids and scores
     counts: dict = field(default_factory=dict)  # of its chunks, by what retrieval did for them
     num_targets: int | None = None  # counted by to()
@@ -61,13 +60,11 @@ class Batch:
 class SequenceStream:
     """
     An endless iterator of Batch, of `batch_size` sequences each, from ChunkedDatasets. A training step takes
-    `step_size` sequences over all micro-batches of all ranks; this stream serves `count` of them from `first` on. A
-    share `dropout` of the sequences is dropped from retrieval, by their first chunk.
+    `step_size` sequences over all micro-batches of all ranks; this stream serves `count` of them from `first` on.
     """
 
-    def __init__(self, datasets, block_size, batch_size, step_size=None, first=0, count=None, seed=0, state=None,
-                 dropout=0.0):
-        self.datasets, self.batch_size, self.seed, self.dropout = datasets, batch_size, seed, dropout
+    def __init__(self, datasets, block_size, batch_size, step_size=None, first=0, count=None, seed=0, state=None):
+        self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
         self.chunks = block_size // datasets[0].chunk_size  # L
         self.step_size, self.first = step_size or batch_size, first
         self.count = count or self.step_size
@@ -122,9 +119,6 @@ class SequenceStream:
                  for d in np.unique(chosen)]
         order = np.argsort(np.argsort(chosen, kind='stable'))
         batch = Batch(*(np.concatenate(column)[order] for column in zip(*parts, strict=True)))
-        if self.dropout:
-            drawn = mix(batch.chunk_ids[:, 0].astype(np.uint64) ^ np.uint64(self.seed))
-            batch.is_dropped = drawn < np.uint64(self.dropout * 2**64)
         self.served += self.batch_size
         if self.served >= self.count:
             self.taken += np.bincount(self.drawn[0], minlength=len(self.datasets))

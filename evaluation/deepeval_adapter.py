@@ -9,7 +9,6 @@ from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from deepeval.models import DeepEvalBaseLLM
 from tqdm import tqdm
 
@@ -143,11 +142,14 @@ class RETROForDeepEval(DeepEvalBaseLLM):
                 if self.retriever is not None and self.retriever.matches:
                     pointers = torch.from_numpy(self.retriever.point(tokens)).long().to(self.device)
                 with self.context:
-                    hidden = self.network.hidden(torch.from_numpy(tokens).to(self.device), *read, pointers=pointers)
-                for x, row in zip(hidden, retrieved[batch], strict=True):
+                    hidden = self.network.hidden(torch.from_numpy(tokens).to(self.device), *read)
+                for number, row in enumerate(retrieved[batch]):
                     for i in rows[row]:
-                        whole, first = options[i]  # in float32: in bfloat16 many answers would be equally likely
-                        logits = F.linear(x[first - 1:len(whole) - 1].float(), self.network.lm_head.weight.float())
+                        whole, first = options[i]
+                        place = slice(number, number + 1), slice(first - 1, len(whole) - 1)
+                        # in float32: in bfloat16 many answers would be equally likely
+                        named = None if pointers is None else pointers[place]
+                        logits, = self.network.predict(hidden[place].float(), named)
                         log_p = logits[:, :len(self.allowed)].masked_fill(~self.allowed, -math.inf).log_softmax(-1)
                         targets = torch.tensor(whole[first:], device=self.device)
                         scores[i] = log_p.gather(1, targets[:, None]).sum().item()

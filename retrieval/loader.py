@@ -173,8 +173,7 @@ def open_streams(settings, tokenizer, train, count, val, say):
                                    settings.eval_tokens, **val))
     if train is not None:
         datasets = open_setting('train_datasets')
-        streams.append(islice(SequenceStream(datasets, settings.block_size, dropout=settings.retrieval_dropout,
-                                             **train), count))
+        streams.append(islice(SequenceStream(datasets, settings.block_size, **train), count))
         if val is not None and is_first:
             known, renamed = count_known(val_datasets, datasets)
             count = sum(map(len, val_datasets))

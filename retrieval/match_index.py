@@ -32,8 +32,6 @@ from data.tokenizer import vocabulary_hash
 from retrieval.local_server import Unreachable
 from retrieval.neighbor_cache import short_hash
 from retrieval.suffix_array import (
-    DEPTH,
-    GROWTH,
     PLACES,
     STRIDE,
     count_shared,
@@ -121,7 +119,6 @@ class MatchIndex:
         self.say = say or (lambda text: print(text, file=sys.stderr))
         self.show_progress = show_progress
         self.revision, self.segments = None, []
-        self.weights = np.rint(1024 * np.exp(GROWTH * np.arange(DEPTH + 1))).astype(np.int64)  # exact sums
 
     def follow(self, knowledge_base, revision=None):
         """
@@ -235,9 +232,9 @@ class MatchIndex:
         """
         Pointers (B, T, P, 3) int32, P = count, of sequences tokens (B, T) on the chunk grid, whose chunks belong to the
         documents doc_ids (B, L): for each position the distinct tokens that came next after the longest matches, those
-        with the largest share first: token, longest match (0: there is none) and share in half octaves below all. A
-        match ends at the position, stays in its document, and stands in none of the sequence's documents; nor, unless
-        it is 0, in a passage that shares `copied` tokens in a row with the text around it, also with what follows.
+        with the largest share first: token, longest match (0: there is none), and share in parts of an octave below
+        all. A match ends at the position, stays in its document, and stands in none of the sequence's documents; nor,
+        unless it is 0, in a passage that shares `copied` tokens in a row with the text, also with what follows.
         """
         B, T = tokens.shape
         pointers = np.zeros((B, T, count, 3), dtype=np.int32)
@@ -248,7 +245,7 @@ class MatchIndex:
         next_tokens = np.empty(lengths.shape, dtype=self.token_type)
         for i, segment in enumerate(self.segments):
             segment.find(tokens, doc_ids, run, self.end_of_text, copied, lengths[i], next_tokens[i], NO_PLACES)
-        count_tokens(lengths, next_tokens, self.weights, pointers)
+        count_tokens(lengths, next_tokens, pointers)
         return pointers
 
     def longest_runs(self, tokens, doc_ids):

@@ -153,12 +153,11 @@ class Retriever:
         """Pointers are remembered by chunk. A sequence of which one is missing is looked up as a whole."""
         (B, L), C, P = batch.doc_ids.shape, self.chunk_size, self.num_pointers
         packed = np.zeros((B, L, C, P), dtype=self.pointer_type)
-        wanted = np.arange(B) if batch.is_dropped is None else np.flatnonzero(~batch.is_dropped)
-        keys = pointer_keys(batch.tokens[wanted], batch.doc_ids[wanted], self.tokenizer.eot_token)
+        keys = pointer_keys(batch.tokens, batch.doc_ids, self.tokenizer.eot_token)
         cache = None if self.copied else self.cache  # what is left out depends on what follows, too
         cached = cache.get(self.pointers_kind, list(itertools.chain(*keys))) if cache else {}
         new, new_keys = [], []
-        for b, line in zip(wanted.tolist(), keys, strict=True):
+        for b, line in enumerate(keys):
             if all(key in cached for key in line):
                 packed[b] = np.frombuffer(b''.join(cached[key] for key in line), packed.dtype).reshape(L, C, P)
             else:
@@ -181,8 +180,6 @@ class Retriever:
 
     def _add_neighbors(self, batches):
         """By one request, whose cost hardly depends on the number of Batches."""
-        batches = [batch if batch.is_dropped is None else replace(
-            batch, is_last_chunk=batch.is_last_chunk | batch.is_dropped[:, None]) for batch in batches]
         chunk_shape = (*batches[0].is_last_chunk.shape[1:], self.chunk_size)
         found = self.retrieve(np.concatenate([batch.tokens.reshape(-1, *chunk_shape) for batch in batches]),
                               *(np.concatenate([getattr(batch, name) for batch in batches])
@@ -395,8 +392,6 @@ def count_pointed_to_themselves(batch, pointers):
     shape = (*batch.is_last_chunk.shape, -1)
     is_named = ((pointers[..., 0] == batch.targets[..., None]) & (pointers[..., 1] == DEPTH)).any(-1).reshape(shape)
     goes_on = ~batch.is_last_chunk
-    if batch.is_dropped is not None:
-        goes_on &= ~batch.is_dropped[:, None]
     is_same = is_named[..., DEPTH - 1:].all(-1) if is_named.shape[2] >= DEPTH else np.zeros_like(goes_on)
     return dict(continued=int(goes_on.sum()), found_themselves=int((is_same & goes_on).sum()))
 

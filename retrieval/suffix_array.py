@@ -14,8 +14,9 @@ DEPTH = 16  # tokens that a match counts at most
 PLACES = 256  # of the longest matches, that are counted for a position
 STRIDE = 64  # entries between those whose first tokens are kept side by side, to search in first
 TABLE = 1024  # slots of the hash table of distinct tokens: a power of two, at least twice PLACES
-GROWTH = 0.7  # a match counts e^GROWTH times as much as one that is a token shorter
-SHARES = 16  # buckets of a pointer's share, each half an octave
+NOVELTY = 8.0  # how much each distinct next token counts for others, not seen yet
+OCTAVE = 8  # parts of an octave that a share is told in
+LEAST_SHARE = 127  # such parts below all: lower ones are told as it
 
 
 def sort_positions(text, end_of_text):
@@ -155,34 +156,40 @@ def find_matches(text, order, following, document, shared, first, top, is_masked
 
 
 @njit(cache=True, nogil=True)
-def count_tokens(lengths, next_tokens, weights, pointers):
+def count_tokens(lengths, next_tokens, pointers):
     """
     The distinct tokens with the largest shares among the N longest matches, of those lengths (S, B, T, N) with
     next_tokens (S, B, T, N) of S segments: written into pointers (B, T, P, 3), the largest share first: token, longest
-    match, and share in half octaves below all. A match counts weights (DEPTH + 1,) int64 by its length.
+    match, and share in parts of an octave below all.
+
+    A share is the token's probability by back-off (Witten and Bell 1991): of c matches of at least n tokens, c_w go on
+    with the token w, and they have d distinct next tokens: p_n(w) = (c_w + NOVELTY d p_(n-1)(w)) / (c + NOVELTY d). p_0
+    is 0, so all shares sum to less than one.
     """
     S, B, T, N = lengths.shape
     P = pointers.shape[2]
-    best, heaviest = np.zeros(P, np.int64), np.zeros(P, np.int64)
+    best, heaviest = np.zeros(P, np.int64), np.zeros(P)
     table = np.full(TABLE, -1, dtype=np.int64)  # of distinct tokens, to their place in the lists
-    used, distinct, longest = np.zeros(N, np.int64), np.zeros(N, np.int64), np.zeros(N, np.int64)
-    weight, histogram = np.zeros(N, np.int64), np.zeros(DEPTH + 1, np.int64)
+    slots, distinct, longest = np.zeros(N, np.int64), np.zeros(N, np.int64), np.zeros(N, np.int64)
+    share, numbers, sizes = np.zeros(N), np.zeros(N, np.int64), np.zeros(N, np.int64)  # the latter two by match
+    seen, new, weight = np.zeros(DEPTH + 1, np.int64), np.zeros(DEPTH + 1, np.int64), np.zeros(DEPTH + 1)
     for b in range(B):
         for t in range(T):
             # of the shortest of the N longest there may be more than fit
             shortest, room = 1, N
             if S > 1:
-                histogram[:] = 0
+                seen[:] = 0
                 for s in range(S):
                     for i in range(N):
                         if lengths[s, b, t, i] == 0:
                             break
-                        histogram[lengths[s, b, t, i]] += 1
+                        seen[lengths[s, b, t, i]] += 1
                 shortest = DEPTH
-                while shortest > 1 and room > histogram[shortest]:
-                    room -= histogram[shortest]
+                while shortest > 1 and room > seen[shortest]:
+                    room -= seen[shortest]
                     shortest -= 1
-            count, total = 0, 0
+            seen[:] = 0
+            count, matches = 0, 0
             for s in range(S):
                 for i in range(N):
                     length = np.int64(lengths[s, b, t, i])
@@ -196,30 +203,45 @@ def count_tokens(lengths, next_tokens, weights, pointers):
                         slot = (slot + 1) & (TABLE - 1)
                     if table[slot] < 0:
                         table[slot] = count
-                        used[count], distinct[count], weight[count], longest[count] = slot, token, 0, 0
+                        slots[count], distinct[count], longest[count], share[count] = slot, token, length, 0.0
                         count += 1
-                    place = table[slot]
-                    weight[place] += weights[length]
-                    longest[place] = max(longest[place], length)
-                    total += weights[length]
+                    number = table[slot]
+                    longest[number] = max(longest[number], length)
+                    numbers[matches], sizes[matches] = number, length
+                    seen[length] += 1
+                    matches += 1
+            new[:] = 0
             for i in range(count):
-                table[used[i]] = -1
-            # the heaviest P, of equal ones the lowest
+                table[slots[i]] = -1
+                new[longest[i]] += 1
+            # what a match counts, by its length: for each n up to it 1 / (c + NOVELTY d), times what longer ones leave
+            c, d, left = 0, 0, 1.0
+            for n in range(DEPTH, 0, -1):
+                c, d = c + seen[n], d + new[n]
+                weight[n] = left / (c + NOVELTY * d) if c else 0.0
+                left *= NOVELTY * d / (c + NOVELTY * d) if c else 1.0
+            for n in range(2, DEPTH + 1):
+                weight[n] += weight[n - 1]
+            for i in range(matches):
+                share[numbers[i]] += weight[sizes[i]]
+            # the P largest, of equal ones the lowest token
             kept = 0
             for i in range(count):
+                share[i] = np.rint(share[i] * 2.0**40)  # whatever the order in which it was added up
                 p = kept
-                while p > 0 and (weight[i] > heaviest[p - 1] or (
-                        weight[i] == heaviest[p - 1] and distinct[i] < distinct[best[p - 1]])):
+                while p > 0 and (share[i] > heaviest[p - 1] or (
+                        share[i] == heaviest[p - 1] and distinct[i] < distinct[best[p - 1]])):
                     if p < P:
                         best[p], heaviest[p] = best[p - 1], heaviest[p - 1]
                     p -= 1
                 if p < P:
-                    best[p], heaviest[p] = i, weight[i]
+                    best[p], heaviest[p] = i, share[i]
                     kept = min(kept + 1, P)
             for p in range(kept):
                 pointers[b, t, p, 0] = distinct[best[p]]
                 pointers[b, t, p, 1] = longest[best[p]]
-                pointers[b, t, p, 2] = min(np.int64(-2.0 * np.log2(heaviest[p] / total) + 1e-6), SHARES - 1)
+                octaves = 40.0 - np.log2(max(heaviest[p], 1.0))
+                pointers[b, t, p, 2] = min(np.int64(OCTAVE * octaves + 0.5), LEAST_SHARE)
             pointers[b, t, kept:] = 0
 
 

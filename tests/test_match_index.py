@@ -19,7 +19,7 @@ from retrieval import match_index
 from retrieval.local_server import Unreachable
 from retrieval.match_index import Documents, MatchIndex, Segment, hash_of, index_documents, run_lengths
 from retrieval.retriever import Retriever
-from retrieval.suffix_array import DEPTH, GROWTH, SHARES
+from retrieval.suffix_array import DEPTH, LEAST_SHARE, NOVELTY, OCTAVE
 from retrieval.waiting import RetrievalTimeout
 from tests.conftest import CHUNK, open_all, run
 
@@ -65,24 +65,27 @@ def brute_force(parts, context, excluded):
     return sorted(found, key=lambda match: -match[0])
 
 
-def as_pointers(matches, count):
-    """{token: (longest, share)} of the `count` tokens with the largest shares, and the smallest share among them."""
-    weights, longest = Counter(), Counter()
-    for length, token in matches:
-        weights[token] += np.exp(GROWTH * length)
-        longest[token] = max(longest[token], length)
-    total = sum(weights.values())
-    return {token: (longest[token], weight / total) for token, weight in weights.most_common()}
+def back_off(matches):
+    """{token: (longest, share)}, by the recursion of Witten and Bell from the shortest matches to the longest."""
+    shares = dict.fromkeys((token for _, token in matches), 0.0)
+    for n in range(1, DEPTH + 1):
+        counts = Counter(token for length, token in matches if length >= n)
+        if counts:
+            other = NOVELTY * len(counts)
+            shares = {token: (counts[token] + other * share) / (counts.total() + other)
+                      for token, share in shares.items()}
+    return {token: (max(length for length, t in matches if t == token), share) for token, share in shares.items()}
 
 
 def check_pointers(pointers, matches, count):
-    expected, present = as_pointers(matches, count), [p for p in pointers.tolist() if p[1]]
+    expected, present = back_off(matches), [p for p in pointers.tolist() if p[1]]
     assert len(present) == min(count, len(expected)) == len({token for token, _, _ in present})
+    assert sum(share for _, share in expected.values()) < 1 + 1e-9
     shares = [expected[token][1] for token, _, _ in present]
     assert shares == pytest.approx(sorted((share for _, share in expected.values()), reverse=True)[:len(present)])
-    for (token, length, bucket), share in zip(present, shares, strict=True):
+    for (token, length, told), share in zip(present, shares, strict=True):
         assert length == expected[token][0]
-        assert bucket == min(SHARES - 1, int(-2 * np.log2(share) + 1e-6))
+        assert abs(min(LEAST_SHARE, -OCTAVE * np.log2(share)) - told) < 0.501
 
 
 @given(st.integers(0, 2**31), st.integers(1, 8), st.integers(1, 3), st.integers(1, 6))
@@ -130,7 +133,7 @@ def test_tokens_above_65536_are_told_apart():
     text = np.array([70_001, 70_002, 70_003, 4_467, END], dtype=np.uint32)  # 70,003 - 65,536 = 4,467
     index = InMemory(Documents(np.array([5]), np.array([1]), [text]), vocab_size=100_000)
     pointers = index.find(np.array([[70_001, 70_002, 4_467, 70_003]]), np.array([[0]]), 2)[0, :, 0]
-    assert pointers.tolist() == [[70_002, 1, 0], [70_003, 2, 0], [0, 1, 0], [4_467, 1, 0]]
+    assert pointers[:, :2].tolist() == [[70_002, 1], [70_003, 2], [0, 1], [4_467, 1]]
 
 
 def test_copies_of_the_passage_are_left_out_if_they_are_as_long_as_asked_for():
@@ -228,15 +231,12 @@ def test_pointers_depend_on_no_later_token(retriever, batch):
     assert (again[:, :37] == pointers[:, :37]).all() and not (again == pointers).all()
 
 
-def test_pointers_are_remembered_by_chunk_and_dropped_sequences_get_none(settings, retriever, batch, monkeypatch):
-    batch.is_dropped = np.array([False, True, False, False])
+def test_pointers_are_remembered_by_chunk(settings, retriever, batch, monkeypatch):
     expected = retriever.point(batch.tokens, batch.doc_ids)
     first, = retriever.retrieve_for([batch])
     monkeypatch.setattr(retriever.matches, 'find', None)  # and is not called again
     second, = retriever.retrieve_for([batch])
-    for found in (first, second):
-        assert (found.pointers[~batch.is_dropped] == expected[~batch.is_dropped]).all()
-        assert not found.pointers[1].any() and found.neighbor_mask[0].any() and not found.neighbor_mask[1].any()
+    assert (first.pointers == expected).all() and (second.pointers == expected).all()
 
 
 def test_remembered_pointers_are_those_of_the_same_context_and_the_same_documents(settings, retriever, batch):

@@ -13,11 +13,11 @@ from data.tokenizer import load_tokenizer
 from model import (
     GROWTH,
     LONGEST,
+    OCTAVE,
     OWN_LENGTHS,
     OWN_PLACES,
     OWN_POINTERS,
     RETRO,
-    SHARES,
     RETROConfig,
     own_pointers,
 )
@@ -43,49 +43,84 @@ def make_model(**changes):
 
 def make_pointers():
     torch.manual_seed(1)
-    pointers = torch.stack([torch.randint(n, (B, T, P)) for n in (V, LONGEST + 1, SHARES)], dim=-1)
+    pointers = torch.stack([torch.randint(n, (B, T, P)) for n in (V, LONGEST + 1, 128)], dim=-1)
+    pointers[..., 0] = torch.argsort(torch.rand(B, T, V))[..., :P]  # distinct
     pointers[:, :, 0, 1] += pointers[:, :, 0, 1] == 0
     return torch.randint(V, (B, T)), pointers
 
 
-def test_a_pointer_changes_its_own_position_and_those_after_it_alone():
+def test_a_pointer_changes_the_prediction_at_its_own_position_alone():
     model, (tokens, pointers) = make_model(), make_pointers()
     logits, _ = model(tokens, pointers=pointers)
     for t in range(T):
         other = pointers.clone()
         other[:, t, 0, 0] = (other[:, t, 0, 0] + 1) % V
         is_changed = (model(tokens, pointers=other)[0] != logits).any(-1)
-        assert not is_changed[:, :t].any() and is_changed[:, t].all()
+        assert is_changed[:, t].all() and is_changed.sum() == B
 
 
-def test_a_pointer_reaches_no_other_document():
-    model, (tokens, pointers) = make_model(token_mix=False), make_pointers()
-    documents = torch.tensor([[1, 1, 2], [3, 4, 4]])
-    logits, _ = model(tokens, None, doc_ids=documents, pointers=pointers)
-    other = pointers.clone()
-    other[0, :2 * C, :, 0] = other[1, :C, :, 0] = 0
-    is_changed = (model(tokens, None, doc_ids=documents, pointers=other)[0] != logits).any(-1)
-    assert is_changed[0, :2 * C].any() and not is_changed[0, 2 * C:].any()
-    assert is_changed[1, :C].any() and not is_changed[1, C:].any()
+def test_predictions_with_pointers_sum_to_one_and_are_the_mixture_of_both():
+    model, (tokens, pointers) = make_model(), make_pointers()
+    log_p, _ = model(tokens, pointers=pointers)
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(B, T))
+    decoder, scores = model.mixture(model.hidden(tokens), pointers)
+    torch.testing.assert_close(decoder.exp().sum(-1) + scores.exp().sum(-1), torch.ones(B, T))
+    expected = model(tokens)[0].softmax(-1) * decoder.exp()
+    for b, t, p in np.ndindex(B, T, P):
+        expected[b, t, pointers[b, t, p, 0]] += scores[b, t, p].exp()
+    torch.testing.assert_close(log_p.exp(), expected)
 
 
-def test_no_pointers_are_as_good_as_pointers_without_a_match_and_carry_no_gradient():
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+def test_the_loss_with_pointers_is_that_of_the_predictions_and_the_decoders_gradient_that_without(reduction):
+    model, (tokens, pointers) = make_model(), make_pointers()
+    targets = pointers[:, :, 1, 0].clone()  # often named
+    targets[0, :5] = -1
+    loss = model(tokens, targets, pointers=pointers, loss_reduction=reduction)[1]
+    log_p, _ = model(tokens, pointers=pointers)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(log_p.flatten(0, 1), targets.flatten(),
+                                                                       ignore_index=-1, reduction=reduction))
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(tokens, targets, loss_reduction=reduction)[1].backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith('mixture'):
+            assert gradients[name].abs().max() > 0 and parameter.grad is None
+        elif parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[name])
+
+
+def test_pointers_without_a_match_change_nothing_and_nothing_is_not_finite():
     model, (tokens, pointers) = make_model(), make_pointers()
     off, _ = model(tokens)
     pointers[..., 1] = 0
-    torch.testing.assert_close(model(tokens, pointers=pointers)[0], off)
+    torch.testing.assert_close(model(tokens, pointers=pointers)[0], off.log_softmax(-1))
     loss = model(tokens, tokens, pointers=pointers)[1]
+    torch.testing.assert_close(loss, model(tokens, tokens)[1])
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_token_length_and_share_of_a_pointer_all_count():
+def test_length_and_share_of_a_pointer_count():
     model, (tokens, pointers) = make_model(), make_pointers()
     logits, _ = model(tokens, pointers=pointers)
-    for part, size in ((0, V), (1, LONGEST), (2, SHARES)):
+    for part, size in ((1, LONGEST), (2, OCTAVE * 16)):
         other = pointers.clone()
-        other[..., part] = other[..., part] % (size - 1) + 1
+        other[..., part] = (other[..., part] + size // 2) % size + 1
         assert not torch.allclose(model(tokens, pointers=other)[0], logits)
+
+
+def test_a_decoder_with_pointers_starts_as_the_gpt():
+    torch.manual_seed(0)
+    config = dict(block_size=T, vocab_size=V, n_layer=3, n_head=2, n_embd=16, retrieval_k_neighbors=0)
+    models = []
+    for use_retrieval in (False, True):
+        torch.manual_seed(0)
+        models.append(RETRO(RETROConfig(**PAPER | MIXED | config | dict(use_retrieval=use_retrieval))))
+    names = [dict(model.named_parameters()) for model in models]
+    assert names[1].keys() - names[0].keys() == {'mixture.score.weight', 'mixture.score.bias'}
+    assert all((names[0][name] == names[1][name]).all() for name in names[0])
 
 
 def test_pointers_and_neighbors_are_both_either_or_none():
@@ -98,21 +133,21 @@ def test_pointers_and_neighbors_are_both_either_or_none():
         assert torch.allclose(model(tokens, pointers=pointers)[0], off) == (p == 0)
 
 
-def test_a_new_model_ignores_pointers_and_learns_to_follow_them():
-    torch.manual_seed(0)
-    model = RETRO(RETROConfig(**PAPER | dict(block_size=T, vocab_size=V, n_layer=2, n_head=2, n_embd=16,
-                                             retrieval_k_neighbors=0) | MIXED))
-    tokens, pointers = make_pointers()
-    torch.testing.assert_close(model(tokens, pointers=pointers)[0], model(tokens)[0])
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(150):
-        targets = torch.randint(V, (B, T))  # nothing but the pointer tells which
-        pointers = torch.stack([targets, torch.full_like(targets, 5), torch.zeros_like(targets)], dim=-1)[:, :, None]
-        loss = model(tokens, targets, pointers=pointers)[1]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 1.0 < model(tokens, targets)[1]
+def test_a_new_model_learns_to_follow_pointers_that_are_right_and_to_ignore_those_that_are_not():
+    for is_right in (True, False):
+        torch.manual_seed(0)
+        model = RETRO(RETROConfig(**PAPER | MIXED | dict(block_size=T, vocab_size=V, n_layer=2, n_head=2, n_embd=16,
+                                                         retrieval_k_neighbors=0)))
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-2)
+        for _ in range(150):
+            tokens, targets = torch.randint(V, (2, B, T))  # nothing but the pointer tells which
+            named = targets if is_right else (targets + 1) % V
+            pointers = torch.stack([named, torch.full_like(named, 5), torch.full_like(named, 8)], dim=-1)[:, :, None]
+            loss = model(tokens, targets, pointers=pointers)[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert loss < 0.5 if is_right else abs(loss - model(tokens, targets)[1]) < 0.1
 
 
 def test_generate_asks_for_pointers_at_every_token_and_is_the_full_forward():
@@ -121,11 +156,11 @@ def test_generate_asks_for_pointers_at_every_token_and_is_the_full_forward():
     def point(tokens):
         calls.append(tokens.shape[1])
         return torch.stack([(tokens * 7 + n) % V for n in range(P)] + [tokens % LONGEST + 1] * P
-                           + [tokens % SHARES] * P, dim=-1).unflatten(-1, (3, P)).mT
+                           + [tokens] * P, dim=-1).unflatten(-1, (3, P)).mT
     start = torch.randint(V, (B, 2))
     tokens = model.generate(start, T - 2, point=point, temperature=0)
     assert calls == list(range(2, T))
-    logits, _ = model(tokens, pointers=torch.cat([point(tokens[:, :t])[:, -1:] for t in range(1, T + 1)], dim=1))
+    logits, _ = model(tokens, pointers=point(tokens))
     assert (logits[:, 1:-1].argmax(-1) == tokens[:, 2:]).all()
 
 
@@ -156,7 +191,7 @@ def test_own_pointers_equal_their_definition(chunks, vocabulary, seed):
             assert len(pointers) == min(len(expected), OWN_POINTERS) and len({p[0] for p in pointers}) == len(pointers)
             for token, longest, bucket in pointers:
                 assert longest == expected[token][0]
-                assert abs(min(SHARES - 1, -2 * np.log2(expected[token][1])) - bucket - 0.5) < 0.5001
+                assert abs(-OCTAVE * np.log2(expected[token][1]) - bucket) < 0.501
             assert [p[2] for p in pointers] == sorted(p[2] for p in pointers)  # the largest share first
 
 
@@ -189,12 +224,12 @@ def test_pointers_compile_to_one_graph_with_the_same_loss_and_gradients():
 
 
 def test_lengths_and_shares_are_those_of_the_index():
-    assert (LONGEST, SHARES, GROWTH) == (suffix_array.DEPTH, suffix_array.SHARES, suffix_array.GROWTH)
+    assert (LONGEST, OCTAVE) == (suffix_array.DEPTH, suffix_array.OCTAVE)
 
 
 @pytest.mark.parametrize('options, said', [
-    (dict(pointer_layers=[0]), r'pointer_layers \[0\] must be numbers from 1 to n_layer 3, but \[0\] are not'),
-    (dict(n_embd=15, n_head=3, retrieval_copy=False), 'n_embd 15 must be a multiple of 2 for pointers'),
+    (dict(own_context_layers=[0]), r'own_context_layers \[0\] must be numbers from 1 to n_layer 3, but \[0\] are not'),
+    (dict(n_embd=15, n_head=3, retrieval_copy=False), 'n_embd 15 must be a multiple of 2 for copy_own_context'),
 ])
 def test_a_config_that_cannot_point_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
