@@ -45,7 +45,7 @@ class RETROConfig:
     copy_own_context: bool = True
     own_context_layers: list = field(default_factory=list)
     use_retrieval: bool = True
-    retrieval_pointers: int = 16  # P
+    retrieval_pointers: int = 32  # P
     retrieval_layers: list = field(default_factory=list)
     retrieval_chunk_size: int = 64  # C
     retrieval_k_neighbors: int = 2  # K

@@ -92,7 +92,7 @@ copy_own_context = True  # attend to what followed the last tokens where they st
 own_context_layers = []  # blocks that do so, from 1; empty: the first and the middle one
 # retrieval
 use_retrieval = True  # False: train the same decoder as a GPT
-retrieval_pointers = 16  # tokens that came next at the longest matches in the collection, for each token; 0 disables
+retrieval_pointers = 32  # tokens that came next at the longest matches in the collection, for each token; 0 disables
 retrieval_layers = []  # blocks with chunked cross-attention, from 1; empty: every third from the 6th, and the last
 retrieval_chunk_size = 64  # tokens per chunk
 retrieval_k_neighbors = 2  # neighbors per chunk; 0 disables

@@ -178,6 +178,7 @@ class MatchIndex:
     def _build(self, knowledge_base):
         """Bring the segments up to the collection's revision, which is returned."""
         start = time.perf_counter()
+        self.say(f'building the exact-match index of {knowledge_base.count():,} chunks, or bringing it up to date')
         for name in os.listdir(self.folder):
             if name.endswith('.tmp'):  # of a process that was killed
                 remove(f'{self.folder}/{name}')

@@ -5,11 +5,15 @@ Functions over arrays; match_index.py keeps the arrays on disk.
 A suffix array of the reversed text: all positions, sorted by their last DEPTH tokens read backwards. Positions that end
 alike are neighbors in it. So the longest matches of a query lie around where the query itself would stand, and with the
 number of tokens that each entry shares with the one before it, its next token and its document in the same order, they
-are read without touching the text. Compiled by numba at the first call, and cached on disk.
+are read without touching the text. numba compiles at the first call, and caches it beside this file if it may.
 """
-import numpy as np
-from numba import njit
+import functools
+import os
 
+import numba
+import numpy as np
+
+njit = functools.partial(numba.njit, nogil=True, cache=os.access(os.path.dirname(__file__), os.W_OK))
 DEPTH = 16  # tokens that a match counts at most
 PLACES = 256  # of the longest matches, that are counted for a position
 STRIDE = 64  # entries between those whose first tokens are kept side by side, to search in first
@@ -52,7 +56,7 @@ def pack_tokens(text):
     return key
 
 
-@njit(cache=True, nogil=True)
+@njit
 def sort_ties(order, is_new):
     """Sort the runs of order (n,) that is_new (n,) starts, in place."""
     start = 0
@@ -63,7 +67,7 @@ def sort_ties(order, is_new):
             start = i
 
 
-@njit(cache=True, nogil=True)
+@njit
 def count_shared(text, order, end_of_text):
     """How many tokens each entry's position shares with that of the entry before, going back: (m,) uint8."""
     shared = np.zeros(len(order), dtype=np.uint8)
@@ -75,7 +79,7 @@ def count_shared(text, order, end_of_text):
     return shared
 
 
-@njit(cache=True, nogil=True)
+@njit
 def find_matches(text, order, following, document, shared, first, top, is_masked, end_of_text, tokens, run, excluded,
                  copied, lengths, next_tokens, places):
     """
@@ -155,7 +159,7 @@ def find_matches(text, order, following, document, shared, first, top, is_masked
                 lengths[b, t, found] = 0
 
 
-@njit(cache=True, nogil=True)
+@njit
 def count_tokens(lengths, next_tokens, pointers):
     """
     The distinct tokens with the largest shares among the N longest matches, of those lengths (S, B, T, N) with
@@ -245,7 +249,7 @@ def count_tokens(lengths, next_tokens, pointers):
             pointers[b, t, kept:] = 0
 
 
-@njit(cache=True, nogil=True)
+@njit
 def extend_matches(text, tokens, run, end_of_text, lengths, places, longest):
     """
     Follow the matches that find_matches found, lengths (B, T, N) and places (B, T, N), beyond DEPTH tokens, and raise

@@ -190,16 +190,19 @@ def test_uris_that_are_none_have_a_line_of_their_own(uri, said):
     assert said in str(error.value)
 
 
-def test_rows_are_removed_by_id_and_documents_found_and_all_ids_listed(knowledge_base, monkeypatch):
+def test_rows_are_removed_by_id_and_documents_found_and_all_rows_listed(knowledge_base, monkeypatch):
     rows = make_rows(60)
     knowledge_base.upsert(rows)
     assert knowledge_base.which_documents({0: 0, -2: 0, 77: 0}) == {0, -2} and not knowledge_base.which_documents({})
     assert knowledge_base.which_documents({0: 19, -1: 20, -2: 0, 77: 1}) == {0, -2}
     knowledge_base.delete([-5, -4, 1000])
     monkeypatch.setattr('retrieval.knowledge_base.MOST', 16)  # several requests, and documents with more rows than it
-    found = [pair for ids, doc_ids in knowledge_base.all_ids()
-             for pair in zip(ids.tolist(), doc_ids.tolist(), strict=True)]
-    assert sorted(found) == sorted((row['id'], row['doc_id']) for row in rows[2:])
+    found = [(row['id'], row['doc_id'], list(row['tokens'])) for part in knowledge_base.all_rows(['doc_id', 'tokens'])
+             for row in part]
+    assert sorted(found) == sorted((row['id'], row['doc_id'], list(row['tokens'])) for row in rows[2:])
+    places = [(row['doc_id'], row['position']) for row in rows[2:5]] + [(99, 0)]
+    assert {place: row['id'] for place, row in knowledge_base.rows_at(places, []).items()} == {
+        place: row['id'] for place, row in zip(places, rows[2:5], strict=False)}
     assert knowledge_base.which_documents({0: 0, -1: 0, -2: 0, 77: 0}) == {0, -1, -2}
     assert knowledge_base.which_documents({0: 1, -1: 2, -2: 30}) == {0, -1}
 
