@@ -132,10 +132,9 @@ class MatchIndex:
         try:
             os.makedirs(self.folder, exist_ok=True)
             if not self._open(revision):
-                with self._locked():
-                    if not self._open(revision):  # another process has built it meanwhile
-                        revision = self._build(knowledge_base)
-                        self._open(revision)
+                with self._locked():  # another process may have built it meanwhile
+                    if not self._open(revision) and not self._open(self._build(knowledge_base)):
+                        raise Unreachable(f'the exact-match index in {self.folder} was removed as soon as it was built')
         except OSError as error:
             hint = 'free some space, or name' if error.errno in NO_ROOM else 'name'
             raise UserError(f'retrieval_matches_dir: {self.folder!r} cannot be used ({error.filename or ""} '

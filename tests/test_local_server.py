@@ -280,6 +280,13 @@ def check(unwritten=False):
         rows = collection.get(ids, output_fields=fields)
         assert len(planned) == (fields is None or unwritten)
         assert rows == slow.get(collection, ids, output_fields=fields) and len(rows) == collection.num_entities
+    middle = sorted(ids)[len(ids) // 3]
+    for expr in ('id >= 0', 'id < 0', f'id >= {middle} and id < 5', f'id < {middle} or id >= {middle}'):
+        for fields, limit in ((['doc_id', 'tokens'], None), (['id'], 30)):
+            planned.clear()
+            rows = collection.query(expr, fields, limit=limit)
+            assert len(planned) == (unwritten or ' or ' in expr)
+            assert rows == slow.query(collection, expr, fields, limit=limit) and rows
     return collection.num_entities
 
 some = collection.query('position == 1', list(collection.query('position == 1')[0]))
