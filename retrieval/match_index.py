@@ -184,7 +184,7 @@ class MatchIndex:
         for _ in range(READ_AGAIN):
             revision = describe_revision(knowledge_base)
             documents = read_documents(knowledge_base, f'{self.folder}/rows.tmp', self.token_type, self.end_of_text,
-                                       self.show_progress)
+                                       self.say, self.show_progress)
             if describe_revision(knowledge_base) == revision:
                 break
         else:
@@ -216,15 +216,20 @@ class MatchIndex:
         """A new segment's folder, complete or not at all: its name, and that no document is masked."""
         name = f'segment-{hash_of(documents.doc_ids, documents.hashes) & (2**64 - 1):016x}'
         tmp = f'{self.folder}/{name}.tmp'
-        os.makedirs(tmp, exist_ok=True)
         arrays = index_documents(documents, self.end_of_text, self.token_type)
-        for key, array in arrays.items():
-            array.tofile(f'{tmp}/{key}.bin')
-            sync(f'{tmp}/{key}.bin')
-        write_atomically(json.dumps(dict(token_type=self.token_type.str, sizes={
-            key: array.nbytes for key, array in arrays.items()})), f'{tmp}/meta.json')
-        remove(f'{self.folder}/{name}')  # a damaged one
-        os.replace(tmp, f'{self.folder}/{name}')
+        try:
+            os.makedirs(tmp, exist_ok=True)
+            for key, array in arrays.items():
+                with open(f'{tmp}/{key}.bin', 'wb') as file:
+                    file.write(array.tobytes())
+                sync(f'{tmp}/{key}.bin')
+            write_atomically(json.dumps(dict(token_type=self.token_type.str, sizes={
+                key: array.nbytes for key, array in arrays.items()})), f'{tmp}/meta.json')
+            remove(f'{self.folder}/{name}')  # a damaged one
+            os.replace(tmp, f'{self.folder}/{name}')
+        except BaseException:
+            remove(tmp)
+            raise
         bar.update(len(arrays['text']))
         return name, []
 
@@ -297,7 +302,7 @@ def describe_revision(knowledge_base):
     return f'{revision} {knowledge_base.count()}'
 
 
-def read_documents(knowledge_base, path, token_type, end_of_text, show_progress):
+def read_documents(knowledge_base, path, token_type, end_of_text, say, show_progress):
     """
     All rows of the collection as Documents. A row's own chunk follows the one before it; where the next row is missing
     the continuation stands for it. The rows lie in a file at `path` meanwhile, which is removed.
@@ -315,9 +320,11 @@ def read_documents(knowledge_base, path, token_type, end_of_text, show_progress)
                     tokens = row['tokens']
                     line['doc_id'], line['position'], line['length'] = row['doc_id'], row['position'], len(tokens)
                     line['tokens'][:len(tokens)] = tokens
-                packed.tofile(file)
+                file.write(packed.tobytes())
                 bar.update(len(rows))
         rows = map_file(path, row_type)
+        if len(rows) != size:
+            say(f'Milvus counts {size:,} rows of the collection and gives {len(rows):,}: pointers are into these')
         order = np.lexsort((rows['position'], rows['doc_id']))
         doc_ids, positions = rows['doc_id'][order], rows['position'][order]
         is_followed = np.zeros(len(order), dtype=bool)  # by the next chunk's row

@@ -124,7 +124,7 @@ class Retriever:
             doc_ids = np.zeros((len(tokens), 1), dtype=np.int64)
 
         def find():
-            self.matches.follow(self.knowledge_base, self._follow_revision())
+            self._follow_matches()
             return self.matches.find(tokens, doc_ids, self.num_pointers)
         return self._wait(find)
 
@@ -145,7 +145,7 @@ class Retriever:
             return batches
 
         def add_pointers():
-            self.matches.follow(self.knowledge_base, self._follow_revision())
+            self._follow_matches()
             return [self._add_pointers(batch) for batch in batches]
         return self._wait(add_pointers)
 
@@ -218,6 +218,14 @@ class Retriever:
         if self.cache:
             self.cache.use_revision(revision)
         return revision
+
+    def _follow_matches(self):
+        """Bring the exact-match index up to date, and the cache to what it is of."""
+        revision = self._follow_revision()
+        self.matches.follow(self.knowledge_base, revision)
+        if self.matches.revision != revision:  # another program has changed the number of rows
+            self.size = self.knowledge_base.count()
+            self._follow_revision()
 
     def _unique(self, tokens, doc_ids, ids):
         """Deduplicate N chunks: the UniqueChunks and inverse (N,), each one's index among them."""

@@ -5,15 +5,11 @@ Functions over arrays; match_index.py keeps the arrays on disk.
 A suffix array of the reversed text: all positions, sorted by their last DEPTH tokens read backwards. Positions that end
 alike are neighbors in it. So the longest matches of a query lie around where the query itself would stand, and with the
 number of tokens that each entry shares with the one before it, its next token and its document in the same order, they
-are read without touching the text. numba compiles at the first call, and caches it beside this file if it may.
+are read without touching the text. numba compiles at the first call, and caches what it has compiled on disk.
 """
-import functools
-import os
-
 import numba
 import numpy as np
 
-njit = functools.partial(numba.njit, nogil=True, cache=os.access(os.path.dirname(__file__), os.W_OK))
 DEPTH = 16  # tokens that a match counts at most
 PLACES = 256  # of the longest matches, that are counted for a position
 STRIDE = 64  # entries between those whose first tokens are kept side by side, to search in first
@@ -21,6 +17,13 @@ TABLE = 1024  # slots of the hash table of distinct tokens: a power of two, at l
 NOVELTY = 8.0  # how much each distinct next token counts for others, not seen yet
 OCTAVE = 8  # parts of an octave that a share is told in
 LEAST_SHARE = 127  # such parts below all: lower ones are told as it
+
+
+def njit(function):
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # there is no folder to cache it in
+        return numba.njit(nogil=True)(function)
 
 
 def sort_positions(text, end_of_text):
