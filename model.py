@@ -371,7 +371,7 @@ class PointerMixture(nn.Module):
 
     def forward(self, x, pointers):
         """x (B, T, D), pointers (B, T, P, 3), to log-weights of the decoder (B, T, 1) and of the pointers (B, T, P)."""
-        lengths, shares = pointers[..., 1], pointers[..., 2]
+        lengths, shares = pointers[..., 1].long(), pointers[..., 2].long()
         by_length, by_share, decoder = self.score(x.detach()).float().split([LONGEST + 1, SHARES, 1], dim=-1)
         scores = by_length.gather(-1, lengths) + by_share.gather(-1, share_buckets(shares))
         scores = (scores - shares * (math.log(2) / OCTAVE)).masked_fill(lengths == 0, -1e4)
@@ -533,25 +533,28 @@ class RETRO(nn.Module):
         of the chunks: a token attends only to tokens of its own document. pointers (B, T, P, 3): for each position up
         to P distinct tokens that came next where its last tokens stand in the knowledge base, each with the length of
         the longest match, 0 where there is no pointer, and its share, in parts of an octave below all. Returns
-        logits (B, T, V) and, with targets, the loss in nats, their 'mean' or 'sum'. With pointers the logits are
-        log-probabilities of the mixture, or with targets the decoder's own; the loss is that of the mixture, and its
-        gradient is the sum of two: the mixture learns from it, and the decoder from the loss without pointers.
+        logits (B, T, V) and, with targets, the loss in nats: their 'mean', 'sum' or 'none', (B, T). With pointers the
+        logits are log-probabilities of the mixture, or with targets the decoder's own; the loss is that of the mixture,
+        and its gradient is the sum of two: the mixture learns from it, and the decoder from the loss without pointers.
         """
         x = self.hidden(tokens, neighbors, neighbor_mask, doc_ids)
         if targets is None:
             return self.predict(x, pointers), None
         logits = self.lm_head(x)
-        if pointers is None or self.mixture is None:
-            return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
-                                           reduction=loss_reduction)
-        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='none')
-        nats = nats.view_as(targets)
-        decoder, scores = self.mixture(x, pointers)
-        named = scores.masked_fill(pointers[..., 0] != targets[..., None], -1e4).logsumexp(-1)  # by pointers, (B, T)
-        mixed = -torch.logaddexp(decoder[..., 0] - nats.detach(), named)
-        is_target = targets >= 0
-        loss = ((mixed + nats - nats.detach()) * is_target).sum()
-        return logits, loss / is_target.sum() if loss_reduction == 'mean' else loss
+        reduction = loss_reduction if pointers is None or self.mixture is None else 'none'
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+        if reduction != 'none':
+            return logits, loss
+        nats, is_target = loss.view_as(targets), targets >= 0
+        if pointers is not None and self.mixture is not None:
+            decoder, scores = self.mixture(x, pointers)
+            is_other = pointers[..., 0] != targets[..., None]
+            named = scores.masked_fill(is_other, -1e4).logsumexp(-1)  # (B, T)
+            mixed = -torch.logaddexp(decoder[..., 0] - nats.detach(), named)
+            nats = (mixed + nats - nats.detach()) * is_target
+        if loss_reduction == 'none':
+            return logits, nats
+        return logits, nats.sum() / (is_target.sum() if loss_reduction == 'mean' else 1)
 
     def predict(self, x, pointers=None):
         """Logits (B, T, V) of final activations x (B, T, D); with pointers (B, T, P, 3) log-probabilities."""
@@ -560,7 +563,7 @@ class RETRO(nn.Module):
             return logits
         decoder, scores = self.mixture(x, pointers)
         log_p = logits.float().log_softmax(-1) + decoder
-        tokens = pointers[..., 0]
+        tokens = pointers[..., 0].long()
         # a token has one pointer at most; those without a match add nothing to their token, 0
         return log_p.scatter_reduce(-1, tokens, torch.logaddexp(log_p.gather(-1, tokens), scores), 'amax')
 
@@ -706,7 +709,8 @@ class RETRO(nn.Module):
         """
         Continue tokens (B, T), which start on the chunk grid, by up to max_new_tokens each: (B, T + n). `retrieve` is
         called once for each newly completed chunk (B, 1, C), and returns its neighbors (B, 1, K, R) and their mask.
-        `point` is called for each new token with those that are read (B, T'), and returns their pointers (B, T', P, 3).
+        `point` is called for each new token with the last ones, up to LONGEST, (B, n), and returns their pointers
+        (B, n, P, 3).
         Temperature 0 takes the most likely token. Stops early when all have reached `end_of_text`. Only ids in
         `allowed` (n,) bool are chosen: others pad the embedding, or are gaps in the vocabulary.
         """
@@ -721,7 +725,7 @@ class RETRO(nn.Module):
             visible = [torch.cat(x[first:], 1) for x in (neighbors, masks)] if neighbors[first:] else []
             read = tokens[:, first * C:]
             x = self.hidden(read, *visible)[:, -1:]
-            logits = self.predict(x, point(read)[:, -1:] if point else None)[:, 0].float()
+            logits = self.predict(x, point(read[:, -LONGEST:])[:, -1:] if point else None)[:, 0].float()
             if allowed is not None:
                 logits = logits[:, :len(allowed)].masked_fill(~allowed, -math.inf)
             if temperature == 0:

@@ -51,7 +51,8 @@ def parse_arguments():
     parser.add_argument('--seed', type=int, default=1337, help='random seed (default: %(default)s)')
     parser.add_argument('--show_neighbors', action='store_true', help='print what each chunk retrieved, '
                         'and where the tokens that pointers named were found')
-    parser.add_argument('--retrieval', choices=('on', 'off'), default='on', help='off: without neighbors (default: on)')
+    parser.add_argument('--retrieval', choices=('on', 'off'), default='on',
+                        help='off: without neighbors and pointers (default: on)')
     arguments, overrides = parser.parse_known_args()
     for name, least, below in (('num_samples', 1, math.inf), ('max_new_tokens', 1, math.inf),
                                ('temperature', 0, math.inf), ('top_k', 0, math.inf), ('seed', *RANGES['seed'])):
@@ -116,12 +117,12 @@ def show_pointers(tokens, first, retriever, tokenizer):
     as they do here.
     """
     tokens = np.array(tokens)
-    # what precedes may be longer than the model reads, which looks up the same
+    # matches are short: it does not matter that the model may have read less of what precedes
     pointers = retriever.point(tokens[None])[0]
     runs, named = [], 0  # [first token, number of tokens, document, place]
     for t in range(max(1, first), len(tokens)):
         if ((pointers[t - 1, :, 0] == tokens[t]) & (pointers[t - 1, :, 1] > 0)).any():
-            _, document, place = retriever.index.where(tokens, np.zeros(1, dtype=np.int64), t - 1, tokens[t])
+            _, document, place = retriever.index.where(tokens, np.zeros(1, dtype=np.int64), t - 1)
             named += 1
             if runs and runs[-1][2] == document and t - runs[-1][0] == runs[-1][1] == place - runs[-1][3]:
                 runs[-1][1] += 1

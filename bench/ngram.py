@@ -43,7 +43,7 @@ def count_places(index, batch, end_of_text):
     run = run_lengths(batch.tokens, batch.doc_ids, end_of_text)
     hits, places = 0, 0
     for segment in index.segments:
-        lengths, next_tokens, _ = index._places(segment, batch.tokens, batch.doc_ids, run)
+        lengths, next_tokens, _ = segment.places(batch.tokens, batch.doc_ids, run, end_of_text)
         is_place = np.cumprod(lengths > 0, axis=-1).astype(bool)
         is_hit = is_place & (next_tokens == batch.targets[..., None])
         at_least = [is_place & (lengths >= n) for n in range(1, DEPTH + 1)]

@@ -7,7 +7,7 @@ fill the collection and to build its index is reported by populate.
 
     python bench/quality.py config/quickstart.py [--key=value ...] [--seeds=3] [--arms='GPT,RETRO'] [--quick]
     python bench/quality.py config/quickstart.py --arms='GPT,RETRO' --max_iters=4800   # a longer curve
-    python bench/quality.py config/quickstart.py --sweep=retrieval_dropout=0.0,0.1     # the RETRO with other settings
+    python bench/quality.py config/quickstart.py --sweep=retrieval_pointers=8,64       # the RETRO with other settings
     python bench/quality.py config/quickstart.py --arms='GPT,RETRO' --sweep=learning_rate=2e-3,5e-3
 
 The collection must have been filled: python -m retrieval.populate config/quickstart.py. Prints tables and one JSON
@@ -50,6 +50,14 @@ SHORT_RUN = 8  # tokens: chunks that share no longer run with anything in the co
 FLAGS = ('seeds', 'arms', 'sweep', 'quick')
 
 
+def run(*command):
+    """Run a command of the project. UserError with the end of what it said if it fails."""
+    answer = subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    if answer.returncode:
+        raise UserError(f'{command[0]} ended with {answer.returncode}: {answer.stderr.strip()[-500:]}')
+
+
 def train(name, options, arguments, folder, steps):
     """Train an arm unless already done. Returns [(step, seconds, bpb on or None, bpb off)]."""
     if not os.path.exists(f'{folder}/done'):
@@ -57,8 +65,7 @@ def train(name, options, arguments, folder, steps):
                                  retrieval_cache_dir=f'{folder}/neighbors')
         print(f'training {name}, {steps} steps', file=sys.stderr)
         shutil.rmtree(f'{folder}/neighbors', ignore_errors=True)  # of a run that was interrupted
-        subprocess.run([sys.executable, ROOT / 'train.py', *arguments, *(f'--{k}={v}' for k, v in options.items())],
-                       check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run(ROOT / 'train.py', *arguments, *(f'--{k}={v}' for k, v in options.items()))
         shutil.rmtree(f'{folder}/neighbors', ignore_errors=True)
         Path(f'{folder}/done').touch()
     points, seconds, tokens = [], 0.0, 0
@@ -74,9 +81,7 @@ def train(name, options, arguments, folder, steps):
 def evaluate(folder, baseline):
     """bpb of a RETRO and the baseline on chunks that share short runs alone, by python -m evaluation."""
     if not os.path.exists(f'{folder}/evaluation.json'):
-        subprocess.run([sys.executable, '-m', 'evaluation', f'--out_dir={folder}', f'--baseline={baseline}',
-                        '--passages=0', '--max_tokens=80000'], check=True, stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+        run('-m', 'evaluation', f'--out_dir={folder}', f'--baseline={baseline}', '--passages=0', '--max_tokens=80000')
     with open(f'{folder}/evaluation.json', encoding='utf-8') as file:
         line, = (line for line in json.load(file)['bpb_by_longest_run'] if line['longest_run'] == SHORT_RUN)
     return line
@@ -147,6 +152,8 @@ def main():
     names = flags['arms'].split(',') if 'arms' in flags else [ALL] if 'sweep' in flags else list(ARMS)
     if unknown := [name for name in names if name not in ARMS]:
         raise UserError(f'--arms holds {unknown[0]!r}; there are {", ".join(ARMS)}')
+    if AS_LONG in names and 'sweep' in flags:
+        raise UserError(f'--sweep does not go with {AS_LONG!r}: name other --arms')
     if AS_LONG in names and not {BASELINE, ALL} <= set(names[:names.index(AS_LONG)]):
         raise UserError(f'--arms holds {AS_LONG!r}, whose time follows from {BASELINE!r} and {ALL!r}: name both '
                         f'before it')
@@ -186,8 +193,8 @@ def report_on(settings, seeds, steps, runs, short, ngrams, out_dir):
         gains = [1 - best(p[-1]) / b for p, b in zip(seed_runs, base, strict=False)]
         above = [p[-1][3] / b - 1 for p, b in zip(seed_runs, base, strict=False)] if on else []
         seconds = [points[-1][1] for points in seed_runs]
-        on_short = [line['bpb_on'] for line in short.get(arm, [])]
-        gains_short = [1 - line['bpb_on'] / line['bpb_baseline'] for line in short.get(arm, [])]
+        on_short = [line['bpb_on'] for line in short.get(arm, []) if line['bpb_on']]
+        gains_short = [1 - line['bpb_on'] / line['bpb_baseline'] for line in short.get(arm, []) if line['bpb_on']]
         report[arm] = dict(steps=seed_runs[0][-1][0], bpb_on=on, bpb_off=off, gain=gains, off_above=above,
                            seconds=seconds, bpb_on_short_runs=on_short, gain_short_runs=gains_short)
         print(f'{arm:<34}{show(on):>18}{show(off):>18}{show(gains, "{:.2%}"):>9}{show(above, "{:.2%}"):>11}'

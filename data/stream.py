@@ -51,7 +51,7 @@ class Batch:
             tensor = torch.from_numpy(array)
             if device.type == 'cuda':
                 tensor = tensor.pin_memory().to(device, non_blocking=True)
-            return tensor if tensor.dtype == torch.bool else tensor.long()
+            return tensor if tensor.dtype in (torch.bool, torch.int32) else tensor.long()
         return replace(self, num_targets=int((self.targets >= 0).sum()),
                        **{name: as_tensor(getattr(self, name)) for name in
                           ('tokens', 'targets', 'doc_ids', 'neighbors', 'neighbor_mask', 'pointers')})

@@ -52,7 +52,8 @@ def parse_arguments():
                         'source --data has, if the run has several')
     parser.add_argument('--baseline', metavar='OUT_DIR', help='a GPT of the same decoder to compare with')
     parser.add_argument('--retrieval', choices=('on', 'off'),
-                        help='off: only without neighbors (default: on and off, if the model has retrieval)')
+                        help='off: only without neighbors and pointers (default: on and off, if the model has '
+                        'retrieval)')
     parser.add_argument('--max_tokens', type=int, default=200_000,
                         help='tokens to evaluate, of shuffled documents; 0: all (default: %(default)s)')
     parser.add_argument('--without_copies', type=int, default=0, metavar='TOKENS',

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.corpus import as_sequences
@@ -23,8 +22,7 @@ class Retrieved:
     mask: np.ndarray | None  # (N, K, R) bool
     hits: np.ndarray | None  # (N, K) of HIT
     read: np.ndarray  # (N,) index of the chunk whose neighbors it was read with, the one before; -1 if there is none
-    pointers: np.ndarray | None  # (N, C, P, 3): of each position, into the token after it
-    longest_runs: np.ndarray  # (N,) the longest run of its tokens that stands anywhere in the collection
+    longest_runs: np.ndarray  # (N,) the longest run of its tokens that stands in any other document of the collection
 
 
 def evaluate_corpus(model, corpus, batch_size, device, context, retriever=None, label='evaluating'):
@@ -50,6 +48,7 @@ def evaluate_corpus(model, corpus, batch_size, device, context, retriever=None, 
             on_device = batch.to(torch.device(device))
             for arm, losses in nats.items():
                 losses.append(token_losses(model, on_device, arm == 'on', context).cpu().numpy())
+            batch.pointers = None  # they are large
             bar.update(len(batch.tokens))
     bar.close()
     # a position's loss is that of the token after it
@@ -61,20 +60,19 @@ def evaluate_corpus(model, corpus, batch_size, device, context, retriever=None, 
                             f'--dtype=float32')
     if not retriever:
         return nats, None
-    def by_chunk(name, size):
-        """(N, ...) of what the batches have for each chunk, or for each token; None if they do not have it."""
+
+    def by_chunk(name):
+        """(N, ...) of what the batches have for each chunk; None if they do not have it."""
         values = [getattr(batch, name) for batch in batches]
-        if values[0] is None:
-            return None
-        return np.concatenate([value.reshape(-1, *size, *value.shape[2:]) for value in values])[:N]
+        return None if values[0] is None else np.concatenate([v.reshape(-1, *v.shape[2:]) for v in values])[:N]
 
     # within the chunk, of which only what is predicted counts as one of its tokens
     runs = np.minimum(np.concatenate(runs).reshape(-1, C)[:N], np.arange(1, C + 1))
     runs = (runs * (np.arange(C) < corpus.lengths[:, None])).max(1)
     previous = np.arange(N) - 1
     has_previous = (corpus.position > 0) & (np.arange(N) % L > 0)  # in the same document and the same sequence
-    return nats, Retrieved(by_chunk('neighbors', ()), by_chunk('neighbor_mask', ()), by_chunk('hits', ()),
-                           np.where(has_previous, previous, -1), by_chunk('pointers', (C,)), runs)
+    return nats, Retrieved(by_chunk('neighbors'), by_chunk('neighbor_mask'), by_chunk('hits'),
+                           np.where(has_previous, previous, -1), runs)
 
 
 @torch.no_grad()
@@ -82,9 +80,7 @@ def token_losses(model, batch, with_retrieval, context):
     """Nats of each target of a Batch on the device, (B, T), 0 where there is none."""
     neighbors, mask, pointers = batch.retrieved if with_retrieval else (None, None, None)
     with context:
-        logits, _ = model(batch.tokens, None, neighbors, mask, batch.doc_ids, pointers)
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-1,
-                           reduction='none').view_as(batch.targets)
+        return model(batch.tokens, batch.targets, neighbors, mask, batch.doc_ids, pointers, loss_reduction='none')[1]
 
 
 def bits_per_byte(nats, size):

@@ -211,24 +211,23 @@ def pointer_sources(passages, corpus, retrieved, retriever):
     {(chunk, index in it): where the pointer to this token was found, as text} of the tokens of the passages that had
     one.
     """
-    if retrieved.pointers is None:
+    if not retriever.matches:
         return {}
     C = corpus.chunks.shape[1]
-    flat = retrieved.pointers.reshape(-1, *retrieved.pointers.shape[2:])
     found = {}
     for _, i in passages:
+        first = i
+        while retrieved.read[first] >= 0:
+            first -= 1  # of its document in its sequence
+        tokens, doc_ids = corpus.chunks[first:i + 1].reshape(-1).astype(np.int64), corpus.doc_ids[first:i + 1]
+        pointers = retriever.point(tokens[None], doc_ids[None])[0]
         for j in range(corpus.lengths[i]):
-            pointers, token = flat[i * C + j - 1], corpus.chunks[i, j]  # a passage's first token has one before it
-            rank = np.flatnonzero((pointers[:, 0] == token) & (pointers[:, 1] > 0))
-            if len(rank):
-                first = i
-                while corpus.position[first] > 0 and retrieved.read[first] >= 0:
-                    first -= 1  # of its document in its sequence
-                length, doc_id, place = retriever.index.where(corpus.chunks[first:i + 1].reshape(-1),
-                                                              corpus.doc_ids[first:i + 1], (i - first) * C + j - 1,
-                                                              token)
-                if length:
-                    found[i, j] = (int(rank[0]) + 1, length, doc_id, place // C)
+            place = (i - first) * C + j - 1  # a passage has a chunk before it
+            rank = np.flatnonzero((pointers[place, :, 0] == tokens[place + 1]) & (pointers[place, :, 1] > 0))
+            length, doc_id, token = (retriever.index.where(tokens, doc_ids, place, retriever.copied) if len(rank)
+                                     else (0, 0, 0))
+            if length:
+                found[i, j] = (int(rank[0]) + 1, length, doc_id, token // C)
     rows = retriever.knowledge_base.rows_at(sorted({source[2:] for source in found.values()}), ['document'])
     return {key: f'pointer {rank}: after {length} equal token{"s" * (length > 1)} in '
                  f'{rows.get((doc_id, position), {}).get("document", "a deleted row")}, chunk {position + 1}'

@@ -229,14 +229,14 @@ class KnowledgeBase:
     def rows_at(self, places, fields):
         """{(doc_id, position): row} of those of the places, pairs of a document and the number of its chunk."""
         found = {}
-        for start in range(0, len(places), 256):
-            some = places[start:start + 256]
-            doc_ids, positions = (sorted(set(values)) for values in zip(*some, strict=True))
+        for start in range(0, len(places), 64):
+            condition = ' or '.join(f'(doc_id == {doc_id} and position == {position})'
+                                    for doc_id, position in places[start:start + 64])
             with self._errors():
-                rows = self.client.query(self.collection, filter=f'doc_id in {doc_ids} and position in {positions}',
-                                         limit=MOST, output_fields=['doc_id', 'position', *fields], retry_times=RETRIES)
+                rows = self.client.query(self.collection, filter=condition, limit=MOST,
+                                         output_fields=['doc_id', 'position', *fields], retry_times=RETRIES)
             found |= {(row['doc_id'], row['position']): row for row in rows}
-        return {place: found[place] for place in places if place in found}
+        return found
 
     def all_rows(self, fields):
         """Yields lists of rows, dicts of the fields and the id. Ids are hashes: equal ranges hold about as many."""

@@ -32,6 +32,7 @@ from data.tokenizer import vocabulary_hash
 from retrieval.local_server import Unreachable
 from retrieval.neighbor_cache import short_hash
 from retrieval.suffix_array import (
+    DEPTH,
     PLACES,
     STRIDE,
     count_shared,
@@ -46,8 +47,10 @@ VERSION = 1  # of the files' layout
 MANIFEST = 'manifest.json'
 MOST = 1 << 26  # tokens of a segment: building one takes 40 bytes of memory for each
 MASKED = 0.25  # share of a segment's tokens that are masked before it is made anew
+DAMAGE = (OSError, ValueError, KeyError, IndexError, TypeError)  # of a manifest or a segment
 NO_PLACES = np.zeros((0, 0, 0), dtype=np.int64)
 ROWS = ('doc_id', 'position', 'tokens')
+MOST_MISSING = 64  # chunks in a row
 READ_AGAIN = 3  # times, while the collection changes
 
 
@@ -56,7 +59,7 @@ class Documents:
     """D documents' tokens, by doc_id, ascending."""
     doc_ids: np.ndarray  # (D,) int64
     hashes: np.ndarray  # (D,) int64, of the tokens
-    texts: list  # D arrays of tokens, each with an end-of-text between what does not follow each other, and at its end
+    texts: list  # D arrays of tokens, which an end-of-text ends; where tokens are missing there are two or more
 
     def take(self, indices):
         return Documents(self.doc_ids[indices], self.hashes[indices], [self.texts[i] for i in indices])
@@ -97,6 +100,13 @@ class Segment:
         find_matches(self.text, self.order, self.following, self.document, self.shared, self.first, self.top,
                      self.is_masked, end_of_text, tokens, run, self.numbers(doc_ids), copied, lengths, next_tokens,
                      places)
+
+    def places(self, tokens, doc_ids, run, end_of_text, copied=0):
+        """New arrays of lengths, next tokens and places (B, T, PLACES), as find_matches has them; 0 beyond the last."""
+        shape = (*tokens.shape, PLACES)
+        lengths, next_tokens, places = (np.zeros(shape, dtype) for dtype in (np.uint8, self.text.dtype, np.int64))
+        self.find(tokens, doc_ids, run, end_of_text, copied, lengths, next_tokens, places)
+        return lengths, next_tokens, places
 
     def documents(self):
         """Those that are not masked, as Documents."""
@@ -147,7 +157,7 @@ class MatchIndex:
             manifest = self._read_manifest()
             if manifest.get('revision') != revision:
                 return False
-            with suppress(OSError, ValueError, KeyError):
+            with suppress(*DAMAGE):
                 self.segments = self._open_segments(manifest)
                 self.revision = revision
                 return True
@@ -177,7 +187,8 @@ class MatchIndex:
     def _build(self, knowledge_base):
         """Bring the segments up to the collection's revision, which is returned."""
         start = time.perf_counter()
-        self.say(f'building the exact-match index of {knowledge_base.count():,} chunks, or bringing it up to date')
+        self.say(f'building the exact-match index of {knowledge_base.count():,} chunks, or bringing it up to date, in '
+                 f'{self.folder}')
         for name in os.listdir(self.folder):
             if name.endswith('.tmp'):  # of a process that was killed
                 remove(f'{self.folder}/{name}')
@@ -191,7 +202,7 @@ class MatchIndex:
             raise Unreachable('the collection changes again and again while its exact-match index is built')
         try:
             old = self._open_segments(self._read_manifest())
-        except (OSError, ValueError, KeyError):  # damaged
+        except DAMAGE:
             old = []
         kept, is_new = keep_segments(old, documents)
         plan = plan_merges(kept, documents.take(np.flatnonzero(is_new)))
@@ -262,32 +273,29 @@ class MatchIndex:
         run = run_lengths(tokens, doc_ids, self.end_of_text)
         longest = np.zeros(tokens.shape, dtype=np.int64)
         for segment in self.segments:
-            lengths, _, places = self._places(segment, tokens, doc_ids, run)
+            lengths, _, places = segment.places(tokens, doc_ids, run, self.end_of_text)
             extend_matches(segment.text, tokens, run, self.end_of_text, lengths, places, longest)
         return longest
 
-    def _places(self, segment, tokens, doc_ids, run):
-        lengths = np.zeros((*tokens.shape, PLACES), dtype=np.uint8)
-        next_tokens = np.zeros(lengths.shape, dtype=self.token_type)
-        places = np.zeros(lengths.shape, dtype=np.int64)
-        segment.find(tokens, doc_ids, run, self.end_of_text, 0, lengths, next_tokens, places)
-        return lengths, next_tokens, places
-
-    def where(self, tokens, doc_ids, position, token):
+    def where(self, tokens, doc_ids, position, copied=0):
         """
-        Where the pointer at a position of the sequence tokens (T,) to a token was found: (length of the match, doc_id,
-        and the place in the document's tokens of the one it points to), of the longest match.
+        Where the pointer at a position of the sequence tokens (T,), of documents doc_ids (L,), to the next token was
+        found: (length of the match, doc_id, and the place of that token in the document), of the longest match.
+        `copied` as in find().
         """
-        end = position + 1
-        chunk = len(tokens) // len(doc_ids)
-        doc_ids = doc_ids[None, :-(-end // chunk)]
-        padded = np.full((1, doc_ids.shape[1] * chunk), self.end_of_text)
-        padded[0, :end] = tokens[:end]
-        run = run_lengths(padded, doc_ids, self.end_of_text)
+        tokens, doc_ids = tokens[None], doc_ids[None]
+        run = run_lengths(tokens, doc_ids, self.end_of_text)
+        if not copied:  # no more than a match matters
+            part = slice(max(0, position - DEPTH + 1), position + 1)
+            run = np.minimum(run[:, part], np.arange(1, part.stop - part.start + 1))
+            tokens, following, position = tokens[:, part], tokens[0, position + 1], part.stop - part.start - 1
+        else:
+            following = tokens[0, position + 1]
         best = (0, 0, 0)
         for segment in self.segments:
-            lengths, next_tokens, places = (a[0, position] for a in self._places(segment, padded, doc_ids, run))
-            for i in np.flatnonzero((next_tokens == token) & (lengths > best[0]))[:1]:
+            lengths, next_tokens, places = (a[0, position] for a in segment.places(tokens, doc_ids, run,
+                                                                                   self.end_of_text, copied))
+            for i in np.flatnonzero((next_tokens == following) & (lengths > best[0]))[:1]:
                 number = int(np.searchsorted(segment.starts, places[i], side='right')) - 1
                 best = (int(lengths[i]), int(segment.doc_ids[number]), int(places[i] + 1 - segment.starts[number]))
         return best
@@ -305,7 +313,8 @@ def describe_revision(knowledge_base):
 def read_documents(knowledge_base, path, token_type, end_of_text, say, show_progress):
     """
     All rows of the collection as Documents. A row's own chunk follows the one before it; where the next row is missing
-    the continuation stands for it. The rows lie in a file at `path` meanwhile, which is removed.
+    the continuation stands for it, and then come two or more end-of-texts, so that chunks are where they were. The rows
+    lie in a file at `path` meanwhile, which is removed.
     """
     C, size = knowledge_base.metadata.chunk_size, knowledge_base.count()
     row_type = np.dtype([('doc_id', np.int64), ('position', np.int64), ('length', np.int32),
@@ -334,12 +343,15 @@ def read_documents(knowledge_base, path, token_type, end_of_text, say, show_prog
             firsts = np.concatenate([[0], firsts])  # a doc_id of 0
         texts = []
         for start, stop in itertools.pairwise([*firsts, len(order)]):
-            parts = []
+            parts, length = [], 0
             for i in range(start, stop):
-                row = rows[order[i]]
+                row, place = rows[order[i]], min(int(positions[i]) * C, length + MOST_MISSING * C)
+                if place > length:  # chunks that are no rows
+                    parts.append(np.full(max(2, place - length), end_of_text, dtype=token_type))
                 parts.append(row['tokens'][:min(row['length'], C) if is_followed[i] else row['length']])
-                if not is_followed[i] and parts[-1][-1] != end_of_text:
-                    parts.append(np.array([end_of_text], dtype=token_type))
+                length = place + len(parts[-1])
+            if parts[-1][-1] != end_of_text:  # the rest is no row
+                parts.append(np.full(2, end_of_text, dtype=token_type))
             texts.append(np.concatenate(parts))
         return Documents(doc_ids[firsts], np.array([hash_of(text) for text in texts], dtype=np.int64), texts)
     finally:
@@ -413,9 +425,12 @@ def batches_of(sizes, most):
 
 def index_documents(documents, end_of_text, token_type):
     """The arrays of a Segment."""
-    text = np.concatenate([np.array([end_of_text]), *documents.texts]).astype(token_type)
+    text = np.concatenate([np.array([end_of_text], dtype=token_type), *documents.texts], dtype=token_type)
     starts = 1 + np.cumsum([0, *map(len, documents.texts)])
+    is_end = np.append(text == end_of_text, [False, False])
+    is_end[starts[1:-1]] &= False  # of the next document
     order = sort_positions(text, end_of_text)
+    order = order[~(is_end[order.astype(np.int64) + 1] & is_end[order.astype(np.int64) + 2])]  # what follows is missing
     largest = int(text.max())
     return dict(text=text, order=order, shared=count_shared(text, order, end_of_text),
                 following=text[order.astype(np.int64) + 1],

@@ -71,7 +71,7 @@ class Retriever:
         self.hits_kind = f'hits for {self.k} of {self.candidates} {self.reranks}'
         token_type = np.uint16 if tokenizer.n_vocab <= 2**16 else np.int32
         self.row_type = np.dtype([('length', np.int16), ('tokens', token_type, 2 * self.chunk_size)])
-        self.cache = self.matches = None
+        self.cache = None
         self.revision, self.stale_until = '', time.monotonic() + STALE
         self.num_pointers, self.copied = settings.retrieval_pointers, copied
         self.pointers_kind = f'{self.num_pointers} pointers'
@@ -125,7 +125,7 @@ class Retriever:
 
         def find():
             self._follow_matches()
-            return self.matches.find(tokens, doc_ids, self.num_pointers)
+            return self.matches.find(tokens, doc_ids, self.num_pointers, self.copied)
         return self._wait(find)
 
     def longest_runs(self, tokens, doc_ids):
@@ -134,7 +134,7 @@ class Retriever:
         of the collection that is none of the sequence's, doc_ids (B, L): (B, T). Builds an index if pointers need none.
         """
         def find():
-            self.index.follow(self.knowledge_base)
+            self.index.follow(self.knowledge_base, self._follow_revision())
             return self.index.longest_runs(tokens, doc_ids)
         return self._wait(find)
 
@@ -171,7 +171,7 @@ class Retriever:
             if cache:
                 chunks = packed[new].reshape(-1, C * P)
                 cache.put(self.pointers_kind, [(key, chunk.tobytes()) for key, chunk in
-                                                    zip(new_keys, chunks, strict=True)])
+                                               zip(new_keys, chunks, strict=True)])
         pointers = np.empty((B, L * C, P, 3), dtype=np.int32)
         for part, name in enumerate(packed.dtype.names):
             pointers[..., part] = packed[name].reshape(B, L * C, P)

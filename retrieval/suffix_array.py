@@ -143,8 +143,8 @@ def find_matches(text, order, following, document, shared, first, top, is_masked
                 is_excluded = is_masked[number]
                 for x in numbers:
                     is_excluded |= x == number
-                if copied and not is_excluded and length == DEPTH:
-                    place, back, ahead = np.int64(order[entry]), DEPTH, 1
+                if copied and not is_excluded:
+                    place, back, ahead = np.int64(order[entry]), length, 1
                     while back < run[b, t] and text[place - back] == tokens[b, t - back]:
                         back += 1
                     while (t + ahead < T and run[b, t + ahead] == run[b, t] + ahead

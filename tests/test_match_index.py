@@ -142,11 +142,35 @@ def test_copies_of_the_passage_are_left_out_if_they_are_as_long_as_asked_for():
     documents = [np.append(np.concatenate([rng.integers(50, 90, 9), text[a:b], rng.integers(50, 90, 9)]), END)
                  for a, b in ((0, 60), (10, 50), (20, 45))]  # copies of 60, 40 and 25 tokens
     index = InMemory(Documents(np.arange(3), np.arange(3), [d.astype(np.uint16) for d in documents]))
-    doc_ids, t = np.array([[9]]), 40  # more than DEPTH into each
-    weights = [index.find(text[None], doc_ids, 3, copied)[0, t, 0, 1] for copied in (0, 61, 60, 40, 26, 25)]
-    assert weights == [DEPTH] * 5 + [weights[-1]] and weights[-1] < DEPTH
-    runs = [int((index.find(text[None], doc_ids, 1, copied)[0, :, 0, 1] == DEPTH).sum()) for copied in (0, 60, 40, 25)]
-    assert runs == [45, 25, 10, 0]
+    for copied, left in ((61, 60), (60, 40), (41, 40), (40, 25), (25, 0), (0, 60)):
+        pointers = index.find(text[None], np.array([[9]]), 60, copied)[0]
+        is_named = ((pointers[:-1, :, 0] == text[1:, None]) & (pointers[:-1, :, 1] > 0)).any(-1)
+        copies = {60: range(59), 40: range(10, 49), 25: range(20, 44), 0: range(0)}[left]
+        assert is_named[copies].all()
+        outside = [t for t in range(59) if t not in copies and t - 1 not in copies]
+        assert pointers[outside, :, 1].max(initial=0) < 5  # chance alone
+
+
+def test_nothing_is_named_where_tokens_are_missing_and_chunks_stay_where_they_are(settings, retriever):
+    kb, C = retriever.knowledge_base, CHUNK
+    vector = retriever.embedder.embed(['x'])[0]
+    tokens = list(range(100, 100 + 8 * C))
+
+    def row(number, doc_id, position, continued):
+        return dict(id=number, doc_id=doc_id, position=position, document='gaps', text='x', embedding=vector,
+                    tokens=tokens[position * C:(position + 1 + continued) * C])
+    # chunks 0, 3 and 4 are no rows of the first document, and the last one of the second
+    kb.upsert([row(1, 5, 1, True), row(2, 5, 2, True), row(3, 5, 5, True), row(4, 5, 6, False), row(5, 6, 0, False)])
+    kb.flush()
+    end = retriever.tokenizer.eot_token
+    for first, last, named in ((C, 4 * C, True), (5 * C, 7 * C, True), (0, C, True)):
+        query = np.array(tokens[first:last + 1])
+        pointers = retriever.point(query[None, :last - first])[0]
+        for t in range(DEPTH, last - first - 1):
+            assert pointers[t, 0, :2].tolist() == [query[t + 1], DEPTH]
+            length, doc_id, place = retriever.index.where(query, np.array([0]), t)
+            assert length == DEPTH and place == first + t + 1 and doc_id in (5, 6)
+        assert named and end not in pointers[-1, pointers[-1, :, 1] > 1, 0]
 
 
 def test_run_lengths_begin_anew_at_each_document_and_after_an_end_of_text():
@@ -179,7 +203,7 @@ def is_fresh(pointers, retriever, batch, tmp_path):
                        say=lambda text: None)
     index.follow(retriever.knowledge_base)
     run = run_lengths(batch.tokens, batch.doc_ids, retriever.tokenizer.eot_token)
-    lengths, _, _ = index._places(index.segments[0], batch.tokens, batch.doc_ids, run)
+    lengths, _, _ = index.segments[0].places(batch.tokens, batch.doc_ids, run, index.end_of_text)
     is_counted = (lengths == 0).any(-1)
     found = index.find(batch.tokens, batch.doc_ids, retriever.num_pointers)
     shutil.rmtree(tmp_path / 'fresh')
@@ -213,7 +237,7 @@ def test_no_pointer_is_into_a_document_of_its_own_sequence(retriever, settings):
     for batch in (next(stream) for _ in range(5)):
         for segment in retriever.index.segments:
             run = run_lengths(batch.tokens, batch.doc_ids, retriever.tokenizer.eot_token)
-            lengths, _, places = retriever.index._places(segment, batch.tokens, batch.doc_ids, run)
+            lengths, _, places = segment.places(batch.tokens, batch.doc_ids, run, retriever.tokenizer.eot_token)
             numbers = np.searchsorted(segment.starts, places, side='right') - 1
             for b in range(len(batch.tokens)):
                 is_found = np.cumprod(lengths[b] > 0, axis=-1).astype(bool)
@@ -273,7 +297,7 @@ def test_rows_that_are_deleted_or_changed_are_never_pointed_to(retriever, batch,
     assert [s.doc_ids[s.masked].tolist() for s in retriever.index.segments] in ([[gone]], [[]])  # masked, or left out
     assert is_fresh(after, retriever, batch, tmp_path) and not (after == before).all()
     for tokens in batch.tokens:
-        assert retriever.index.where(tokens, np.array([1, 1, 1, 1]), 20, int(tokens[21]))[1] != gone
+        assert retriever.index.where(tokens, np.array([1, 1, 1, 1]), 20)[1] != gone
 
 
 def test_a_document_that_is_masked_is_left_out_when_a_quarter_of_the_segment_is():
@@ -351,7 +375,7 @@ def test_who_comes_second_waits_for_the_index_and_uses_it(settings, tokenizer, b
     for thread in threads:
         thread.join()
     assert len(found) == 3 and all((pointers == found[0]).all() for pointers in found)
-    assert sum('up to date' in text for text in news) == 1
+    assert sum('is up to date after' in text for text in news) == 1
 
 
 @pytest.mark.parametrize('damage', ['cut', 'no manifest', 'half a manifest', 'no segment', 'another version'])
@@ -400,7 +424,7 @@ def test_where_names_the_document_and_the_place_that_a_pointer_was_found_at(retr
     chunks = next(chunks for chunks in dataset.documents() if len(chunks.tokens) > 4)
     tokens = chunks.tokens[1:4].reshape(-1).astype(np.int64)
     retriever.point(tokens[None])
-    length, doc_id, place = retriever.index.where(tokens, np.array([999, 999, 999]), 30, int(tokens[31]))
+    length, doc_id, place = retriever.index.where(tokens, np.array([999, 999, 999]), 30)
     assert (length, doc_id, place) == (DEPTH, int(chunks.doc_ids[0]), CHUNK + 31)
     row, = retriever.knowledge_base.rows_at([(doc_id, place // CHUNK)], ['document', 'tokens']).values()
     assert row['tokens'][place % CHUNK] == tokens[31]

@@ -39,7 +39,7 @@ LATEST = 'latest'
 RANK_STATE = ('stream', 'rng', 'losses', 'targets')  # fields of RunState in rank-N.pt
 COUNTS = {'retrieval_k_neighbors', 'retrieval_pointers'}  # how many there are may change, but not whether
 MAY_DIFFER = {'dropout', *COUNTS}  # fields of RETROConfig that may change after training
-BEFORE = dict(copy_own_context=False, retrieval_pointers=0)  # settings of checkpoints from before there were pointers
+BEFORE = dict(copy_own_context=False, own_context_layers=[], retrieval_pointers=0)  # of checkpoints without pointers
 
 
 @dataclass
@@ -335,6 +335,10 @@ def load_run(out_dir, overrides=()):
                and getattr(settings, key) != checkpoint.settings[key]]
     if changed:
         raise UserError(f'{", ".join(changed)} cannot be changed after training: leave it out')
+    for key in COUNTS:
+        if getattr(settings, key) and not checkpoint.model[key]:
+            raise UserError(f'{key} is {getattr(settings, key)}, and the model was trained with 0, so it reads none: '
+                            f'leave it out')
     device = pick_device(settings.device)
     pick_dtype(settings.dtype, device)  # validates it
     with as_user_error(checkpoint.folder):
