@@ -65,6 +65,12 @@ def make_batch(device, seed=1):
     return [x.to(device) for x in (tokens, neighbors, mask, doc_ids)]
 
 
+def make_pointers(tokens):
+    """Pointers (2, T, 4, 3) int32 that depend on the tokens: distinct ones, some without a match."""
+    named = (tokens[..., None] * 7 + torch.arange(4, device=tokens.device)) % V
+    return torch.stack([named, named % 17, named % 120], dim=-1).int()
+
+
 def check_equality(device):
     """Logits and gradients of all options are the CPU's, in float32."""
     worst = 0.0
@@ -72,7 +78,7 @@ def check_equality(device):
         results = []
         for place in ('cpu', device):
             model, (tokens, neighbors, mask, doc_ids) = make_model(place, options), make_batch(place)
-            logits, loss = model(tokens, tokens.roll(-1, 1), neighbors, mask, doc_ids)
+            logits, loss = model(tokens, tokens.roll(-1, 1), neighbors, mask, doc_ids, make_pointers(tokens))
             loss.backward()
             results.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
         for ours, theirs in zip(*results, strict=True):
@@ -153,11 +159,13 @@ def check_compilation(device):
 
     def losses(called, seed):
         tokens, neighbors, mask, doc_ids = make_batch(device, seed)
+        pointers = make_pointers(tokens)
         with autocast(precision, device):
-            training = called.train()(tokens, tokens, neighbors, mask, doc_ids)[1]
+            training = called.train()(tokens, tokens, neighbors, mask, doc_ids, pointers)[1]
         training.backward()
         with torch.no_grad(), autocast(precision, device):
-            on, off = (called.eval()(tokens, tokens, *given, doc_ids)[1] for given in ((neighbors, mask), (None, None)))
+            on, off = (called.eval()(tokens, tokens, *given[:2], doc_ids, given[2])[1]
+                       for given in ((neighbors, mask, pointers), (None, None, None)))
         return torch.stack([training.detach(), on, off])
 
     for seed in (1, 2, 3):
@@ -177,7 +185,7 @@ def check_nccl(device):
         dist.all_reduce(total)
         model = torch.nn.parallel.DistributedDataParallel(make_model(device, {}))
         tokens, neighbors, mask, doc_ids = make_batch(device)
-        model(tokens, tokens, neighbors, mask, doc_ids)[1].backward()
+        model(tokens, tokens, neighbors, mask, doc_ids, make_pointers(tokens))[1].backward()
         gradients = all(p.grad is not None for p in model.parameters() if p.requires_grad)
         dist.destroy_process_group()
         Path(file.name).touch()

@@ -24,7 +24,7 @@ def reported(populated, tmp_path_factory):
     text = (folder / 'config.py').read_text() + (EVIL + 'for line in file:\n    print(line)\n') * 20
     lines = [dict(id=f'<b>{i}</b>', text=(EVIL + text) * 2) for i in range(3)]
     (folder / 'evil.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
-    run('-m', 'evaluation', '--data=evil.jsonl', '--passages=4', folder=folder)
+    run('-m', 'evaluation', '--data=evil.jsonl', '--passages=30', folder=folder)
     return folder
 
 
