@@ -44,7 +44,7 @@ $(RUN)/trained: config/quickstart.py out/populated
 
 # The same decoder without retrieval, to compare with.
 $(GPT)/trained: config/quickstart.py out/populated
-	$(PY) train.py config/quickstart.py --use_retrieval=False --out_dir=$(GPT) \
+	$(PY) train.py config/quickstart.py --use_retrieval=False --out_dir=$(GPT) --eval_interval=600 \
 	    $$(test -e $(GPT)/trained -o ! -e $(GPT)/checkpoints/latest || echo --init_from=resume)
 	@touch $@
 

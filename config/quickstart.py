@@ -2,7 +2,7 @@
 from data.documents import DatasetConfig
 
 out_dir = 'out/quickstart'
-eval_interval = 200
+eval_interval = 300
 eval_tokens = 80_000
 log_interval = 10
 
