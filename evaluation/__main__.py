@@ -12,6 +12,7 @@ of them can be overridden, e.g. --retrieval_milvus_uri=... or --multiple_choice_
 import argparse
 import math
 import os
+import sys
 import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -94,8 +95,8 @@ def main(cleanup):
     corpus = read_corpus(open_datasets(configs, tokenizer, settings), tokenizer, arguments.max_tokens)
     retriever = None
     if use_retrieval:
-        retriever = cleanup.enter_context(closing(Retriever(settings, tokenizer, device, show_progress=True,
-                                                            copied=arguments.without_copies)))
+        retriever = cleanup.enter_context(closing(Retriever(
+            settings, tokenizer, device, show_progress=sys.stderr.isatty(), copied=arguments.without_copies)))
 
     keep_freed_memory()
     started = time.perf_counter()
