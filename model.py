@@ -20,7 +20,7 @@ from torch.nn import functional as F
 COPY_HEADS = 2  # of CopyAttention; more are no better, and each costs a pass over the scores
 POINTER_HEADS = 2  # of OwnContext
 LONGEST = 16  # tokens that a pointer's match counts at most
-OCTAVE = 8  # parts of an octave that a pointer's share is told in
+OCTAVE = 8  # a pointer's share is given as -OCTAVE * log2(share), rounded
 SHARES = 32  # buckets of shares, of half an octave each
 OWN_POINTERS = 8  # of a token's own context
 OWN_LENGTHS = (1, 2, 3, 4, 6, 8)  # of the runs that are looked for in it, in tokens

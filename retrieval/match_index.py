@@ -428,7 +428,7 @@ def index_documents(documents, end_of_text, token_type):
     text = np.concatenate([np.array([end_of_text], dtype=token_type), *documents.texts], dtype=token_type)
     starts = 1 + np.cumsum([0, *map(len, documents.texts)])
     is_end = np.append(text == end_of_text, [False, False])
-    is_end[starts[1:-1]] &= False  # of the next document
+    is_end[starts[1:-1]] = False  # of the next document
     order = sort_positions(text, end_of_text)
     order = order[~(is_end[order.astype(np.int64) + 1] & is_end[order.astype(np.int64) + 2])]  # what follows is missing
     largest = int(text.max())

@@ -12,11 +12,11 @@ import numpy as np
 
 DEPTH = 16  # tokens that a match counts at most
 PLACES = 256  # of the longest matches, that are counted for a position
-STRIDE = 64  # entries between those whose first tokens are kept side by side, to search in first
+STRIDE = 64  # every STRIDE-th entry is also in a small table, which the binary search begins with
 TABLE = 1024  # slots of the hash table of distinct tokens: a power of two, at least twice PLACES
-NOVELTY = 8.0  # how much each distinct next token counts for others, not seen yet
-OCTAVE = 8  # parts of an octave that a share is told in
-LEAST_SHARE = 127  # such parts below all: lower ones are told as it
+NOVELTY = 8.0  # weight of each distinct next token in the back-off to shorter matches
+OCTAVE = 8  # a share is given as -OCTAVE * log2(share), rounded
+LEAST_SHARE = 127  # the largest such value; smaller shares are clipped to it
 
 
 def njit(function):

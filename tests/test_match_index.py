@@ -163,14 +163,14 @@ def test_nothing_is_named_where_tokens_are_missing_and_chunks_stay_where_they_ar
     kb.upsert([row(1, 5, 1, True), row(2, 5, 2, True), row(3, 5, 5, True), row(4, 5, 6, False), row(5, 6, 0, False)])
     kb.flush()
     end = retriever.tokenizer.eot_token
-    for first, last, named in ((C, 4 * C, True), (5 * C, 7 * C, True), (0, C, True)):
+    for first, last in ((C, 4 * C), (5 * C, 7 * C), (0, C)):
         query = np.array(tokens[first:last + 1])
         pointers = retriever.point(query[None, :last - first])[0]
         for t in range(DEPTH, last - first - 1):
             assert pointers[t, 0, :2].tolist() == [query[t + 1], DEPTH]
             length, doc_id, place = retriever.index.where(query, np.array([0]), t)
             assert length == DEPTH and place == first + t + 1 and doc_id in (5, 6)
-        assert named and end not in pointers[-1, pointers[-1, :, 1] > 1, 0]
+        assert end not in pointers[-1, pointers[-1, :, 1] > 1, 0]
 
 
 def test_run_lengths_begin_anew_at_each_document_and_after_an_end_of_text():
