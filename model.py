@@ -172,9 +172,13 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, context, mask=None):
         """x (N, S, D) attends to context (N, M, D); mask broadcasts to (N, heads, S, M): True attends."""
-        q = split_heads(self.c_q(x), self.n_head)
-        k, v = (split_heads(y, self.n_head) for y in self.c_kv(context).chunk(2, dim=-1))
-        y = attend(q, k, v, mask, dropout=self.dropout if self.training else 0.0)
+        return self.read(x, *self.keys_values(context), mask)
+
+    def keys_values(self, context):
+        return [split_heads(y, self.n_head) for y in self.c_kv(context).chunk(2, dim=-1)]
+
+    def read(self, x, k, v, mask=None):
+        y = attend(split_heads(self.c_q(x), self.n_head), k, v, mask, dropout=self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(join_heads(y)))
 
 
@@ -198,6 +202,7 @@ class NeighborContext(NamedTuple):
     keys: torch.Tensor | None  # (N, M, D); to copy from (N, heads, M, d + 2)
     values: torch.Tensor | None  # to copy from: (N, heads, M, d)
     matches: torch.Tensor | None  # to copy from: (N, C, M)
+    is_chunk: torch.Tensor | None = None  # for an encoder: (N, C) the chunk has a token there; None: everywhere
 
 
 class EncoderBlock(nn.Module):
@@ -215,13 +220,14 @@ class EncoderBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask, chunks):
-        """x (N, K, R, D) and mask (N, K, R) of the neighbors; chunks (N, C, D) that retrieved them."""
+    def forward(self, x, mask, chunks, is_chunk=None):
+        """x (N, K, R, D) and mask (N, K, R) of the neighbors; chunks (N, C, D) that retrieved them, is_chunk (N, C)."""
         N, K, R, D = x.shape
         x = x + self.attn(self.ln_1(x).view(N * K, R, D), mask.view(N * K, 1, 1, R)).view(N, K, R, D)
         if self.attends_to_chunk:
             queries = self.ln_cross(x).view(N, K * R, D)
-            x = x + self.cross(queries, self.ln_chunk(chunks)).view(N, K, R, D)
+            chunk_mask = None if is_chunk is None else is_chunk[:, None, None]
+            x = x + self.cross(queries, self.ln_chunk(chunks), chunk_mask).view(N, K, R, D)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -239,12 +245,12 @@ class Encoder(nn.Module):
                                 for i in range(config.retrieval_encoder_layers)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
-    def forward(self, embeddings, mask, chunks):
+    def forward(self, embeddings, mask, chunks, is_chunk=None):
         """embeddings (N, K, R, D) and mask (N, K, R) of the neighbors, chunks (N, C, D), to (N, M, D)."""
         x = self.drop(embeddings + self.wpe.weight[:embeddings.shape[2]])
         mask = mask | ~mask.any(-1, keepdim=True)  # an absent neighbor attends to itself: no softmax over nothing
         for block in self.h:
-            x = block(x, mask, chunks)
+            x = block(x, mask, chunks, is_chunk)
         return self.ln_f(x).flatten(1, 2)
 
 
@@ -295,21 +301,29 @@ def copy_keys(encoded, mask):
     return torch.cat([keys, flags[:, None].expand(N, COPY_HEADS, M, 2)], dim=-1)
 
 
-def count_matches(tokens, neighbors, chunk_size, longest):
+def count_matches(windows, neighbors, longest):
     """
-    Match lengths: how many consecutive tokens agree, going back from a position of tokens (B, T) and one of neighbors
-    (B, L, K, R), at most `longest`. (B, L, C, M) int8, for the last token of each chunk and the C - 1 tokens after it.
+    Match lengths: how many consecutive tokens agree, going back from a position and one of its neighbors' (N, K, R), at
+    most `longest`. The positions are the last S of windows (N, longest + S); -1 agrees with nothing. (N, S, M) int8.
     """
-    T, L, C, R = tokens.shape[1], neighbors.shape[1], chunk_size, neighbors.shape[3]
-    tokens = F.pad(tokens, (longest, max(0, C - 1 + L * C - T)), value=-1)  # -1 agrees with nothing
-    windows = tokens[:, C - 1:].unfold(1, C + longest, C)[:, :L]  # (B, L, C + longest)
-    equal = windows[..., None, None] == neighbors[:, :, None]  # (B, L, C + longest, K, R)
-    agrees = torch.ones_like(equal[:, :, :C])  # so far
+    S, R = windows.shape[1] - longest, neighbors.shape[2]
+    equal = windows[..., None, None] == neighbors[:, None]  # (N, longest + S, K, R)
+    agrees = torch.ones_like(equal[:, :S])  # so far
     count = agrees.new_zeros(agrees.shape, dtype=torch.int8)
     for i in range(longest):  # the i-th token before each
-        agrees = agrees & F.pad(equal[:, :, longest - i:longest - i + C, :, :R - i], (i, 0))
+        agrees = agrees & F.pad(equal[:, longest - i:longest - i + S, :, :R - i], (i, 0))
         count = count + agrees
-    return count.flatten(3)
+    return count.flatten(2)
+
+
+def chunk_windows(tokens, L, chunk_size, longest):
+    """
+    The tokens (B, T) that read the neighbors of each of L chunks, its last one and the C - 1 after it, with the
+    `longest` before them: (B * L, longest + C), -1 where there is none.
+    """
+    T, C = tokens.shape[1], chunk_size
+    tokens = F.pad(tokens, (longest, max(0, C - 1 + L * C - T)), value=-1)
+    return tokens[:, C - 1:].unfold(1, C + longest, C)[:, :L].flatten(0, 1)
 
 
 class OwnContext(nn.Module):
@@ -404,7 +418,8 @@ def own_pointers(tokens, doc_ids=None):
     places = torch.stack(places, dim=-1)  # (B, lengths, T, OWN_PLACES)
     lengths = torch.tensor(OWN_LENGTHS[:places.shape[1]], device=tokens.device)
     # a place of a long run is one of its shorter ones, too: together they count e^(GROWTH * length)
-    weights = torch.exp(GROWTH * lengths) - F.pad(torch.exp(GROWTH * lengths[:-1]), (1, 0))
+    # rounded, so that sums are exact and equal shares are equal
+    weights = (64 * (torch.exp(GROWTH * lengths) - F.pad(torch.exp(GROWTH * lengths[:-1]), (1, 0)))).round()
     lengths, weights = (x.repeat_interleave(places.shape[-1]) for x in (lengths, weights))  # (M,)
     places = places.transpose(1, 2).flatten(2)  # (B, T, M)
     is_place = places >= 0
@@ -413,7 +428,9 @@ def own_pointers(tokens, doc_ids=None):
     weights = weights * is_place
     share = (is_same * weights[..., None, :]).sum(-1) * (is_place & ~is_same.tril(-1).any(-1))  # each token once
     longest = (is_same * (lengths * is_place).to(torch.int8)[..., None, :]).amax(-1)
-    share, best = share.topk(min(OWN_POINTERS, share.shape[-1]), dim=-1)
+    preference = share - torch.arange(share.shape[-1], device=share.device) / 64  # of equal shares the first
+    best = preference.topk(min(OWN_POINTERS, share.shape[-1]), dim=-1).indices
+    share = share.gather(-1, best)
     parts = -OCTAVE * (share / weights.sum(-1, keepdim=True).clamp_min(1e-9)).clamp(1e-9, 1).log2()
     pointers = (found.gather(-1, best), longest.gather(-1, best), parts.round())
     pointers = torch.stack([x.long() for x in pointers], dim=-1)
@@ -475,7 +492,7 @@ class Block(nn.Module):
             if self.encoder is not None:
                 B, L = neighbors.found.shape
                 chunks = x[:, :L * self.cca.chunk_size].reshape(B * L, self.cca.chunk_size, -1)
-                keys = self.encoder(neighbors.embeddings, neighbors.mask, chunks)
+                keys = self.encoder(neighbors.embeddings, neighbors.mask, chunks, neighbors.is_chunk)
                 if self.cca.copies:
                     keys = copy_keys(keys.to(neighbors.values.dtype), neighbors.mask)
                 neighbors = neighbors._replace(keys=keys)
@@ -567,26 +584,32 @@ class RETRO(nn.Module):
         # a token has one pointer at most; those without a match add nothing to their token, 0
         return log_p.scatter_reduce(-1, tokens, torch.logaddexp(log_p.gather(-1, tokens), scores), 'amax')
 
-    def hidden(self, tokens, neighbors=None, neighbor_mask=None, doc_ids=None):
-        """The final activations (B, T, D), before lm_head. The arguments are those of forward."""
+    def hidden(self, tokens, neighbors=None, neighbor_mask=None, doc_ids=None, padding=0):
+        """
+        The final activations (B, T, D), before lm_head. The arguments are those of forward, and `padding`, the number of
+        tokens at the start that are none: nothing attends to them, and positions count from the first real one.
+        """
         c, T, mask = self.config, tokens.shape[1], None
-        if T > c.block_size:
-            raise ValueError(f'{T} tokens are more than block_size {c.block_size}')
+        if T - padding > c.block_size:
+            raise ValueError(f'{T - padding} tokens are more than block_size {c.block_size}')
         x = self.transformer.wte(tokens)
         if doc_ids is not None:
             mask = document_starts(doc_ids, c.retrieval_chunk_size)
             doc_ids = F.pad((doc_ids[:, 1:] != doc_ids[:, :-1]).cumsum(1), (1, 0))  # a document that recurs is another
             doc_ids = doc_ids.repeat_interleave(c.retrieval_chunk_size, dim=1)  # (B, T)
-            if (self.training and c.dropout) or not takes_documents(x.device.type, to_autocast_dtype(x).dtype,
-                                                                    c.n_embd // c.n_head):
-                mask = (doc_ids[:, :, None] == doc_ids[:, None, :]).tril()[:, None]  # (B, 1, T, T)
-        own = self.read_own_context(tokens, doc_ids) if c.copy_own_context else None
+        elif padding:  # a document of its own
+            doc_ids = (torch.arange(T, device=tokens.device) >= padding).long().expand_as(tokens)
+        if doc_ids is not None and (padding or (self.training and c.dropout) or not takes_documents(
+                x.device.type, to_autocast_dtype(x).dtype, c.n_embd // c.n_head)):
+            mask = (doc_ids[:, :, None] == doc_ids[:, None, :]).tril()[:, None]  # (B, 1, T, T)
+        own = (self.pointer_tables(), own_pointers(tokens, doc_ids)) if c.copy_own_context else None
         is_read = neighbors is not None and c.has_neighbors and neighbors.shape[1] > 0
-        neighbors = self.read_neighbors(tokens, neighbors, neighbor_mask) if is_read else None
+        if is_read:
+            neighbors = self.read_neighbors(tokens, neighbors, neighbor_mask, padding)
         x = self.mix_tokens(x, doc_ids)
-        x = self.transformer.drop(x + self.transformer.wpe.weight[:T])
+        x = self.transformer.drop(x + F.pad(self.transformer.wpe.weight[:T - padding], (0, 0, padding, 0)))
         for block in self.transformer.h:
-            x, neighbors = block(x, mask, own, neighbors)
+            x, neighbors = block(x, mask, own, neighbors if is_read else None)
         return self.transformer.ln_f(x)
 
     def mix_tokens(self, x, doc_ids=None):
@@ -604,19 +627,34 @@ class RETRO(nn.Module):
             earlier.append(y)
         return x + self.mix(torch.cat(earlier, dim=-1))
 
-    def read_own_context(self, tokens, doc_ids):
-        """What OwnContext takes: tables (V, d) of normalized embeddings for each head, and own_pointers."""
+    def pointer_tables(self):
+        """What OwnContext reads of a pointer's token: tables (V, d) of normalized embeddings, one for each head."""
         weight = self.transformer.wte.weight.detach().float()  # without gradients, which are not worth the time
-        values = F.layer_norm(weight, weight.shape[-1:]).chunk(POINTER_HEADS, dim=-1)
-        return [x.contiguous() for x in values], own_pointers(tokens, doc_ids)
+        return [x.contiguous() for x in F.layer_norm(weight, weight.shape[-1:]).chunk(POINTER_HEADS, dim=-1)]
 
-    def read_neighbors(self, tokens, neighbors, neighbor_mask):
-        """tokens (B, T), neighbors (B, L, K, R) and their mask, to a NeighborContext. An encoder's keys come later."""
-        c = self.config
-        found, mask = neighbor_mask.flatten(2).any(-1), neighbor_mask.flatten(0, 1)
+    def read_neighbors(self, tokens, neighbors, neighbor_mask, padding=0):
+        """
+        What the blocks need to read the neighbors (B, L, K, R) of the chunks of tokens (B, T), of which the first
+        `padding` are none: a NeighborContext. An encoder's keys come later.
+        """
+        c, L = self.config, neighbors.shape[1]
+        longest = min(c.retrieval_longest_match, c.retrieval_chunk_size)  # the chunk before may be another document's
+        tokens = F.pad(tokens[:, padding:], (padding, 0), value=-1)  # matches nothing
+        windows = chunk_windows(tokens, L, c.retrieval_chunk_size, longest)
+        is_chunk = None
+        if c.has_encoder and padding:
+            is_chunk = tokens[:, :L * c.retrieval_chunk_size].reshape(-1, c.retrieval_chunk_size) >= 0
+        neighbors, mask = neighbors.flatten(0, 1), neighbor_mask.flatten(0, 1)
+        context = self.neighbor_context(neighbors, mask)
+        matches = self.match_neighbors(windows, neighbors, mask).to(context.values.dtype) if c.retrieval_copy else None
+        return context._replace(found=context.found.view(-1, L), matches=matches, is_chunk=is_chunk)
+
+    def neighbor_context(self, neighbors, mask):
+        """The NeighborContext of neighbors (N, K, R) and their mask, whoever reads them; found is (N,)."""
+        c, found = self.config, mask.flatten(1).any(-1)
         # without an encoder no gradient goes through the neighbors' embeddings: the gain is not worth the time
         with torch.set_grad_enabled(c.has_encoder and torch.is_grad_enabled()):
-            plain = to_autocast_dtype(self.transformer.wte(neighbors.flatten(0, 1)))  # (N, K, R, D)
+            plain = to_autocast_dtype(self.transformer.wte(neighbors))  # (N, K, R, D)
             embeddings = self.mix_tokens(plain)
             keys = None
             if not c.has_encoder:
@@ -626,10 +664,12 @@ class RETRO(nn.Module):
             return NeighborContext(found, mask, embeddings, keys, None, None)
         values = F.layer_norm(plain.detach(), plain.shape[-1:]).to(plain.dtype)
         values = F.pad(values[..., 1:, :], (0, 0, 0, 1)).flatten(1, 2)  # of the token after each: (N, M, D)
-        longest = min(c.retrieval_longest_match, c.retrieval_chunk_size)  # the chunk before may be another document's
-        matches = count_matches(tokens, neighbors, c.retrieval_chunk_size, longest).flatten(0, 1)  # (N, C, M)
-        matches = (matches * has_next(mask)[:, None]).to(plain.dtype)
-        return NeighborContext(found, mask, embeddings, keys, split_heads(values, COPY_HEADS).contiguous(), matches)
+        return NeighborContext(found, mask, embeddings, keys, split_heads(values, COPY_HEADS).contiguous(), None)
+
+    def match_neighbors(self, windows, neighbors, mask):
+        """Match lengths (N, S, M) as of count_matches, 0 where there is nothing to copy."""
+        longest = min(self.config.retrieval_longest_match, self.config.retrieval_chunk_size)
+        return count_matches(windows, neighbors, longest) * has_next(mask)[:, None]
 
     @classmethod
     def from_pretrained(cls, name, **overrides):
@@ -705,27 +745,32 @@ class RETRO(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, retrieve=None, point=None, temperature=1.0, top_k=None,
-                 end_of_text=None, allowed=None, generator=None):
+                 end_of_text=None, allowed=None, generator=None, padding=0):
         """
-        Continue tokens (B, T), which start on the chunk grid, by up to max_new_tokens each: (B, T + n). `retrieve` is
-        called once for each newly completed chunk (B, 1, C), and returns its neighbors (B, 1, K, R) and their mask.
-        `point` is called for each new token with the last ones, up to LONGEST, (B, n), and returns their pointers
-        (B, n, P, 3).
+        Continue tokens (B, T), which start on the chunk grid, by up to max_new_tokens each: (B, T + n). The first
+        `padding` of them, less than a chunk, are none. `retrieve` is called once for each newly completed chunk
+        (B, 1, C), -1 where it has no token, and returns its neighbors (B, 1, K, R) and their mask. `point` is called for
+        each new token with the last ones, up to LONGEST, (B, n), and returns their pointers (B, n, P, 3).
         Temperature 0 takes the most likely token. Stops early when all have reached `end_of_text`. Only ids in
-        `allowed` (n,) bool are chosen: others pad the embedding, or are gaps in the vocabulary.
+        `allowed` (n,) bool are chosen: others pad the embedding, or are gaps in the vocabulary. Slow, and plain: the
+        whole window is computed for every token. generation/engine.py does the same fast.
         """
-        C, block_size = self.config.retrieval_chunk_size, self.config.block_size
+        block_size = self.config.block_size
+        C = min(self.config.retrieval_chunk_size, block_size)
         neighbors, masks, ended = [], [], torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
             while retrieve and (len(neighbors) + 1) * C <= tokens.shape[1]:
-                found, mask = retrieve(tokens[:, None, len(neighbors) * C:(len(neighbors) + 1) * C])
+                chunk = tokens[:, None, len(neighbors) * C:(len(neighbors) + 1) * C].clone()
+                if not neighbors:
+                    chunk[..., :padding] = -1
+                found, mask = retrieve(chunk)
                 neighbors.append(found)
                 masks.append(mask)
             first = max(0, math.ceil((tokens.shape[1] - block_size) / C))  # whole chunks leave the window
             visible = [torch.cat(x[first:], 1) for x in (neighbors, masks)] if neighbors[first:] else []
-            read = tokens[:, first * C:]
-            x = self.hidden(read, *visible)[:, -1:]
-            logits = self.predict(x, point(read[:, -LONGEST:])[:, -1:] if point else None)[:, 0].float()
+            read, absent = tokens[:, first * C:], padding if first == 0 else 0
+            x = self.hidden(read, *visible, padding=absent)[:, -1:]
+            logits = self.predict(x, point(read[:, absent:][:, -LONGEST:])[:, -1:] if point else None)[:, 0].float()
             if allowed is not None:
                 logits = logits[:, :len(allowed)].masked_fill(~allowed, -math.inf)
             if temperature == 0:

@@ -301,6 +301,26 @@ class MatchIndex:
         return best
 
 
+    def continue_run(self, tokens, count):
+        """
+        How the longest run of the last of tokens (T,) goes on: its length, and up to `count` tokens (m,) of the place
+        whose next token most places of as long a run share. A document's end ends it.
+        """
+        run = run_lengths(tokens[None], np.zeros((1, 1), dtype=np.int64), self.end_of_text)
+        run[:, :-1] = 0  # only the last position is looked up
+        longest, following = 0, tokens[:0]
+        for segment in self.segments:
+            lengths, next_tokens, places = (a[0, -1] for a in segment.places(
+                tokens[None], np.zeros((1, 1), dtype=np.int64), run, self.end_of_text))
+            if lengths[0] > longest:
+                longest, is_longest = int(lengths[0]), lengths == lengths[0]
+                values, first, votes = np.unique(next_tokens[is_longest], return_index=True, return_counts=True)
+                place = places[is_longest][first[votes.argmax()]] + 1
+                following = segment.text[place:place + count].astype(np.int64)
+        ends = np.flatnonzero(following == self.end_of_text)
+        return longest, following[:ends[0]] if len(ends) else following
+
+
 def describe_revision(knowledge_base):
     """What an index is of: the collection's revision, and its size, which other programs may change."""
     revision = knowledge_base.revision()

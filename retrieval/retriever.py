@@ -8,6 +8,7 @@ Looks up where the last tokens of each position stand in the knowledge base (mat
 """
 import hashlib
 import itertools
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -73,6 +74,7 @@ class Retriever:
         self.row_type = np.dtype([('length', np.int16), ('tokens', token_type, 2 * self.chunk_size)])
         self.cache = None
         self.revision, self.stale_until = '', time.monotonic() + STALE
+        self.followed_at = -math.inf  # when the exact-match index was last seen to be up to date
         self.num_pointers, self.copied = settings.retrieval_pointers, copied
         self.pointers_kind = f'{self.num_pointers} pointers'
         self.pointer_type = np.dtype([('token', token_type), ('length', np.uint8), ('share', np.uint8)])
@@ -109,22 +111,25 @@ class Retriever:
 
     def retrieve_for_text(self, chunks):
         """
-        The Neighbors of chunks (B, L, C) of a text that is no document of the collection. A chunk that holds the end
-        of a document is its last and gets none.
+        The Neighbors of chunks (B, L, C) of a text that is no document of the collection; -1 where a chunk has no token.
+        A chunk that holds the end of a document is its last and gets none.
         """
         doc_ids = np.zeros(chunks.shape[:2], dtype=np.int64)
         return self.retrieve(chunks, doc_ids, (chunks == self.tokenizer.eot_token).any(-1))
 
-    def point(self, tokens, doc_ids=None):
+    def point(self, tokens, doc_ids=None, patience=0.0):
         """
         The pointers (B, T, P, 3) of sequences tokens (B, T) into the documents that are none of theirs, doc_ids (B, L);
-        as RETRO.forward has them. Without doc_ids the tokens are of no document of the collection.
+        as RETRO.forward has them. Without doc_ids the tokens are of no document of the collection. Milvus is asked for
+        changes unless it was less than `patience` seconds ago.
         """
         if doc_ids is None:
             doc_ids = np.zeros((len(tokens), 1), dtype=np.int64)
 
         def find():
-            self._follow_matches()
+            if time.monotonic() >= self.followed_at + patience:
+                self._follow_matches()
+                self.followed_at = time.monotonic()
             return self.matches.find(tokens, doc_ids, self.num_pointers, self.copied)
         return self._wait(find)
 
@@ -280,7 +285,7 @@ class Retriever:
     def _vectors(self, chunks, wanted):
         """The embeddings (n, D) of the unique chunks `wanted` (n,): those of the collection's rows, or computed."""
         missing = np.unique(wanted[np.isnan(chunks.vectors[wanted, 0])])
-        texts = [self.tokenizer.decode(tokens) for tokens in chunks.tokens[missing].tolist()]
+        texts = [self.tokenizer.decode([t for t in tokens if t >= 0]) for tokens in chunks.tokens[missing].tolist()]
         rows = {} if chunks.ids is None else self.knowledge_base.rows(chunks.ids[missing], ['text', 'embedding'],
                                                                       self._is_stale())
         unknown = []
