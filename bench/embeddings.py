@@ -8,8 +8,8 @@ match is the right one if any of them is taken, and if one of the document that 
     python bench/embeddings.py config/quickstart.py config/peps.py --tokenizer=gpt2 --models=static,all-MiniLM-L6-v2
 
 'static' is fitted on the documents (retrieval.static_embedding); the others are names or folders of sentence-
-transformers. --chunks=10000 limits the documents. Prints a table and one JSON line; writes into out_dir/embeddings. What
-is there already is not done again.
+transformers. --chunks=10000 limits the documents. Prints a table and one JSON line; writes into out_dir/embeddings.
+What is there already is not done again.
 """
 import json
 import math
@@ -74,7 +74,8 @@ def fill(arguments, model, folder):
     path = f'{folder}/populated.txt'
     if not os.path.exists(path):
         if model == 'static':
-            run('-m', 'retrieval.static_embedding', *arguments)
+            # it has a tokenizer of its own, that of the corpus
+            run('-m', 'retrieval.static_embedding', *[a for a in arguments if not a.startswith('--tokenizer=')])
         answer = run('-m', 'retrieval.populate', *arguments)
         Path(path).write_text(answer)
     found, = re.findall(r'embed ([\d,]+)', Path(path).read_text())
@@ -157,21 +158,26 @@ def main():
     documents = take_documents(settings, tokenizer, int(flags.get('chunks', 10000)), folder)
     arguments += [f"--train_datasets=['{documents}']", f'--retrieval_cache_dir={folder}/neighbors',
                   f'--retrieval_matches_dir={folder}/matches']
-    report = {}
+    report, given = {'GPT': {}, 'pointers alone': {}}, {}
     for model in flags['models'].split(','):
         name = os.path.basename(model.rstrip('/'))
         path = f'{folder}/{name}'
         os.makedirs(path, exist_ok=True)
-        given = [*arguments, f'--retrieval_milvus_uri={path}/milvus.db', f'--retrieval_embedding_model='
-                 f'{path}/embedding' if model == 'static' else f'--retrieval_embedding_model={model}']
-        report[name] = found = dict(chunks_per_s=fill(given, model, path))
-        if 'GPT' not in report:
-            report = {'GPT': dict(bpb=train(given, f'{folder}/gpt', use_retrieval=False)), 'pointers alone': dict(
-                bpb=train(given, f'{folder}/pointers', retrieval_k_neighbors=0)), **report}
+        embedding = f'{path}/embedding' if model == 'static' else model
+        given[name] = [*arguments, f'--retrieval_milvus_uri={path}/milvus.db',
+                       f'--retrieval_embedding_model={embedding}']
+        report[name] = found = dict(chunks_per_s=fill(given[name], model, path))
         found['predicted'], found['guided'], found['guided_targets'] = look(
-            load_settings([*given, '--retrieval_k_neighbors=2']), tokenizer)
-        found['bpb'] = train(given, f'{path}/neighbors_alone', retrieval_k_neighbors=2, retrieval_pointers=0)
-        found['bpb_with_pointers'] = train(given, f'{path}/both', retrieval_k_neighbors=2)
+            load_settings([*given[name], '--retrieval_k_neighbors=2']), tokenizer)
+        print(name, found, file=sys.stderr)
+    any_of_them = next(iter(given.values()))
+    report['GPT']['bpb'] = train(any_of_them, f'{folder}/gpt', use_retrieval=False)
+    report['pointers alone']['bpb'] = train(any_of_them, f'{folder}/pointers', retrieval_k_neighbors=0)
+    for name in given:
+        path = f'{folder}/{name}'
+        report[name]['bpb'] = train(given[name], f'{path}/neighbors_alone', retrieval_k_neighbors=2,
+                                    retrieval_pointers=0)
+        report[name]['bpb_with_pointers'] = train(given[name], f'{path}/both', retrieval_k_neighbors=2)
     print(f'{"":<24}{"chunks/s":>10}{"predicted":>11}{"bpb":>9}{"with pointers":>15}   of {LENGTHS} tokens: right if '
           f'any is taken, and if guided')
     for name, found in report.items():
