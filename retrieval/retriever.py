@@ -152,7 +152,8 @@ class Retriever:
         """Pointers are remembered by chunk. A sequence of which one is missing is looked up as a whole."""
         cache = None if self.copied else self.cache  # what is left out depends on what follows, too
         keys = [pointer_keys(batch.tokens, batch.doc_ids, self.tokenizer.eot_token) for batch in batches]
-        cached = cache.get(self.pointers_kind, [key for lines in keys for line in lines for key in line]) if cache else {}
+        every = [key for lines in keys for line in lines for key in line]
+        cached = cache.get(self.pointers_kind, every) if cache else {}
         complete, found = [], []  # a commit of the cache takes a millisecond: one for all batches
         for batch, lines in zip(batches, keys, strict=True):
             (B, L), C, P = batch.doc_ids.shape, self.chunk_size, self.num_pointers
