@@ -57,8 +57,8 @@ def read_prompts(path):
                         raise ValueError(f'line {number} has no text in "prompt"')
                     prompts.append(entry['prompt'].encode('utf-8', 'replace').decode())
     except (OSError, ValueError) as error:
-        raise UserError(f'--prompts: {path!r} cannot be read ({getattr(error, "strerror", None) or error}): name a file '
-                        f'with {{"prompt": "text"}} in each line') from error
+        raise UserError(f'--prompts: {path!r} cannot be read ({getattr(error, "strerror", None) or error}): name a '
+                        f'file with {{"prompt": "text"}} in each line') from error
     if not prompts:
         raise UserError(f'--prompts: {path!r} is empty: write {{"prompt": "text"}} into its lines')
     return prompts

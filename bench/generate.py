@@ -1,8 +1,8 @@
 """
-How fast text is written: tokens/s and milliseconds a token of generation/engine.py, and of RETRO.generate, which computes
-the whole window anew for every token; at batch 1 and 8, with retrieval off and live, with drafts and without. Two
-models: the trained quickstart's, and one of 12 layers, 256 wide, with a window of 1,024 tokens, untrained, which copies
-from the same collection.
+How fast text is written: tokens/s and milliseconds a token of generation/engine.py, and of RETRO.generate, which
+computes the whole window anew for every token; at batch 1 and 8, with retrieval off and live, with drafts and without.
+Two models: the trained quickstart's, and one of 12 layers, 256 wide, with a window of 1,024 tokens, untrained, which
+copies from the same collection.
 
     python bench/generate.py --out_dir=out/quickstart [--quick]
 

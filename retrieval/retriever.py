@@ -116,11 +116,11 @@ class Retriever:
         doc_ids = np.zeros(chunks.shape[:2], dtype=np.int64)
         return self.retrieve(chunks, doc_ids, (chunks == self.tokenizer.eot_token).any(-1))
 
-    def point(self, tokens, doc_ids=None, patience=0.0):
+    def point(self, tokens, doc_ids=None, patience=0.0, last=None):
         """
         The pointers (B, T, P, 3) of sequences tokens (B, T) into the documents that are none of theirs, doc_ids (B, L);
-        as RETRO.forward has them. Without doc_ids the tokens are of no document of the collection. Milvus is asked for
-        changes unless it was less than `patience` seconds ago.
+        as RETRO.forward has them; those of the `last` positions, if it is given. Without doc_ids the tokens are of no
+        document of the collection. Milvus is asked for changes unless it was less than `patience` seconds ago.
         """
         if doc_ids is None:
             doc_ids = np.zeros((len(tokens), 1), dtype=np.int64)
@@ -129,7 +129,7 @@ class Retriever:
             if time.monotonic() >= self.followed_at + patience:
                 self._follow_matches()
                 self.followed_at = time.monotonic()
-            return self.matches.find(tokens, doc_ids, self.num_pointers, self.copied)
+            return self.matches.find(tokens, doc_ids, self.num_pointers, self.copied, last)
         return self._wait(find)
 
     def longest_runs(self, tokens, doc_ids):
