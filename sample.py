@@ -118,7 +118,6 @@ def main():
     elif arguments.interactive:
         prompts = []
     elif arguments.start is None:
-        print('no --start is given: starting from a line end', file=sys.stderr)
         prompts = ['\n']
     else:
         prompts = [read_text(arguments.start, '--start')]
@@ -133,6 +132,8 @@ def main():
                       file=sys.stderr)
         elif model.config.use_retrieval and arguments.retrieval == 'on':
             source = CollectionSource(cleanup.enter_context(contextlib.closing(Retriever(settings, tokenizer))))
+        if prompts == ['\n']:
+            print('no --start is given: starting from a line end', file=sys.stderr)
         engine = Engine(model, tokenizer, slots=min(BATCH, max(1, len(prompts)) * arguments.num_samples))
         for number, prompt in enumerate(prompts):
             write(engine, source, arguments, prompt, f'prompt {number + 1}, ' if len(prompts) > 1 else '')
