@@ -343,9 +343,10 @@ class OwnContext(nn.Module):
     def init_scores(self):
         """Start with more for longer matches and larger shares, by head more or less of it, and nothing as likely."""
         nn.init.zeros_(self.c_proj.weight)
-        steepness = torch.linspace(0.1, 0.6, POINTER_HEADS, device=self.c_score.bias.device)[:, None]
-        nothing = torch.full((POINTER_HEADS, 1), 3.0)
-        scores = [torch.arange(LONGEST + 1) * steepness, -torch.arange(SHARES) * (0.5 * steepness + 0.05), nothing]
+        with torch.device('cpu'):  # transformers makes models on the meta device
+            steepness = torch.linspace(0.1, 0.6, POINTER_HEADS)[:, None]
+            nothing = torch.full((POINTER_HEADS, 1), 3.0)
+            scores = [torch.arange(LONGEST + 1) * steepness, -torch.arange(SHARES) * (0.5 * steepness + 0.05), nothing]
         with torch.no_grad():
             self.c_score.bias.copy_(torch.cat(scores, dim=1).flatten())
 
