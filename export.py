@@ -250,7 +250,8 @@ def replace_folder(folder, write):
         if os.path.isdir(folder):
             os.replace(folder, old)
         os.replace(tmp, folder)
-        sync(os.path.dirname(folder))
+        with suppress(OSError):  # some file systems sync no folders
+            sync(os.path.dirname(folder))
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         raise UserError(f'{folder} could not be written ({describe_write_error(error, os.path.dirname(folder))}): make '
                         f'room there, or name another folder') from error

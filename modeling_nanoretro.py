@@ -40,6 +40,7 @@ class NanoRetroConfig(PretrainedConfig):
 class NanoRetroForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NanoRetroConfig
     base_model_prefix = 'model'
+    _supports_sdpa = True  # it is what model.attend uses
     _tied_weights_keys = {'model.lm_head.weight': 'model.transformer.wte.weight'}
 
     def __init__(self, config):
@@ -63,12 +64,13 @@ class NanoRetroForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.lm_head = linear
 
     def forward(self, input_ids, attention_mask=None, labels=None, neighbors=None, neighbor_mask=None, pointers=None,
-                doc_ids=None, return_dict=None):
+                doc_ids=None, use_cache=None, return_dict=None):
         """
         Logits (B, T, V) of input_ids (B, T) and, with labels (B, T), which are shifted here, -100 where there is none,
         the mean loss in nats. The others are arguments of RETRO.forward: neighbors (B, L, K, R) of the L <= T / C
         complete chunks, neighbor_mask of the same shape (default: all are tokens), pointers (B, T, P, 3), doc_ids
-        (B, T / C). With pointers the logits are log-probabilities. ValueError for what the model cannot read.
+        (B, T / C); use_cache changes nothing: there is no cache. With pointers the logits are log-probabilities.
+        ValueError for what the model cannot read.
         """
         c = self.model.config
         if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():

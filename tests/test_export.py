@@ -46,8 +46,19 @@ for name in sys.argv[1:]:
         answer['with_labels'], answer['loss'] = (model(ids, labels=given['labels'], **retrieved)[key] for key in (
             'logits', 'loss'))
     prompt = {key: value[:, :len(value[0]) // 2] for key, value in retrieved.items()}
-    half = ids[:, :len(ids[0]) // 2]
-    answer['generated'] = model.generate(half, max_new_tokens=given['new'], do_sample=False, **prompt)
+    start = ids[:, :len(ids[0]) // 2]
+    answer['generated'] = model.generate(start, max_new_tokens=given['new'], do_sample=False, **prompt)
+    with torch.no_grad():
+        padded, mask = torch.nn.functional.pad(ids, (0, 5)), torch.nn.functional.pad(torch.ones_like(ids), (0, 5))
+        answer['padded'] = model(padded, attention_mask=mask).logits[:, :len(ids[0])]
+        half = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, **trust)(ids, **retrieved).logits
+        answer['half'] = half.float()
+    if name == 'gpt':  # it reads nothing
+        for wrong in (dict(attention_mask=mask.flip(1)), dict(neighbors=ids), dict(pointers=ids)):
+            try:
+                model(padded, **wrong)
+            except ValueError as error:
+                answer.setdefault('errors', []).append(str(error))
     tokenizer = AutoTokenizer.from_pretrained(name)
     answer['ids'], answer['end'] = tokenizer(given['text'])['input_ids'], tokenizer.eos_token_id
     answer['text'] = tokenizer.decode(answer['ids'])
@@ -131,6 +142,8 @@ def test_transformers_gives_our_logits_with_and_without_what_was_retrieved(expor
     torch.testing.assert_close(answer['logits'], on, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(answer['alone'], off, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(answer['with_labels'], on, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(answer['padded'], off, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(answer['half'], on, rtol=0.05, atol=0.2 * on.std().item())
     assert on.std() > 0.1 and bool(retrieved) == bool((on - off).abs().max() > 0.1)
 
 
@@ -177,6 +190,13 @@ def test_auto_tokenizer_gives_the_same_ids_without_running_code(exported, prepar
     text = make_input(exported.models[name])['text']
     assert answer['ids'] == tokenizer.encode_ordinary(text) and answer['text'] == text
     assert answer['end'] == tokenizer.eot_token
+
+
+def test_what_a_model_cannot_read_is_refused(exported):
+    left_padding, neighbors, pointers = exported.answers['gpt']['errors']
+    assert 'attention_mask has padding before a token' in left_padding
+    assert 'neighbors are given, and this model reads none' in neighbors
+    assert 'pointers are given, and this model reads none' in pointers
 
 
 def load_here(folder):
