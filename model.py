@@ -677,8 +677,8 @@ class RETRO(nn.Module):
         """
         A decoder with GPT-2's weights: 'gpt2', 'gpt2-medium', ..., or a folder that transformers saved. `overrides`
         are fields of RETROConfig. What retrieval adds starts at random, a token_mix at zero. block_size may be smaller;
-        rows that pad the vocabulary are the mean token. An export of a model without biases has zeros for them, and says
-        so. Only safetensors are read. ValueError if the source is no plain GPT-2, or does not fit.
+        rows that pad the vocabulary are the mean token. An export of a model without biases has zeros for them, and
+        says so. Only safetensors are read. ValueError if the source is no plain GPT-2, or does not fit.
         """
         from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
         c = AutoConfig.from_pretrained(name, trust_remote_code=False)

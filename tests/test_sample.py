@@ -104,7 +104,7 @@ def test_prompts_are_read_from_the_terminal_until_its_end(trained):
     (['--min_p=2'], '--min_p is 2.0: give a share from 0 to 1'),
     (['--repetition_penalty=0'], '--repetition_penalty is 0.0: give a number above 0'),
     (['--neighbors=a', '--retrieval=off'], '--neighbors are given, and --retrieval=off reads none'),
-    (['--neighbors=a', '--neighbors=b', '--neighbors=the third'], "reads 2 (retrieval_k_neighbors): leave out 'the third'"),
+    (['--neighbors=a', '--neighbors=b', '--neighbors=third'], "reads 2 (retrieval_k_neighbors): leave out 'third'"),
     (['--out_dir=nowhere'], "no checkpoint in 'nowhere'"),
     (['--start=FILE:nowhere.txt'], "--start: file 'nowhere.txt' cannot be read (No such file or directory)"),
     (['--start=FILE:empty.txt'], "--start: file 'empty.txt' is empty"),
