@@ -6,9 +6,9 @@ copies from the same collection.
 
     python bench/generate.py --out_dir=out/quickstart [--quick]
 
-Of the slow one every 32nd token is timed, and the time of those between interpolated. Then serve.py serves both to 1, 8
-and 32 clients at a time: tokens/s of all together, and seconds to the first token, of texts of 64 tokens. Prints a table
-and one JSON line.
+Of the slow one every 32nd token is timed, and the time of those between interpolated. Then serve.py serves both to 1,
+8 and 32 clients at a time: tokens/s of all together, and seconds to the first token, of texts of 64 tokens. Prints a
+table and one JSON line.
 """
 import argparse
 import http.client
@@ -104,8 +104,8 @@ def served(out_dir, overrides):
     """The port of a server of a run."""
     with socket.create_server(('127.0.0.1', 0)) as probe:
         port = probe.getsockname()[1]
-    server = subprocess.Popen([sys.executable, ROOT / 'serve.py', f'--out_dir={out_dir}', f'--port={port}', '--slots=32',
-                               *overrides], stdout=subprocess.DEVNULL)
+    server = subprocess.Popen([sys.executable, ROOT / 'serve.py', f'--out_dir={out_dir}', f'--port={port}',
+                               '--slots=32', *overrides], stdout=subprocess.DEVNULL)
     try:
         while True:
             if server.poll() is not None:
