@@ -18,9 +18,12 @@ import signal
 import socket
 import sys
 
+import numpy as np
+
 from configurator import UserError, check_range, user_errors_as_one_line, visible
 from generation.engine import Engine, Request
-from generation.sources import CollectionSource
+from generation.origins import named_runs
+from generation.sources import CollectionSource, PassageSource
 from retrieval.retriever import Retriever
 from training.checkpoint import load_run
 
@@ -82,6 +85,20 @@ def say(text):
         print(visible(text), file=sys.stderr, flush=True)
 
 
+def warm_up(engine, retriever):
+    """Write some tokens: the exact-match index may have to be built, and numba compiles what it has not cached."""
+    tokens = engine.tokenizer.encode_ordinary('\n\n')
+    sources = [CollectionSource(retriever), PassageSource(engine.config, engine.tokenizer, ['\n\n'])] if retriever else []
+    for source in sources or [None]:
+        engine.add(Request(tokens * 2, 2, source=source))
+        for _ in engine.run():
+            pass
+        if source and source.has_pointers:
+            named_runs(source, source.index, np.array(tokens * 2), 1, 2)
+    engine.seconds.clear()
+    engine.counts.clear()
+
+
 def main():
     arguments, overrides = parse_arguments()
     listener = listen(arguments.host, arguments.port, bool(arguments.api_key))
@@ -91,12 +108,7 @@ def main():
         settings.retrieval_timeout = PATIENCE
     retriever = Retriever(settings, tokenizer, say=say) if model.config.use_retrieval else None
     engine = Engine(model, tokenizer, arguments.slots)
-    # the first text takes longer: the exact-match index may have to be built, and numba compiles
-    engine.add(Request(tokenizer.encode_ordinary('\n'), 2, source=CollectionSource(retriever) if retriever else None))
-    for _ in engine.run():
-        pass
-    engine.seconds.clear()
-    engine.counts.clear()
+    warm_up(engine, retriever)
     live, worker = LiveCollection(retriever) if retriever else None, Worker(engine, arguments.queue)
     name = os.path.basename(os.path.abspath(arguments.out_dir))
     app = create_app(Service(name, model.config, tokenizer, live, worker, arguments.api_key, arguments.max_tokens,

@@ -325,8 +325,8 @@ def prepare(service, asked, queue):
     for number, prompt in enumerate(prompts):
         tokens = read_prompt(service, prompt)
         if not tokens:
-            raise ApiError(400, f'prompt {number + 1 if len(prompts) > 1 else ""} is empty: give some text to continue'
-                           .replace('  ', ' '), 'prompt')
+            name = 'the prompt' if len(prompts) == 1 else f'prompt {number + 1}'
+            raise ApiError(400, f'{name} is empty: give some text to continue', 'prompt')
         if len(tokens) + asked.max_tokens > service.max_tokens:
             raise ApiError(400, f'the prompt has {len(tokens):,} tokens, max_tokens is {asked.max_tokens:,}, and both '
                            f'together may be {service.max_tokens:,}: ask for less', 'prompt', 'context_length_exceeded')
