@@ -586,8 +586,8 @@ class RETRO(nn.Module):
 
     def hidden(self, tokens, neighbors=None, neighbor_mask=None, doc_ids=None, padding=0):
         """
-        The final activations (B, T, D), before lm_head. The arguments are those of forward, and `padding`, the number of
-        tokens at the start that are none: nothing attends to them, and positions count from the first real one.
+        The final activations (B, T, D), before lm_head. The arguments are those of forward, and `padding`, the number
+        of tokens at the start that are none: nothing attends to them, and positions count from the first real one.
         """
         c, T, mask = self.config, tokens.shape[1], None
         if T - padding > c.block_size:
@@ -749,8 +749,8 @@ class RETRO(nn.Module):
         """
         Continue tokens (B, T), which start on the chunk grid, by up to max_new_tokens each: (B, T + n). The first
         `padding` of them, less than a chunk, are none. `retrieve` is called once for each newly completed chunk
-        (B, 1, C), -1 where it has no token, and returns its neighbors (B, 1, K, R) and their mask. `point` is called for
-        each new token with the last ones, up to LONGEST, (B, n), and returns their pointers (B, n, P, 3).
+        (B, 1, C), -1 where it has no token, and returns its neighbors (B, 1, K, R) and their mask. `point` is called
+        for each new token with the last ones, up to LONGEST, (B, n), and returns their pointers (B, n, P, 3).
         Temperature 0 takes the most likely token. Stops early when all have reached `end_of_text`. Only ids in
         `allowed` (n,) bool are chosen: others pad the embedding, or are gaps in the vocabulary. Slow, and plain: the
         whole window is computed for every token. generation/engine.py does the same fast.

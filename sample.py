@@ -1,141 +1,229 @@
 """
-Prompts a trained model, which retrieves live whenever a chunk of its text is complete, and shows what it retrieved.
+Prompts a trained model, which retrieves live while it writes, and shows what it retrieved.
 
     python sample.py --out_dir=out/quickstart --start="import numpy" --show_neighbors    # and the pointers' sources
     python sample.py --out_dir=out/quickstart --start=FILE:prompt.txt --num_samples=3 --max_new_tokens=200
+    python sample.py --out_dir=out/quickstart --interactive
+    python sample.py --out_dir=out/quickstart --prompts=prompts.jsonl --json > texts.jsonl
+    python sample.py --out_dir=out/quickstart --start="The rule is" --neighbors="a passage" --neighbors=FILE:another.txt
 
 The checkpoint holds its settings. To reach its knowledge base elsewhere, give --retrieval_milvus_uri=..., and
 MILVUS_TOKEN in the environment.
 """
 import argparse
 import contextlib
+import json
 import math
+import sys
 
 import numpy as np
-import torch
 
 from configurator import RANGES, UserError, check_range, user_errors_as_one_line, visible
-from data.tokenizer import is_token
-from retrieval.knowledge_base import FIELDS
-from retrieval.retriever import Retriever, neighbor_function, pointer_function
+from generation.engine import Engine, Request
+from generation.sampling import Sampling
+from generation.sources import CollectionSource, PassageSource
+from retrieval.retriever import Retriever
 from training.checkpoint import load_run
 
+BATCH = 8  # samples that are written together
 
-def read_start(start):
-    """The prompt: the text itself, or the text of FILE:path."""
-    if start.startswith('FILE:'):
-        path = start[len('FILE:'):]
+
+def read_text(text, option):
+    """The text itself, or that of FILE:path."""
+    if text.startswith('FILE:'):
+        path = text[len('FILE:'):]
         try:
             with open(path, encoding='utf-8') as file:
-                start = file.read()
+                text = file.read()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f'prompt file {path!r} cannot be read ({getattr(error, "strerror", None) or error}): give '
-                            f'--start=FILE: and the path of a text file') from error
-        if not start.strip():
-            raise UserError(f'prompt file {path!r} is empty: write a prompt into it')
-    if not start:
-        raise UserError('--start is empty: give some text to continue, or FILE: and the path of a text file')
-    return start
+            raise UserError(f'{option}: file {path!r} cannot be read ({getattr(error, "strerror", None) or error}): '
+                            f'give {option}=FILE: and the path of a text file') from error
+        if not text.strip():
+            raise UserError(f'{option}: file {path!r} is empty: write some text into it')
+    if not text:
+        raise UserError(f'{option} is empty: give some text, or FILE: and the path of a text file')
+    return text.encode('utf-8', 'replace').decode()  # lone surrogates, of bytes that are no UTF-8
+
+
+def read_prompts(path):
+    """The prompts of a JSONL file, an object with "prompt" in each line."""
+    prompts = []
+    try:
+        with open(path, encoding='utf-8') as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    entry = json.loads(line)
+                    if not isinstance(entry, dict) or not isinstance(entry.get('prompt'), str) or not entry['prompt']:
+                        raise ValueError(f'line {number} has no text in "prompt"')
+                    prompts.append(entry['prompt'].encode('utf-8', 'replace').decode())
+    except (OSError, ValueError) as error:
+        raise UserError(f'--prompts: {path!r} cannot be read ({getattr(error, "strerror", None) or error}): name a file '
+                        f'with {{"prompt": "text"}} in each line') from error
+    if not prompts:
+        raise UserError(f'--prompts: {path!r} is empty: write {{"prompt": "text"}} into its lines')
+    return prompts
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument('--out_dir', default='out',
-                        help='out_dir of the run, or the folder of a checkpoint (default: %(default)s)')
-    parser.add_argument('--start', default='\n', help='the prompt, or FILE: and the path of one (default: a line end)')
-    parser.add_argument('--num_samples', type=int, default=1, help='samples to draw (default: %(default)s)')
-    parser.add_argument('--max_new_tokens', type=int, default=256, help='tokens per sample (default: %(default)s)')
-    parser.add_argument('--temperature', type=float, default=0.8, help='0: the likeliest token (default: %(default)s)')
-    parser.add_argument('--top_k', type=int, default=200, help='of the k likeliest; 0: of all (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=1337, help='random seed (default: %(default)s)')
-    parser.add_argument('--show_neighbors', action='store_true', help='print what each chunk retrieved, '
-                        'and where the tokens that pointers named were found')
-    parser.add_argument('--retrieval', choices=('on', 'off'), default='on',
-                        help='off: without neighbors and pointers (default: on)')
+    add = parser.add_argument
+    add('--out_dir', default='out', help='out_dir of the run, or the folder of a checkpoint (default: %(default)s)')
+    add('--start', help='the prompt, or FILE: and the path of one (default: a line end)')
+    add('--prompts', metavar='FILE', help='several prompts: a file with {"prompt": "text"} in each line')
+    add('--interactive', action='store_true', help='read prompts from the terminal, a line each, until Ctrl-D')
+    add('--num_samples', type=int, default=1, help='samples of each prompt (default: %(default)s)')
+    add('--max_new_tokens', type=int, default=256, help='tokens per sample (default: %(default)s)')
+    add('--temperature', type=float, default=0.8, help='0: the likeliest token (default: %(default)s)')
+    add('--top_k', type=int, default=200, help='of the k likeliest; 0: of all (default: %(default)s)')
+    add('--top_p', type=float, default=1.0, help='of the likeliest that have this probability (default: %(default)s)')
+    add('--min_p', type=float, default=0.0,
+        help='of those that are at least this times as likely as the likeliest (default: %(default)s)')
+    add('--repetition_penalty', type=float, default=1.0,
+        help='makes tokens that have occurred less likely; 1: no penalty (default: %(default)s)')
+    add('--stop', action='append', default=[], metavar='TEXT', help='end before this text; can be repeated')
+    add('--seed', type=int, default=1337, help='random seed (default: %(default)s)')
+    add('--retrieval', choices=('on', 'off'), default='on', help='off: without neighbors and pointers (default: on)')
+    add('--neighbors', action='append', default=[], metavar='TEXT',
+        help="a passage to read in place of the collection's, or FILE: and its path; can be repeated")
+    add('--align', choices=('prompt', 'start'), default='prompt', help='prompt: chunks, which retrieve, end where the '
+        'prompt does; start: they begin there, as in training (default: %(default)s)')
+    add('--drafts', choices=('on', 'off'), default='on', help='check several tokens at a time that the index proposes: '
+        'the same text, sooner (default: on)')
+    add('--show_neighbors', action='store_true', help='print what each chunk retrieved, and where the tokens that '
+        'pointers named were found')
+    add('--json', action='store_true', help='print a JSON object per sample')
     arguments, overrides = parser.parse_known_args()
     for name, least, below in (('num_samples', 1, math.inf), ('max_new_tokens', 1, math.inf),
                                ('temperature', 0, math.inf), ('top_k', 0, math.inf), ('seed', *RANGES['seed'])):
         check_range(f'--{name}', getattr(arguments, name), least, below)
+    if not 0 < arguments.top_p <= 1:
+        raise UserError(f'--top_p is {arguments.top_p}: give a probability above 0, up to 1')
+    if not 0 <= arguments.min_p <= 1:
+        raise UserError(f'--min_p is {arguments.min_p}: give a share from 0 to 1')
+    if not 0 < arguments.repetition_penalty < math.inf:
+        raise UserError(f'--repetition_penalty is {arguments.repetition_penalty}: give a number above 0, such as 1.2')
+    if sum([arguments.start is not None, arguments.prompts is not None, arguments.interactive]) > 1:
+        raise UserError('--start, --prompts and --interactive exclude each other: give one of them')
+    if arguments.neighbors and arguments.retrieval == 'off':
+        raise UserError('--neighbors are given, and --retrieval=off reads none: leave out one of the two')
     return arguments, overrides
 
 
 def main():
     arguments, overrides = parse_arguments()
-    start = read_start(arguments.start)
-    settings, tokenizer, model, device = load_run(arguments.out_dir, overrides)
+    passages = [read_text(text, '--neighbors') for text in arguments.neighbors]
+    if arguments.prompts:
+        prompts = read_prompts(arguments.prompts)
+    elif arguments.interactive:
+        prompts = []
+    elif arguments.start is None:
+        print('no --start is given: starting from a line end', file=sys.stderr)
+        prompts = ['\n']
+    else:
+        prompts = [read_text(arguments.start, '--start')]
+    settings, tokenizer, model, _ = load_run(arguments.out_dir, overrides)
     settings = settings.replace(retrieval_cache_gb=0.0)  # prompts are not repeated
-    use_retrieval = model.config.use_retrieval and arguments.retrieval == 'on'
-    retriever = Retriever(settings, tokenizer) if use_retrieval else None
-    with contextlib.closing(retriever) if retriever else contextlib.nullcontext():
-        sample(arguments, start, model, tokenizer, retriever, device)
+    with contextlib.ExitStack() as cleanup:
+        source = None
+        if passages:
+            source = PassageSource(model.config, tokenizer, passages)
+            for i in source.cut:
+                print(f'passage {i + 1} is long: its first {2 * settings.retrieval_chunk_size} tokens are read',
+                      file=sys.stderr)
+        elif model.config.use_retrieval and arguments.retrieval == 'on':
+            source = CollectionSource(cleanup.enter_context(contextlib.closing(Retriever(settings, tokenizer))))
+        engine = Engine(model, tokenizer, slots=min(BATCH, max(1, len(prompts)) * arguments.num_samples))
+        for number, prompt in enumerate(prompts):
+            write(engine, source, arguments, prompt, f'prompt {number + 1}, ' if len(prompts) > 1 else '')
+        while arguments.interactive:
+            try:
+                prompt = input('> ' if sys.stdin.isatty() else '')
+            except EOFError:
+                break
+            if prompt:
+                write(engine, source, arguments, prompt.encode('utf-8', 'replace').decode(), '')
 
 
-def sample(arguments, start, model, tokenizer, retriever, device):
-    prompt = torch.tensor(tokenizer.encode_ordinary(start), device=device)
-    tokens = prompt.repeat(arguments.num_samples, 1)  # (B, T)
-    retrieved = []  # by chunk, the hits of each sample, (B, K)
-    generator = torch.Generator(device).manual_seed(arguments.seed)
-    tokens = model.generate(tokens, arguments.max_new_tokens, neighbor_function(retriever, device, retrieved),
-                            pointer_function(retriever, device),
-                            arguments.temperature, arguments.top_k, tokenizer.eot_token,
-                            torch.tensor(is_token(tokenizer), device=device), generator)
-    for number, sequence in enumerate(tokens.tolist()):
-        new = sequence[len(prompt):]
-        end = len(prompt) + (new.index(tokenizer.eot_token) if tokenizer.eot_token in new else len(new))
-        if arguments.num_samples > 1:
-            print(f'=== sample {number + 1}')
-        print(visible(tokenizer.decode(sequence[:end])))
+def write(engine, source, arguments, prompt, label):
+    """Print samples of a prompt: one alone as it comes, several one after another."""
+    sampling = Sampling(arguments.repetition_penalty, arguments.temperature, arguments.top_k, arguments.top_p,
+                        arguments.min_p)
+    rows = [engine.add(Request(engine.tokenizer.encode_ordinary(prompt), arguments.max_new_tokens, sampling,
+                               arguments.seed + number, tuple(arguments.stop), arguments.align, source,
+                               arguments.drafts == 'on')) for number in range(arguments.num_samples)]
+    is_streamed, texts = len(rows) == 1 and not arguments.json, {id(row): '' for row in rows}
+    if is_streamed:
+        if label:
+            print(f'=== {label.removesuffix(", ")}')
+        print(visible(prompt), end='', flush=True)
+    for event in engine.run():
+        texts[id(event.row)] += event.text
+        if is_streamed:
+            print(visible(event.text), end='', flush=True)
+    for number, row in enumerate(rows, start=1):
+        text = texts[id(row)]
+        if arguments.json:
+            print(json.dumps(describe(prompt, text, row, source, arguments)), flush=True)
+            continue
+        if len(rows) > 1:
+            print(f'=== {label}sample {number}')
+            print(visible(prompt + text))
+        else:
+            print()
         if arguments.show_neighbors:
-            if model.config.has_neighbors:
-                show_neighbors(sequence[:end], [hits[number] for hits in retrieved], retriever, model.config, tokenizer)
-            if retriever and retriever.matches:
-                show_pointers(sequence[:end], len(prompt), retriever, tokenizer)
+            show_neighbors(row, source, engine)
+            if source and source.has_pointers:
+                show_pointers(row, source, engine.tokenizer)
 
 
-def show_neighbors(tokens, retrieved, retriever, config, tokenizer):
+def describe(prompt, text, row, source, arguments):
+    """A sample as JSON has it."""
+    found = dict(prompt=prompt, text=text, tokens=len(row.new_tokens), finish_reason=row.finish_reason,
+                 seed=row.request.seed)
+    if arguments.show_neighbors:
+        found['neighbors'] = [dict(first_token=first, last_token=last - 1, passages=[
+            dict(document=name, similarity=round(similarity, 4), text=passage, continuation=continuation)
+            for name, similarity, passage, continuation in source.passages(hits)])
+            for first, last, hits in row.retrieved]
+    return found
+
+
+def show_neighbors(row, source, engine):
     """Print each complete chunk, and below it the neighbors that the text after it was written with."""
-    C = config.retrieval_chunk_size
+    if not engine.config.has_neighbors:
+        return
     print('\n--- what was retrieved')
-    if not retrieved:
-        print(f'nothing: no chunk of {C} tokens was completed, or retrieval is off')
-    for number, hits in enumerate(retrieved[:len(tokens) // C]):
-        print(f'\nchunk {number + 1}: {one_line(tokenizer.decode(tokens[number * C:(number + 1) * C]))}')
-        hits = hits[hits['score'] > -np.inf]
-        rows = retriever.knowledge_base.rows(hits['id'], FIELDS)
-        for rank, hit in enumerate(hits, start=1):
-            row = rows[hit['id']]
-            continuation = tokenizer.decode([t for t in row['tokens'][C:] if t != tokenizer.eot_token])
-            print(f'  {rank}. {visible(row["document"])}, chunk {row["position"] + 1}, similarity {hit["score"]:.2f}')
-            print(f'     {one_line(row["text"].replace("<|endoftext|>", ""))}')
-            print(f'     then: {one_line(continuation)}')
+    if not row.retrieved:
+        print(f'nothing: no chunk of {engine.chunk_size} tokens was completed, or retrieval is off')
+    for number, (first, last, hits) in enumerate(row.retrieved, start=1):
+        print(f'\nchunk {number}: {one_line(engine.tokenizer.decode(row.tokens[first:last].tolist()))}')
+        for rank, (name, similarity, text, continuation) in enumerate(source.passages(hits), start=1):
+            print(f'  {rank}. {visible(name)}, similarity {similarity:.2f}\n     {one_line(text)}')
+            if continuation:
+                print(f'     then: {one_line(continuation)}')
 
 
-def show_pointers(tokens, first, retriever, tokenizer):
-    """
-    Print where the new tokens, from the index `first` on, stand that a pointer named: runs that follow each other there
-    as they do here.
-    """
-    tokens = np.array(tokens)
+def show_pointers(row, source, tokenizer):
+    """Print where the new tokens stand that a pointer named: runs that follow each other there as they do here."""
+    tokens = row.tokens[:-1] if row.tokens[-1] == tokenizer.eot_token else row.tokens
+    first = max(1, row.prompt_size)
     # matches are short: it does not matter that the model may have read less of what precedes
-    pointers = retriever.point(tokens[None])[0]
+    pointers = source.point(tokens[None])[0]
     runs, named = [], 0  # [first token, number of tokens, document, place]
-    for t in range(max(1, first), len(tokens)):
+    for t in range(first, len(tokens)):
         if ((pointers[t - 1, :, 0] == tokens[t]) & (pointers[t - 1, :, 1] > 0)).any():
-            _, document, place = retriever.index.where(tokens, np.zeros(1, dtype=np.int64), t - 1)
+            _, document, place = source.index.where(tokens, np.zeros(1, dtype=np.int64), t - 1)
             named += 1
             if runs and runs[-1][2] == document and t - runs[-1][0] == runs[-1][1] == place - runs[-1][3]:
                 runs[-1][1] += 1
             else:
                 runs.append([t, 1, document, place])
     print(f'\n--- what pointers named: {named} of {len(tokens) - first} new tokens; runs of two or more')
-    C = retriever.chunk_size
     runs = [run for run in runs if run[1] > 1]
-    rows = retriever.knowledge_base.rows_at(sorted({(doc, place // C) for _, _, doc, place in runs}), ['document'])
+    names = source.names([(document, place) for _, _, document, place in runs])
     for t, count, document, place in runs:
-        name = rows.get((document, place // C), {}).get('document', 'a deleted row')
-        text = one_line(tokenizer.decode(tokens[t:t + count].tolist()))
-        print(f'  {text!r}: {visible(name)}, chunk {place // C + 1}')
+        print(f'  {one_line(tokenizer.decode(tokens[t:t + count].tolist()))!r}: {visible(names[document, place])}')
 
 
 def one_line(text, width=400):

@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from data.chunking import hash64
 from data.tokenizer import is_token
-from retrieval.retriever import neighbor_function, pointer_function
+from generation.engine import Engine, Request
+from generation.sampling import Sampling
+from generation.sources import CollectionSource
 
 WRITTEN_TOKENS = 32  # at most, of an answer that is written
 RETRIEVED_TOGETHER = 256  # prompts per request to the retriever
@@ -179,12 +181,12 @@ class RETROForDeepEval(DeepEvalBaseLLM):
     def _write(self, prompt):
         """What the model writes after the prompt, up to the end of the line."""
         tokens, = self._fit(prompt, [''], self.network.config.block_size - WRITTEN_TOKENS)
+        engine = Engine(self.network, self.tokenizer, slots=1)
+        source = CollectionSource(self.retriever) if self.retriever else None
+        row = engine.add(Request(tokens, WRITTEN_TOKENS, Sampling(temperature=0), align='start', source=source))
         with self.context:
-            whole = self.network.generate(torch.tensor([tokens], device=self.device), WRITTEN_TOKENS,
-                                          neighbor_function(self.retriever, self.device, []),
-                                          pointer_function(self.retriever, self.device), temperature=0,
-                                          end_of_text=self.tokenizer.eot_token, allowed=self.allowed)
-        written = [token for token in whole[0, len(tokens):].tolist() if token != self.tokenizer.eot_token]
+            list(engine.run())
+        written = [token for token in row.new_tokens if token != self.tokenizer.eot_token]
         return self.tokenizer.decode(written).strip().partition('\n')[0]
 
 

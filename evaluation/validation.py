@@ -61,7 +61,7 @@ def run_benchmarks(settings, benchmarks, metrics, step, prompts, signals, model,
         if metrics.wandb_run:
             is_text = (prompts.targets >= 0).any(1)  # and no sequence that pads the val text
             prompts = prompts.tokens[is_text][:4, :2 * settings.retrieval_chunk_size]
-            rows = write_samples(model, prompts, tokenizer, device, context, retriever)
+            rows = write_samples(model, prompts, tokenizer, context, retriever)
             metrics.log_table('samples', COLUMNS, rows, step)
     except Stopped:
         return None  # the ranks agree on it next

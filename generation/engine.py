@@ -1,19 +1,19 @@
 """
-Generates text fast: what the model has computed for earlier tokens is kept, prompts are read in one pass with one search
-for all of their chunks, and then each pass adds a token to every sequence, or several where a draft proves right.
-Neighbors are searched for when a chunk is complete; pointers are looked up at every token.
+Generates text fast: what the model has computed for earlier tokens is kept, prompts are read in one pass with one
+search for all of their chunks, and then each pass adds a token to every sequence, or several where a draft proves
+right. Neighbors are searched for when a chunk is complete; pointers are looked up at every token.
 
     engine = Engine(model, tokenizer)
     row = engine.add(Request(tokenizer.encode_ordinary('import os'), source=CollectionSource(retriever)))
     for event in engine.run():
         print(event.text, end='')
 
-RETRO.generate does the same slowly, and is what the tests compare with. Rows (sequences) may be added at any time; each
-has its own chunk boundaries, settings, random numbers and end.
+RETRO.generate does the same slowly, and is what the tests compare with. Rows (sequences) may be added at any time;
+each has its own chunk boundaries, settings, random numbers and end.
 
-Shapes: B rows of a pass, n tokens of each, C tokens of a chunk, U chunks, N neighbor sets that are read, K neighbors of R
-tokens, S tokens that read a set. A row's window begins at its token `start`, from which positions count; its chunk grid
-begins `padding` tokens before that.
+Shapes: B rows of a pass, n tokens of each, C tokens of a chunk, U chunks, N sets of neighbors that are read, of K
+neighbors of R tokens. A row's window begins at its token `start`, from which positions count; its chunk grid begins
+`padding` tokens before that.
 """
 import math
 import time
@@ -101,16 +101,11 @@ class Engine:
         c = self.config
         self.device = next(model.parameters()).device
         self.waiting, self.rows = deque(), []
-        self.allowed = is_token(tokenizer)
+        self.allowed = np.array(is_token(tokenizer))
         self.chunk_size = min(c.retrieval_chunk_size, c.block_size)
         self.longest = min(c.retrieval_longest_match, c.retrieval_chunk_size)
-        size = (slots, c.n_head, c.block_size + 1, c.n_embd // c.n_head)  # the last place is for what is thrown away
-        dtype = model.lm_head.weight.dtype
-        self.keys, self.values = ([torch.zeros(size, device=self.device, dtype=dtype) for _ in range(c.n_layer)]
-                                  for _ in range(2))
-        # activations of the window, of which an encoder reads those of the chunk that retrieved
-        self.activations = torch.zeros(slots, c.block_size + 1, c.n_embd, device=self.device, dtype=dtype) \
-            if c.has_encoder else None
+        self.keys, self.values = [None] * c.n_layer, [None] * c.n_layer  # (slots, heads, block_size + 1, d) each
+        self.activations = None  # (slots, block_size + 1, D): an encoder reads those of the chunk that retrieved
         self.context = {}  # what the next tokens of each slot read of their neighbors, by name: (slots, ...)
         self.reads = np.zeros(slots, dtype=bool)  # whether there is any
         self.tables = model.pointer_tables() if c.copy_own_context else None
@@ -278,9 +273,13 @@ class Engine:
         slots = slice(first, first + B)
         reading = None
         if c.has_neighbors:
-            reading = self._read_prompts(slots, rows, counts) if fresh is None else self._read_on(slots, rows, counts, fresh)
+            reading = (self._read_prompts(slots, rows, counts) if fresh is None else
+                       self._read_on(slots, rows, counts, fresh))
         for layer, block in enumerate(model.transformer.h):
             q, k, v = (split_heads(y, c.n_head) for y in block.attn.c_attn(block.ln_1(x)).chunk(3, dim=-1))
+            if self.keys[layer] is None:  # one place more, for what is thrown away
+                size = (self.slots, c.n_head, c.block_size + 1, k.shape[-1])
+                self.keys[layer], self.values[layer] = k.new_zeros(size), k.new_zeros(size)
             keys, values = self.keys[layer][slots], self.values[layer][slots]
             write(keys, where, k)
             write(values, where, v)
@@ -289,6 +288,8 @@ class Engine:
             if block.own is not None:
                 x = x + block.own(x, self.tables, own)
             if block.encoder is not None:
+                if self.activations is None:
+                    self.activations = x.new_zeros(self.slots, c.block_size + 1, c.n_embd)
                 write(self.activations[slots][:, None], where, x[:, None])
             if block.cca is not None and reading is not None:
                 x = x + self._cross(layer, block, x, reading)
@@ -304,7 +305,8 @@ class Engine:
         """The Reading of all neighbors of rows that are read from the start; None if there are none."""
         C, B, n = self.chunk_size, len(rows), max(counts)
         padding = np.array([row.padding for row in rows])
-        complete = [min(len(row.neighbors), (row.padding + count) // C) for row, count in zip(rows, counts, strict=True)]
+        complete = [min(len(row.neighbors), (row.padding + count) // C)
+                    for row, count in zip(rows, counts, strict=True)]
         self.reads[slots] = [number > 0 for number in complete]
         U = max(complete)
         if U == 0:
@@ -313,13 +315,13 @@ class Engine:
         tokens, mask = np.zeros((B, U, K, R), dtype=np.int64), np.zeros((B, U, K, R), dtype=bool)
         grid = np.full((B, self.longest + (U + 1) * C), -1, dtype=np.int64)
         for b, row in enumerate(rows):
-            for u, (one, is_token) in enumerate(row.neighbors[:complete[b]]):
-                tokens[b, u], mask[b, u] = one, is_token
+            for u, found in enumerate(row.neighbors[:complete[b]]):
+                tokens[b, u], mask[b, u] = found
             space = grid[b, self.longest + row.padding:]
             window = row.buffer[row.start:row.start + min(counts[b], len(space))]
             space[:len(window)] = window
         # the neighbors of a chunk are read by its last token and the C - 1 after it
-        windows = np.lib.stride_tricks.sliding_window_view(grid, self.longest + C, axis=1)[:, C - 1::C][:, :U]
+        windows = np.lib.stride_tricks.sliding_window_view(grid, self.longest + C, axis=1)[:, C - 1::C][:, :U].copy()
         tokens, mask, windows = (self._tensor(a.reshape(B * U, *a.shape[2:])) for a in (tokens, mask, windows))
         context = self.model.neighbor_context(tokens, mask)
         if self.config.retrieval_copy:
@@ -375,7 +377,7 @@ class Engine:
 
     def _cross(self, layer, block, x, reading):
         """What the cross-attention of a block adds to x (B, n, D)."""
-        (B, n, D), context, attention = x.shape, reading.context, block.cca.attn
+        (B, _, D), context, attention = x.shape, reading.context, block.cca.attn
         is_prompt = reading.readers is not None
         queries = block.cca.ln(x)
         if is_prompt:
@@ -414,7 +416,7 @@ class Engine:
         return copy_keys(keys.to(context.values.dtype), context.mask) if block.cca.copies else keys
 
     def _choose(self, rows, x, drafts):
-        """Add tokens to rows, by the activations x (B, n, D) of their newest token and of `drafts` (B,) tokens after it."""
+        """Add tokens to rows, by activations x (B, n, D) of their newest token and of `drafts` (B,) tokens after it."""
         logits = self._predict(rows, x, drafts)
         start, events = time.perf_counter(), []
         for b, row in enumerate(rows):

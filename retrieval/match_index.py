@@ -73,20 +73,12 @@ def open_match_index(settings, tokenizer, say, show_progress=False):
 
 
 class Segment:
-    """The arrays of some documents, mapped from a folder."""
+    """The arrays of some documents (index_documents), of which those whose numbers are `masked` do not count."""
 
-    def __init__(self, folder, masked):
-        with open(f'{folder}/meta.json', encoding='utf-8') as file:
-            meta = json.load(file)
-        sizes = {name: os.path.getsize(f'{folder}/{name}.bin') for name in meta['sizes']}
-        if sizes != meta['sizes']:
-            raise ValueError(f'{folder}: files have {sizes} bytes, and should have {meta["sizes"]}')
-        token_type = np.dtype(meta['token_type'])
-        types = dict(text=token_type, order=np.uint32, shared=np.uint8, following=token_type, document=np.uint32,
-                     first=np.int64, top=np.uint64, starts=np.int64, doc_ids=np.int64, hashes=np.int64)
-        for name, dtype in types.items():
-            setattr(self, name, np.asarray(map_file(f'{folder}/{name}.bin', dtype)))
-        self.name, self.masked = os.path.basename(folder), masked
+    def __init__(self, name, arrays, masked):
+        for key, array in arrays.items():
+            setattr(self, key, array)
+        self.name, self.masked = name, masked
         self.is_masked = np.zeros(len(self.doc_ids), dtype=bool)
         self.is_masked[masked] = True
 
@@ -164,7 +156,8 @@ class MatchIndex:
         return False
 
     def _open_segments(self, manifest):
-        return [Segment(f'{self.folder}/{s["name"]}', s['masked']) for s in manifest.get('segments', [])]
+        return [Segment(s['name'], map_arrays(f'{self.folder}/{s["name"]}'), s['masked'])
+                for s in manifest.get('segments', [])]
 
     def _read_manifest(self):
         try:
@@ -314,11 +307,24 @@ class MatchIndex:
                 tokens[None], np.zeros((1, 1), dtype=np.int64), run, self.end_of_text))
             if lengths[0] > longest:
                 longest, is_longest = int(lengths[0]), lengths == lengths[0]
-                values, first, votes = np.unique(next_tokens[is_longest], return_index=True, return_counts=True)
+                _, first, votes = np.unique(next_tokens[is_longest], return_index=True, return_counts=True)
                 place = places[is_longest][first[votes.argmax()]] + 1
                 following = segment.text[place:place + count].astype(np.int64)
         ends = np.flatnonzero(following == self.end_of_text)
         return longest, following[:ends[0]] if len(ends) else following
+
+
+def map_arrays(folder):
+    """The arrays of a segment, mapped from its folder. ValueError if it is damaged."""
+    with open(f'{folder}/meta.json', encoding='utf-8') as file:
+        meta = json.load(file)
+    sizes = {name: os.path.getsize(f'{folder}/{name}.bin') for name in meta['sizes']}
+    if sizes != meta['sizes']:
+        raise ValueError(f'{folder}: files have {sizes} bytes, and should have {meta["sizes"]}')
+    token_type = np.dtype(meta['token_type'])
+    types = dict(text=token_type, order=np.uint32, shared=np.uint8, following=token_type, document=np.uint32,
+                 first=np.int64, top=np.uint64, starts=np.int64, doc_ids=np.int64, hashes=np.int64)
+    return {name: np.asarray(map_file(f'{folder}/{name}.bin', dtype)) for name, dtype in types.items()}
 
 
 def describe_revision(knowledge_base):

@@ -111,7 +111,7 @@ class Retriever:
 
     def retrieve_for_text(self, chunks):
         """
-        The Neighbors of chunks (B, L, C) of a text that is no document of the collection; -1 where a chunk has no token.
+        The Neighbors of chunks (B, L, C), -1 where there is no token, of a text that is no document of the collection.
         A chunk that holds the end of a document is its last and gets none.
         """
         doc_ids = np.zeros(chunks.shape[:2], dtype=np.int64)
@@ -341,28 +341,6 @@ class Retriever:
         self.knowledge_base.close()
         if self.cache:
             self.cache.close()
-
-
-def pointer_function(retriever, device):
-    """The function that RETRO.generate asks for the pointers of tokens (B, T); None without a retriever."""
-    def point(tokens):
-        return torch.from_numpy(retriever.point(tokens.cpu().numpy())).long().to(device)
-    if not retriever or not retriever.matches:
-        return None
-    import torch
-    return point
-
-
-def neighbor_function(retriever, device, hits):
-    """
-    The function that RETRO.generate asks for the neighbors of chunks (B, 1, C); None without a retriever. It appends
-    each chunk's hits (B, K) to the list `hits`.
-    """
-    def retrieve(chunks):
-        found = retriever.retrieve_for_text(chunks.cpu().numpy())
-        hits.append(found.hits[:, 0])
-        return found.to(device)
-    return retrieve if retriever and retriever.k else None
 
 
 def count_found_themselves(batch, tokens, hits):
