@@ -88,8 +88,10 @@ def say(text):
 def warm_up(engine, retriever):
     """Write some tokens: the exact-match index may have to be built, and numba compiles what it has not cached."""
     tokens = engine.tokenizer.encode_ordinary('\n\n')
-    sources = [CollectionSource(retriever), PassageSource(engine.config, engine.tokenizer, ['\n\n'])] if retriever else []
-    for source in sources or [None]:
+    sources = [None]
+    if retriever:
+        sources = [CollectionSource(retriever), PassageSource(engine.config, engine.tokenizer, ['\n\n'])]
+    for source in sources:
         engine.add(Request(tokens * 2, 2, source=source))
         for _ in engine.run():
             pass

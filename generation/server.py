@@ -367,6 +367,8 @@ def pick_source(service, asked):
     if asked.neighbors is not None:
         if asked.retrieval == 'off':
             raise ApiError(400, "neighbors are given, and retrieval is 'off': leave one out", 'neighbors')
+        if not asked.neighbors:
+            raise ApiError(400, "neighbors is empty: give passages, or retrieval: 'off'", 'neighbors')
         size = sum(len(tokenize(text, service.tokenizer)) for text in asked.neighbors)
         if size > service.max_tokens:
             raise ApiError(400, f'neighbors have {size:,} tokens, and may have {service.max_tokens:,} together: give '
