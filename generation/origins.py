@@ -30,6 +30,21 @@ def named_runs(source, index, tokens, first, end):
     return [run for run in runs if run[1] > 1]
 
 
+def passage_at(index, doc_id, place, size):
+    """
+    The chunk of `size` tokens that holds the place of a document that the MatchIndex knows: its tokens (n,), n <= size,
+    and that of the place among them. Without a database.
+    """
+    for segment in index.segments:
+        number = int(segment.numbers(np.array([doc_id]))[0])
+        if number >= 0 and not segment.is_masked[number]:
+            text = segment.text[segment.starts[number]:segment.starts[number + 1]]
+            first = place - place % size
+            tokens = text[first:first + size]
+            return tokens[tokens != index.end_of_text].tolist(), place - first
+    return [], 0  # the document has been removed since
+
+
 def copied_runs(tokens, first, end, passages):
     """
     The runs of tokens[first:end] that stand in one of the passages, lists of tokens, from left to right the longest:

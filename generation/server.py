@@ -39,11 +39,12 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from configurator import UserError, to_json
-from data.tokenizer import tokenize
+from data.tokenizer import token_bytes, tokenize
 from generation.engine import Request
-from generation.origins import copied_runs, named_runs
+from generation.origins import copied_runs, named_runs, passage_at
 from generation.sampling import Sampling
 from generation.sources import PassageSource
 from generation.worker import BUCKETS, ApiError, Away, Job, LiveCollection, Passage, Worker
@@ -51,7 +52,9 @@ from generation.worker import BUCKETS, ApiError, Away, Job, LiveCollection, Pass
 PAGE = os.path.join(os.path.dirname(__file__), 'page.html')
 MOST_BYTES = 1 << 21  # of a body
 MOST_DRAINED = 1 << 28  # bytes of a larger one that are read before it is refused: a client that writes does not listen
+LEAST_TEMPERATURE = 1e-5  # below, the likeliest token is taken
 MOST_STOPS, LONGEST_STOP = 16, 256  # strings, characters
+PARTIAL = 'bytes:'  # begins the name of a token that is a part of a character
 GONE = 499  # status of a request whose client went away
 
 
@@ -106,6 +109,9 @@ class Service:
     requests: Counter = field(default_factory=Counter)  # by status
     created: int = field(default_factory=lambda: int(time.time()))
 
+    def __post_init__(self):
+        self.longest_token = max(len(token or b'') for token in token_bytes(self.tokenizer))
+
 
 def create_app(service):
     @asynccontextmanager
@@ -119,7 +125,8 @@ def create_app(service):
     async def allow_key(request: HttpRequest):
         check_key(service, request)
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None, dependencies=[Depends(allow)])
+    app = FastAPI(lifespan=lifespan, openapi_url=None, dependencies=[Depends(allow)],
+                  telemetry=dict(tracing=False, metrics=False, logs=False, auto_configure=False))
     page, page_headers = load_page()
 
     @app.get('/')
@@ -151,6 +158,8 @@ def create_app(service):
     async def completions(request: HttpRequest):
         try:
             response = await complete(service, request)
+        except ClientDisconnect:
+            response = Response(status_code=GONE)
         except Exception as error:
             service.requests[getattr(error, 'status', 500)] += 1
             raise
@@ -319,7 +328,8 @@ def prepare(service, asked, queue):
     if count > most:
         raise ApiError(400, f'{count} texts are asked for, and the server has room for {most}: ask for fewer', 'n')
     source = pick_source(service, asked)
-    sampling = Sampling(asked.repetition_penalty, asked.temperature, max(0, asked.top_k), asked.top_p, asked.min_p)
+    temperature = asked.temperature if asked.temperature >= LEAST_TEMPERATURE else 0
+    sampling = Sampling(asked.repetition_penalty, temperature, max(0, asked.top_k), asked.top_p, asked.min_p)
     seed = secrets.randbits(62) if asked.seed is None else asked.seed % 2**64
     jobs, texts = [], []
     for number, prompt in enumerate(prompts):
@@ -350,10 +360,19 @@ def split_prompts(prompt):
                    'prompt')
 
 
+def read_text(service, text, name):
+    """The token ids of a text; what looks like a special token is text. ApiError if they can only be too many."""
+    most = service.max_tokens * service.longest_token
+    if len(text) > most:  # it need not be tokenized, which may take seconds
+        raise ApiError(400, f'{name} has {len(text):,} characters: {service.max_tokens:,} tokens are allowed, which have '
+                       f'at most {most:,}', name, 'context_length_exceeded')
+    return tokenize(text, service.tokenizer).tolist()
+
+
 def read_prompt(service, prompt):
-    """The token ids of a prompt; text that looks like a special token is text."""
+    """The token ids of a prompt."""
     if isinstance(prompt, str):
-        return tokenize(prompt, service.tokenizer).tolist()
+        return read_text(service, prompt, 'prompt')
     allowed = service.worker.engine.allowed
     wrong = [token for token in prompt if not 0 <= token < len(allowed) or not allowed[token]]
     if wrong:
@@ -369,7 +388,7 @@ def pick_source(service, asked):
             raise ApiError(400, "neighbors are given, and retrieval is 'off': leave one out", 'neighbors')
         if not asked.neighbors:
             raise ApiError(400, "neighbors is empty: give passages, or retrieval: 'off'", 'neighbors')
-        size = sum(len(tokenize(text, service.tokenizer)) for text in asked.neighbors)
+        size = sum(len(read_text(service, text, 'neighbors')) for text in asked.neighbors)
         if size > service.max_tokens:
             raise ApiError(400, f'neighbors have {size:,} tokens, and may have {service.max_tokens:,} together: give '
                            f'fewer', 'neighbors')
@@ -382,10 +401,6 @@ def pick_source(service, asked):
     if service.live.away:
         raise Away(service.live.away)
     return service.live
-
-
-class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
 
 
 class Answer:
@@ -405,10 +420,10 @@ class Answer:
     async def _watch(self, request):
         while (await request.receive())['type'] != 'http.disconnect':
             pass
-        self.queue.put_nowait(ClientGone())
+        self.queue.put_nowait(ClientDisconnect())
 
     async def pieces(self):
-        """The pieces of the choices, as they come. ApiError or ClientGone if no more will come."""
+        """The pieces of the choices, as they come. ApiError or ClientDisconnect if no more will come."""
         going_on = set(self.jobs)
         while going_on:
             item = await self.queue.get()
@@ -485,9 +500,10 @@ class Choice:
         found = []
         if source.has_pointers:
             if isinstance(source, PassageSource):
-                named = [(t, count, f'passage {number}', None, source.texts[number - 1], len(decode(
-                    tokenize(source.texts[number - 1], self.service.tokenizer)[:place].tolist())))
-                    for t, count, number, place in named_runs(source, source.index, tokens, first, end)]
+                named = []
+                for t, count, number, place in named_runs(source, source.index, tokens, first, end):
+                    passage, place = passage_at(source.index, number, place, self.service.max_tokens)
+                    named.append((t, count, f'passage {number}', None, decode(passage), len(decode(passage[:place]))))
             else:
                 named = source.named(tokens, first, end)
             found += [('pointer', *run) for run in named]
@@ -504,9 +520,12 @@ class Choice:
         if event.logprob is None:
             return None
         name = self._name(event.token)
-        offset, is_end = self.offset, event.token == self.service.tokenizer.eot_token
-        if not is_end:
-            self.offset += len(self.decoder.decode(self.service.tokenizer.decode_single_token_bytes(event.token)))
+        offset = self.offset
+        if event.token != self.service.tokenizer.eot_token:
+            data = self.service.tokenizer.decode_single_token_bytes(event.token)
+            self.offset += len(self.decoder.decode(data))
+            if not name.startswith(PARTIAL):  # the bytes before it may have become the sign for what is no character
+                offset = self.offset - len(name)
         top = {self._name(token): logprob for token, logprob in event.top} | {name: event.logprob}
         return dict(tokens=[name], token_logprobs=[event.logprob], top_logprobs=[top], text_offset=[offset])
 
@@ -514,8 +533,8 @@ class Choice:
         data = self.service.tokenizer.decode_single_token_bytes(token)
         try:
             return data.decode()
-        except UnicodeDecodeError:  # a part of a character, as OpenAI writes it
-            return 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in data)
+        except UnicodeDecodeError:  # as OpenAI writes it
+            return PARTIAL + ''.join(f'\\x{byte:02x}' for byte in data)
 
 
 def merge(choice, piece):
@@ -545,19 +564,16 @@ async def complete(service, request):
     with ExitStack() as opened:
         opened.callback(answer.close)
         pieces = answer.pieces()
-        try:
-            first = await anext(pieces)  # what fails before it has a status of its own
-            if asked.stream:
-                opened.pop_all()
-                return Stream(answer, first, pieces)
-            nothing = None if jobs[0].request.source is None else dict(chunks=[], copied=[])
-            choices = [dict(index=i, text='', logprobs=None, finish_reason=None, retrieval=copy.deepcopy(nothing))
-                       for i in range(len(jobs))]
-            merge(choices[first['index']], first)
-            async for piece in pieces:
-                merge(choices[piece['index']], piece)
-        except ClientGone:
-            return Response(status_code=GONE)
+        first = await anext(pieces)  # what fails before it has a status of its own
+        if asked.stream:
+            opened.pop_all()
+            return Stream(answer, first, pieces)
+        nothing = None if jobs[0].request.source is None else dict(chunks=[], copied=[])
+        choices = [dict(index=i, text='', logprobs=None, finish_reason=None, retrieval=copy.deepcopy(nothing))
+                   for i in range(len(jobs))]
+        merge(choices[first['index']], first)
+        async for piece in pieces:
+            merge(choices[piece['index']], piece)
         for choice, (job, told) in zip(choices, answer.choices.items(), strict=True):
             if job.request.logprobs >= 0:
                 drop_stopped(choice, service.tokenizer.eot_token, told.tokens[-1])
@@ -591,7 +607,7 @@ class Stream(StreamingResponse):
                 yield event({**head, 'choices': [], 'usage': self.answer.usage()})
             yield 'data: [DONE]\n\n'
             self.status = 200
-        except ClientGone:
+        except ClientDisconnect:
             pass
         except ApiError as error:
             self.status = error.status

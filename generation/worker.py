@@ -16,7 +16,7 @@ import numpy as np
 
 from configurator import UserError
 from generation.engine import Request, Row
-from generation.origins import named_runs
+from generation.origins import named_runs, passage_at
 from generation.sources import CollectionSource
 from retrieval.knowledge_base import FIELDS
 
@@ -64,6 +64,7 @@ class LiveCollection:
         self.retriever, self.source, self.timeout = retriever, CollectionSource(retriever), retriever.timeout
         self.has_neighbors, self.has_pointers = self.source.has_neighbors, self.source.has_pointers
         self.away, self.lock = '', threading.Lock()  # why it cannot be asked now
+        self.names = {}  # of documents, by doc_id
         self.asked, self.numbers = queue.PriorityQueue(), itertools.count()  # (urgency, number, call, answer)
         threading.Thread(target=self._run, daemon=True, name='collection').start()
 
@@ -144,19 +145,22 @@ class LiveCollection:
                               for line, found in zip(hits, is_hit, strict=True)]
 
     def _named(self, tokens, first, end):
-        runs, C = named_runs(self.source, self.retriever.index, tokens, first, end), self.retriever.chunk_size
-        rows = self.retriever.knowledge_base.rows_at(sorted({(doc_id, place // C) for _, _, doc_id, place in runs}),
-                                                     ['document', 'text', 'tokens'])
+        index, C, decode = self.retriever.index, self.retriever.chunk_size, self.retriever.tokenizer.decode
+        runs = named_runs(self.source, index, tokens, first, end)
+        unknown = {doc_id: place // C for _, _, doc_id, place in runs if doc_id not in self.names}
+        if unknown:  # a search by anything but ids takes long, and a document's name never changes
+            rows = self.retriever.knowledge_base.rows_at(sorted(unknown.items()), ['document'])
+            self.names |= {doc_id: row['document'] for (doc_id, _), row in rows.items()}
         found = []
         for t, count, doc_id, place in runs:
-            row = rows.get((doc_id, place // C), dict(document='a deleted row', text='', tokens=[]))
-            offset = len(self.retriever.tokenizer.decode(row['tokens'][:place % C]))
-            found.append((t, count, row['document'], place // C + 1, without_end(row['text']), offset))
+            passage, offset = passage_at(index, doc_id, place, C)
+            found.append((t, count, self.names.get(doc_id, 'a deleted document'), place // C + 1, decode(passage),
+                          len(decode(passage[:offset]))))
         return found
 
     def _passage(self, row, hit):
         if row is None:  # it has been removed since it was found
-            return Passage('a deleted row', None, float(hit['score']), '', '', [])
+            return Passage('a deleted document', None, float(hit['score']), '', '', [])
         end, decode = self.retriever.tokenizer.eot_token, self.retriever.tokenizer.decode
         continuation = [t for t in row['tokens'][self.retriever.chunk_size:] if t != end]
         return Passage(row['document'], row['position'] + 1, float(hit['score']), without_end(row['text']),
