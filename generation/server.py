@@ -364,7 +364,7 @@ def read_text(service, text, name):
     """The token ids of a text; what looks like a special token is text. ApiError if they can only be too many."""
     most = service.max_tokens * service.longest_token
     if len(text) > most:  # it need not be tokenized, which may take seconds
-        raise ApiError(400, f'{name} has {len(text):,} characters: {service.max_tokens:,} tokens are allowed, which have '
+        raise ApiError(400, f'{name} has {len(text):,} characters: {service.max_tokens:,} tokens are allowed, and have '
                        f'at most {most:,}', name, 'context_length_exceeded')
     return tokenize(text, service.tokenizer).tolist()
 
