@@ -343,9 +343,10 @@ class OwnContext(nn.Module):
     def init_scores(self):
         """Start with more for longer matches and larger shares, by head more or less of it, and nothing as likely."""
         nn.init.zeros_(self.c_proj.weight)
-        steepness = torch.linspace(0.1, 0.6, POINTER_HEADS)[:, None]
-        nothing = torch.full((POINTER_HEADS, 1), 3.0)
-        scores = [torch.arange(LONGEST + 1) * steepness, -torch.arange(SHARES) * (0.5 * steepness + 0.05), nothing]
+        with torch.device('cpu'):  # transformers makes models on the meta device
+            steepness = torch.linspace(0.1, 0.6, POINTER_HEADS)[:, None]
+            nothing = torch.full((POINTER_HEADS, 1), 3.0)
+            scores = [torch.arange(LONGEST + 1) * steepness, -torch.arange(SHARES) * (0.5 * steepness + 0.05), nothing]
         with torch.no_grad():
             self.c_score.bias.copy_(torch.cat(scores, dim=1).flatten())
 
@@ -676,7 +677,8 @@ class RETRO(nn.Module):
         """
         A decoder with GPT-2's weights: 'gpt2', 'gpt2-medium', ..., or a folder that transformers saved. `overrides`
         are fields of RETROConfig. What retrieval adds starts at random, a token_mix at zero. block_size may be smaller;
-        rows that pad the vocabulary are the mean token. ValueError if the source is no plain GPT-2, or does not fit.
+        rows that pad the vocabulary are the mean token. An export of a model without biases has zeros for them, and
+        says so. Only safetensors are read. ValueError if the source is no plain GPT-2, or does not fit.
         """
         from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
         c = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -684,8 +686,8 @@ class RETRO(nn.Module):
         odd = [f'{key} is {value!r}' for key in GPT2_FIELDS if (value := getattr(c, key, None)) != getattr(plain, key)]
         if odd:
             raise ValueError(f'{name} is not a plain GPT-2: {", ".join(odd)}')
-        theirs = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, bias=True, block_size=c.n_positions,
-                      vocab_size=c.vocab_size)
+        theirs = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, bias=getattr(c, 'bias', True),
+                      block_size=c.n_positions, vocab_size=c.vocab_size)
         plain = {'token_mix': False, 'copy_own_context': False, 'use_retrieval': False}
         ours = RETROConfig(**{**theirs, **plain, **overrides})
         fits = dict(block_size=ours.block_size <= c.n_positions, vocab_size=0 <= ours.vocab_size - c.vocab_size < 128)
@@ -693,11 +695,13 @@ class RETRO(nn.Module):
                  if not fits.get(key, getattr(ours, key) == value)]
         if wrong:
             raise ValueError(f'{"; ".join(wrong)}: use the same')
-        source, report = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+        source, report = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True, use_safetensors=True)
         odd = [key for keys in report.values() for key in keys if 'masked_bias' not in str(key)]  # of earlier versions
         source = source.state_dict()
         if odd or not torch.equal(source['lm_head.weight'], source['transformer.wte.weight']):
             raise ValueError(f'the weights of {name} are not those of its config ({odd[:9] or "lm_head is not tied"})')
+        if not ours.bias and any(weight.any() for key, weight in source.items() if key.endswith('.bias')):
+            raise ValueError(f'the config of {name} says that it has no biases, but some are not zero')
         model = cls(ours)
         with torch.no_grad():
             model.lm_head.weight.copy_(source['lm_head.weight'].mean(0))  # of rows that pad the vocabulary

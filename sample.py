@@ -57,8 +57,8 @@ def read_prompts(path):
                         raise ValueError(f'line {number} has no text in "prompt"')
                     prompts.append(entry['prompt'].encode('utf-8', 'replace').decode())
     except (OSError, ValueError) as error:
-        raise UserError(f'--prompts: {path!r} cannot be read ({getattr(error, "strerror", None) or error}): name a file '
-                        f'with {{"prompt": "text"}} in each line') from error
+        raise UserError(f'--prompts: {path!r} cannot be read ({getattr(error, "strerror", None) or error}): name a '
+                        f'file with {{"prompt": "text"}} in each line') from error
     if not prompts:
         raise UserError(f'--prompts: {path!r} is empty: write {{"prompt": "text"}} into its lines')
     return prompts
@@ -118,7 +118,6 @@ def main():
     elif arguments.interactive:
         prompts = []
     elif arguments.start is None:
-        print('no --start is given: starting from a line end', file=sys.stderr)
         prompts = ['\n']
     else:
         prompts = [read_text(arguments.start, '--start')]
@@ -133,6 +132,8 @@ def main():
                       file=sys.stderr)
         elif model.config.use_retrieval and arguments.retrieval == 'on':
             source = CollectionSource(cleanup.enter_context(contextlib.closing(Retriever(settings, tokenizer))))
+        if prompts == ['\n']:
+            print('no --start is given: starting from a line end', file=sys.stderr)
         engine = Engine(model, tokenizer, slots=min(BATCH, max(1, len(prompts)) * arguments.num_samples))
         for number, prompt in enumerate(prompts):
             write(engine, source, arguments, prompt, f'prompt {number + 1}, ' if len(prompts) > 1 else '')

@@ -9,6 +9,7 @@ fill the collection and to build its index is reported by populate.
     python bench/quality.py config/quickstart.py --arms='GPT,RETRO' --max_iters=4800   # a longer curve
     python bench/quality.py config/quickstart.py --sweep=retrieval_pointers=8,64       # the RETRO with other settings
     python bench/quality.py config/quickstart.py --arms='GPT,RETRO' --sweep=learning_rate=2e-3,5e-3
+    python bench/quality.py config/quickstart.py --jobs=4    # so many runs at a time, where seconds do not matter
 
 The collection must have been filled: python -m retrieval.populate config/quickstart.py. Prints tables and one JSON
 line, and writes quality.json and quality.png. A run that is in out_dir already, with as many steps and the same
@@ -20,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -47,13 +49,14 @@ ARMS = {  # options on top of the config
 BASELINE, ALL, AS_LONG, MIX = 'GPT', 'RETRO', 'GPT for as long', 'GPT mixed with n-grams'
 POINTS = 12  # evaluations of a run
 SHORT_RUN = 8  # tokens: chunks that share no longer run with anything in the collection are reported separately
-FLAGS = ('seeds', 'arms', 'sweep', 'quick')
+FLAGS = ('seeds', 'arms', 'sweep', 'jobs', 'quick')
 
 
 def run(*command):
     """Run a command of the project. UserError with the end of what it said if it fails."""
+    paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
     answer = subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, 'PYTHONPATH': str(ROOT)})
+                            env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
     if answer.returncode:
         raise UserError(f'{command[0]} ended with {answer.returncode}: {answer.stderr.strip()[-500:]}')
 
@@ -127,7 +130,7 @@ def plot(runs, path):
                           label=f'{arm}, off' if i == 0 else None)
     left.set(xlabel='step', ylabel='val bits per byte', ylim=(lowest - 0.05, lowest + 1.2))
     right.set(xlabel='seconds of training')
-    left.legend(frameon=False)
+    left.legend(frameon=False, loc='upper right')
     for axes in (left, right):
         axes.spines[['top', 'right']].set_visible(False)
         axes.grid(alpha=0.25)
@@ -149,32 +152,44 @@ def main():
     arguments = [a for a in sys.argv[1:] if a[2:].partition('=')[0] not in FLAGS]
     settings = load_settings(arguments)
     steps = 30 if 'quick' in flags else settings.max_iters
-    names = flags['arms'].split(',') if 'arms' in flags else [ALL] if 'sweep' in flags else list(ARMS)
+    jobs = int(flags.get('jobs', 1))
+    every = [name for name in ARMS if name != AS_LONG or jobs == 1]
+    names = flags['arms'].split(',') if 'arms' in flags else [ALL] if 'sweep' in flags else every
     if unknown := [name for name in names if name not in ARMS]:
         raise UserError(f'--arms holds {unknown[0]!r}; there are {", ".join(ARMS)}')
-    if AS_LONG in names and 'sweep' in flags:
-        raise UserError(f'--sweep does not go with {AS_LONG!r}: name other --arms')
+    if AS_LONG in names and ('sweep' in flags or jobs > 1):
+        raise UserError(f'--arms holds {AS_LONG!r}, whose time is measured: leave out --sweep and --jobs, or the arm')
     if AS_LONG in names and not {BASELINE, ALL} <= set(names[:names.index(AS_LONG)]):
         raise UserError(f'--arms holds {AS_LONG!r}, whose time follows from {BASELINE!r} and {ALL!r}: name both '
                         f'before it')
     seeds = [settings.seed + i for i in range(int(flags.get('seeds', 1)))]
-    out_dir = f'{settings.out_dir}/quality'
-    runs, short, ngrams = {}, {}, []
-    for seed in seeds:
-        folders = {}
-        for name, (arm, options) in plan(flags, names).items():
-            arm_steps = steps
-            if arm == AS_LONG:  # by the seconds of both with this seed
-                arm_steps = round(steps * runs[ALL][-1][-1][1] / runs[BASELINE][-1][-1][1])
-            folders[name] = f'{out_dir}/{name.replace(" ", "_")}_{seed}_{arm_steps}'
-            points = train(f'{name}, seed {seed}', options | dict(seed=seed), arguments, folders[name], arm_steps)
-            runs.setdefault(name, []).append(points)
-        if BASELINE in folders:
-            ngrams.append(measure_ngram(settings, folders[BASELINE]))
-            for name, folder in folders.items():
-                if runs[name][-1][-1][2] is not None:
-                    short.setdefault(name, []).append(evaluate(folder, folders[BASELINE]))
-    report_on(settings, seeds, steps, runs, short, ngrams, out_dir)
+    out_dir, runs, folders = f'{settings.out_dir}/quality', {}, {}
+
+    def train_arm(seed, name, arm, options):
+        arm_steps = steps
+        if arm == AS_LONG:  # by the seconds of both with this seed
+            arm_steps = round(steps * runs[ALL, seed][-1][1] / runs[BASELINE, seed][-1][1])
+        folders[name, seed] = f'{out_dir}/{name.replace(" ", "_")}_{seed}_{arm_steps}'
+        runs[name, seed] = train(f'{name}, seed {seed}', options | dict(seed=seed), arguments, folders[name, seed],
+                                 arm_steps)
+
+    arms = plan(flags, names)
+    retrieving = [(name, seed) for seed in seeds for name, (_, options) in arms.items()
+                  if BASELINE in arms and options.get('use_retrieval', True)]
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(train_arm, seed, name, *arm) for seed in seeds for name, arm in arms.items()]:
+            future.result()
+        short = [pool.submit(evaluate, folders[key], folders[BASELINE, key[1]]) for key in retrieving]
+        short = {key: future.result() for key, future in zip(retrieving, short, strict=True)}
+    ngrams = []
+    if BASELINE in arms:
+        try:
+            ngrams = [measure_ngram(settings, folders[BASELINE, seed]) for seed in seeds]
+        except UserError as error:  # the runs are there, and their figures wanted
+            print(f'no n-grams: {error}', file=sys.stderr)
+    by_arm = [{name: [found[name, seed] for seed in seeds if (name, seed) in found] for name in arms}
+              for found in (runs, short)]
+    report_on(settings, seeds, steps, *by_arm, ngrams, out_dir)
 
 
 def report_on(settings, seeds, steps, runs, short, ngrams, out_dir):

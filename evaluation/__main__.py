@@ -37,7 +37,7 @@ from evaluation.figures import plot_overlap, plot_similarity, summarize, table
 from evaluation.losses import evaluate_corpus
 from evaluation.report import choose_passages, write_report
 from retrieval.retriever import Retriever
-from training.checkpoint import load_run
+from training.checkpoint import load_checkpoint, load_run
 from training.metrics import metrics_path
 
 
@@ -71,6 +71,7 @@ def parse_arguments():
 
 def main(cleanup):
     arguments, overrides = parse_arguments()
+    step = load_checkpoint(arguments.out_dir).step
     settings, tokenizer, model, device = load_run(arguments.out_dir, overrides)
     use_retrieval = model.config.use_retrieval and arguments.retrieval != 'off'
     if arguments.retrieval == 'on' and not use_retrieval:
@@ -101,7 +102,7 @@ def main(cleanup):
     keep_freed_memory()
     started = time.perf_counter()
     nats, retrieved = evaluate_corpus(model, corpus, settings.batch_size, device, context, retriever)
-    report = dict(out_dir=arguments.out_dir, data=', '.join(config.path for config in configs),
+    report = dict(out_dir=arguments.out_dir, step=step, data=', '.join(config.path for config in configs),
                   corpus=describe_corpus(configs), baseline=arguments.baseline, notes=[])
     if arguments.without_copies and retrieved:
         report['notes'].append(f'pointers into passages that share {arguments.without_copies} or more tokens with the '

@@ -451,7 +451,7 @@ class Engine:
                     first = max(row.start, row.size - LONGEST)
                     known = row.buffer[first:row.size + drafts[b]]
                     line[LONGEST - (row.size - first):][:len(known)] = known
-                pointers = self._tensor(source.point(tokens)[:, -n:]).long()
+                pointers = self._tensor(source.point(tokens, last=n)).long()
                 self.seconds['pointers'] += time.perf_counter() - start
                 start = time.perf_counter()
             found = self.model.predict(some, pointers)[..., :len(self.allowed)]

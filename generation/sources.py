@@ -24,9 +24,9 @@ class CollectionSource:
         found = self.retriever.retrieve_for_text(chunks[:, None])
         return found.tokens[:, 0].astype(np.int64), found.mask[:, 0], found.hits[:, 0]
 
-    def point(self, tokens):
-        """Pointers (B, n, P, 3) of tokens (B, n)."""
-        return self.retriever.point(tokens, patience=PATIENCE)
+    def point(self, tokens, last=None):
+        """Pointers (B, n, P, 3) of tokens (B, n), or of the `last` of them."""
+        return self.retriever.point(tokens, patience=PATIENCE, last=last)
 
     def draft(self, tokens, count):
         """What followed the longest run of the last of tokens (n,): its length, and up to `count` tokens (m,)."""
@@ -88,8 +88,8 @@ class PassageSource:
         N = len(chunks)
         return np.repeat(self.neighbors[None], N, 0), np.repeat(self.mask[None], N, 0), [None] * N
 
-    def point(self, tokens):
-        return self.index.find(tokens, np.zeros((len(tokens), 1), dtype=np.int64), self.count)
+    def point(self, tokens, last=None):
+        return self.index.find(tokens, np.zeros((len(tokens), 1), dtype=np.int64), self.count, last=last)
 
     def draft(self, tokens, count):
         return self.index.continue_run(tokens, count)

@@ -237,24 +237,26 @@ class MatchIndex:
         bar.update(len(arrays['text']))
         return name, []
 
-    def find(self, tokens, doc_ids, count, copied=0):
+    def find(self, tokens, doc_ids, count, copied=0, last=None):
         """
         Pointers (B, T, P, 3) int32, P = count, of sequences tokens (B, T) on the chunk grid, whose chunks belong to the
         documents doc_ids (B, L): for each position the distinct tokens that came next after the longest matches, those
         with the largest share first: token, longest match (0: there is none), and share in parts of an octave below
         all. A match ends at the position, stays in its document, and stands in none of the sequence's documents; nor,
-        unless it is 0, in a passage that shares `copied` tokens in a row with the text, also with what follows.
+        unless it is 0, in a passage that shares `copied` tokens in a row with the text, also with what follows. Of the
+        `last` positions alone, if it is given: (B, last, P, 3).
         """
-        B, T = tokens.shape
-        pointers = np.zeros((B, T, count, 3), dtype=np.int32)
+        (B, T), last = tokens.shape, last or tokens.shape[1]
+        pointers = np.zeros((B, last, count, 3), dtype=np.int32)
         if not self.segments:
             return pointers
         run = run_lengths(tokens, doc_ids, self.end_of_text)
+        run[:, :T - last] = 0  # which matches nothing
         lengths = np.empty((len(self.segments), B, T, PLACES), dtype=np.uint8)
         next_tokens = np.empty(lengths.shape, dtype=self.token_type)
         for i, segment in enumerate(self.segments):
             segment.find(tokens, doc_ids, run, self.end_of_text, copied, lengths[i], next_tokens[i], NO_PLACES)
-        count_tokens(lengths, next_tokens, pointers)
+        count_tokens(lengths[:, :, T - last:], next_tokens[:, :, T - last:], pointers)
         return pointers
 
     def longest_runs(self, tokens, doc_ids):

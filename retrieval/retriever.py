@@ -7,7 +7,6 @@ Looks up where the last tokens of each position stand in the knowledge base (mat
         batch, = retriever.retrieve_for([batch])
 """
 import hashlib
-import itertools
 import math
 import sys
 import time
@@ -117,11 +116,11 @@ class Retriever:
         doc_ids = np.zeros(chunks.shape[:2], dtype=np.int64)
         return self.retrieve(chunks, doc_ids, (chunks == self.tokenizer.eot_token).any(-1))
 
-    def point(self, tokens, doc_ids=None, patience=0.0):
+    def point(self, tokens, doc_ids=None, patience=0.0, last=None):
         """
         The pointers (B, T, P, 3) of sequences tokens (B, T) into the documents that are none of theirs, doc_ids (B, L);
-        as RETRO.forward has them. Without doc_ids the tokens are of no document of the collection. Milvus is asked for
-        changes unless it was less than `patience` seconds ago.
+        as RETRO.forward has them; those of the `last` positions, if it is given. Without doc_ids the tokens are of no
+        document of the collection. Milvus is asked for changes unless it was less than `patience` seconds ago.
         """
         if doc_ids is None:
             doc_ids = np.zeros((len(tokens), 1), dtype=np.int64)
@@ -130,7 +129,7 @@ class Retriever:
             if time.monotonic() >= self.followed_at + patience:
                 self._follow_matches()
                 self.followed_at = time.monotonic()
-            return self.matches.find(tokens, doc_ids, self.num_pointers, self.copied)
+            return self.matches.find(tokens, doc_ids, self.num_pointers, self.copied, last)
         return self._wait(find)
 
     def longest_runs(self, tokens, doc_ids):
@@ -151,37 +150,39 @@ class Retriever:
 
         def add_pointers():
             self._follow_matches()
-            return [self._add_pointers(batch) for batch in batches]
+            return self._add_pointers(batches)
         return self._wait(add_pointers)
 
-    def _add_pointers(self, batch):
+    def _add_pointers(self, batches):
         """Pointers are remembered by chunk. A sequence of which one is missing is looked up as a whole."""
-        (B, L), C, P = batch.doc_ids.shape, self.chunk_size, self.num_pointers
-        packed = np.zeros((B, L, C, P), dtype=self.pointer_type)
-        keys = pointer_keys(batch.tokens, batch.doc_ids, self.tokenizer.eot_token)
         cache = None if self.copied else self.cache  # what is left out depends on what follows, too
-        cached = cache.get(self.pointers_kind, list(itertools.chain(*keys))) if cache else {}
-        new, new_keys = [], []
-        for b, line in enumerate(keys):
-            if all(key in cached for key in line):
-                packed[b] = np.frombuffer(b''.join(cached[key] for key in line), packed.dtype).reshape(L, C, P)
-            else:
-                new.append(b)
-                new_keys += line
-        if new:
-            found = self.matches.find(batch.tokens[new], batch.doc_ids[new], P, self.copied)
-            found = found.reshape(len(new), L, C, P, 3)
+        keys = [pointer_keys(batch.tokens, batch.doc_ids, self.tokenizer.eot_token) for batch in batches]
+        every = [key for lines in keys for line in lines for key in line]
+        cached = cache.get(self.pointers_kind, every) if cache else {}
+        complete, found = [], []  # a commit of the cache takes a millisecond: one for all batches
+        for batch, lines in zip(batches, keys, strict=True):
+            (B, L), C, P = batch.doc_ids.shape, self.chunk_size, self.num_pointers
+            packed = np.zeros((B, L, C, P), dtype=self.pointer_type)
+            new = []
+            for b, line in enumerate(lines):
+                if all(key in cached for key in line):
+                    packed[b] = np.frombuffer(b''.join(cached[key] for key in line), packed.dtype).reshape(L, C, P)
+                else:
+                    new.append(b)
+            if new:
+                looked_up = self.matches.find(batch.tokens[new], batch.doc_ids[new], P, self.copied)
+                looked_up = looked_up.reshape(len(new), L, C, P, 3)
+                for part, name in enumerate(packed.dtype.names):
+                    packed[name][new] = looked_up[..., part]
+                found += [(key, chunk.tobytes()) for b in new for key, chunk in zip(lines[b], packed[b], strict=True)]
+            pointers = np.empty((B, L * C, P, 3), dtype=np.int32)
             for part, name in enumerate(packed.dtype.names):
-                packed[name][new] = found[..., part]
-            if cache:
-                chunks = packed[new].reshape(-1, C * P)
-                cache.put(self.pointers_kind, [(key, chunk.tobytes()) for key, chunk in
-                                               zip(new_keys, chunks, strict=True)])
-        pointers = np.empty((B, L * C, P, 3), dtype=np.int32)
-        for part, name in enumerate(packed.dtype.names):
-            pointers[..., part] = packed[name].reshape(B, L * C, P)
-        counts = batch.counts if self.k else count_pointed_to_themselves(batch, pointers)
-        return replace(batch, pointers=pointers, counts=counts)
+                pointers[..., part] = packed[name].reshape(B, L * C, P)
+            counts = batch.counts if self.k else count_pointed_to_themselves(batch, pointers)
+            complete.append(replace(batch, pointers=pointers, counts=counts))
+        if cache:
+            cache.put(self.pointers_kind, found)
+        return complete
 
     def _add_neighbors(self, batches):
         """By one request, whose cost hardly depends on the number of Batches."""

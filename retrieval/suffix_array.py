@@ -95,10 +95,13 @@ def find_matches(text, order, following, document, shared, first, top, is_masked
     """
     B, T, N = lengths.shape
     size, bits = len(order), 8 * text.itemsize
+    is_hidden = is_masked.copy()
     for b in range(B):
-        numbers = np.unique(excluded[b])
+        for x in excluded[b]:
+            is_hidden[x] |= x >= 0
         for t in range(T):
-            lengths[b, t, 0] = 0
+            found_lengths, found_tokens = lengths[b, t], next_tokens[b, t]
+            found_lengths[0] = 0
             limit = min(run[b, t], DEPTH)
             token = tokens[b, t]
             if limit == 0 or token + 1 >= len(first) or first[token] == first[token + 1]:
@@ -132,34 +135,39 @@ def find_matches(text, order, following, document, shared, first, top, is_masked
             found = 0
             while found < N and (left_length > 0 or right_length > 0):
                 if right_length >= left_length:
-                    entry, length = right, right_length
-                    right += 1
-                    right_length = min(right_length, np.int64(shared[right])) if right < size else 0
+                    entry, length, shortest, step = right, right_length, max(1, left_length), 1
                 else:
-                    entry, length = left, left_length
-                    left_length = min(left_length, np.int64(shared[left]))
-                    left -= 1
-                number = np.int64(document[entry])
-                is_excluded = is_masked[number]
-                for x in numbers:
-                    is_excluded |= x == number
-                if copied and not is_excluded:
-                    place, back, ahead = np.int64(order[entry]), length, 1
-                    while back < run[b, t] and text[place - back] == tokens[b, t - back]:
-                        back += 1
-                    while (t + ahead < T and run[b, t + ahead] == run[b, t] + ahead
-                           and text[place + ahead] == tokens[b, t + ahead]):
-                        ahead += 1
-                    is_excluded = back + ahead - 1 >= copied
-                if is_excluded:
-                    continue
-                lengths[b, t, found] = length
-                next_tokens[b, t, found] = following[entry]
-                if places.size:
-                    places[b, t, found] = order[entry]
-                found += 1
+                    entry, length, shortest, step = left, left_length, right_length + 1, -1
+                while found < N and length >= shortest:
+                    is_excluded = is_hidden[document[entry]]
+                    if copied and not is_excluded:
+                        place, back, ahead = np.int64(order[entry]), length, 1
+                        while back < run[b, t] and text[place - back] == tokens[b, t - back]:
+                            back += 1
+                        while (t + ahead < T and run[b, t + ahead] == run[b, t] + ahead
+                               and text[place + ahead] == tokens[b, t + ahead]):
+                            ahead += 1
+                        is_excluded = back + ahead - 1 >= copied
+                    if not is_excluded:
+                        found_lengths[found] = length
+                        found_tokens[found] = following[entry]
+                        if places.size:
+                            places[b, t, found] = order[entry]
+                        found += 1
+                    if step > 0:
+                        entry += 1
+                        length = min(length, np.int64(shared[entry])) if entry < size else 0
+                    else:
+                        length = min(length, np.int64(shared[entry]))
+                        entry -= 1
+                if step > 0:
+                    right, right_length = entry, length
+                else:
+                    left, left_length = entry, length
             if found < N:
-                lengths[b, t, found] = 0
+                found_lengths[found] = 0
+        for x in excluded[b]:
+            is_hidden[x] = is_masked[x]
 
 
 @njit
@@ -232,18 +240,18 @@ def count_tokens(lengths, next_tokens, pointers):
             for i in range(matches):
                 share[numbers[i]] += weight[sizes[i]]
             # the P largest, of equal ones the lowest token
-            kept = 0
+            kept = min(P, count)
             for i in range(count):
                 share[i] = np.rint(share[i] * 2.0**40)  # whatever the order in which it was added up
-                p = kept
-                while p > 0 and (share[i] > heaviest[p - 1] or (
-                        share[i] == heaviest[p - 1] and distinct[i] < distinct[best[p - 1]])):
-                    if p < P:
-                        best[p], heaviest[p] = best[p - 1], heaviest[p - 1]
+                value, token = share[i], distinct[i]
+                if i >= P and (value < heaviest[P - 1] or (value == heaviest[P - 1] and token > distinct[best[P - 1]])):
+                    continue
+                p = min(i, P - 1)
+                while p > 0 and (value > heaviest[p - 1] or (
+                        value == heaviest[p - 1] and token < distinct[best[p - 1]])):
+                    best[p], heaviest[p] = best[p - 1], heaviest[p - 1]
                     p -= 1
-                if p < P:
-                    best[p], heaviest[p] = i, share[i]
-                    kept = min(kept + 1, P)
+                best[p], heaviest[p] = i, value
             for p in range(kept):
                 pointers[b, t, p, 0] = distinct[best[p]]
                 pointers[b, t, p, 1] = longest[best[p]]

@@ -53,11 +53,12 @@ class Source:
                 is_token[k, :rng.integers(C, 2 * C + 1)] = 1
         return tokens, mask.astype(bool), [None] * len(chunks)
 
-    def point(self, tokens):
+    def point(self, tokens, last=None):
         previous = np.pad(tokens[:, :-1], ((0, 0), (1, 0)))[..., None]
         previous = np.where(previous == V - 1, 0, previous)  # what precedes a text is another document
         named = (tokens[..., None] * 7 + np.arange(P) * 3 + 1) % V
-        return np.stack([named, (named + previous) % 17, (named * previous) % 120], axis=-1)
+        pointers = np.stack([named, (named + previous) % 17, (named * previous) % 120], axis=-1)
+        return pointers if last is None else pointers[:, -last:]
 
     def draft(self, tokens, count):
         return 0, tokens[:0]

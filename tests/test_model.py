@@ -14,6 +14,7 @@ from model import (
     NeighborContext,
     RETROConfig,
     attend,
+    chunk_windows,
     count_matches,
     document_starts,
 )
@@ -381,7 +382,8 @@ def slow_matches(tokens, neighbors, longest):
 def test_matches_are_counted_back_from_both_and_at_most_so_far(length, longest):
     torch.manual_seed(0)
     tokens, neighbors = torch.randint(2, (2, length)), torch.randint(2, (2, length // C, K, R))
-    counts = count_matches(tokens, neighbors, C, longest)
+    L = neighbors.shape[1]
+    counts = count_matches(chunk_windows(tokens, L, C, longest), neighbors.flatten(0, 1), longest).unflatten(0, (2, L))
     assert (counts == slow_matches(tokens, neighbors, longest)).all() and counts.max() == longest
 
 

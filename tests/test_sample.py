@@ -1,4 +1,7 @@
 """sample.py as a command, on a model that the test has trained."""
+import json
+import sys
+
 import pytest
 
 from tests.conftest import ROOT, run
@@ -24,7 +27,7 @@ def test_a_sample_goes_on_from_its_prompt_and_shows_what_it_retrieved(trained):
     answer = sample(trained, f'--start={START}', '--max_new_tokens=40', '--show_neighbors')
     text, _, shown = answer.stdout.partition('--- what was retrieved')
     assert text.startswith(START) and len(text) > len(START) + 20
-    assert 'chunk 1: import textwrap⏎' in shown and 'chunk 2: ' in shown
+    assert 'chunk 1: import textw' in shown and 'chunk 2: ' in shown
     assert 'stdlib/' in shown and 'similarity 0.' in shown and 'then: ' in shown
 
 
@@ -58,10 +61,53 @@ def test_a_prompt_comes_from_a_file_and_may_be_longer_than_the_block(trained, tm
     assert answer.stdout.startswith(START * 10)
 
 
+def test_several_prompts_come_from_a_file_and_json_has_all_of_a_sample(trained, tmp_path):
+    """A prompt that begins with FILE: is text there, and so is the end-of-text's own string."""
+    prompts = [START, 'FILE:nowhere.txt', 'a<|endoftext|>b', ' ', 'x\ud800y']
+    (tmp_path / 'prompts.jsonl').write_text('\n'.join(json.dumps({'prompt': prompt}) for prompt in prompts) + '\n\n')
+    answer = sample(trained, f'--prompts={tmp_path}/prompts.jsonl', '--json', '--num_samples=2', '--max_new_tokens=20',
+                    '--show_neighbors')
+    found = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert [f['prompt'] for f in found] == [p.replace('\ud800', '?') for p in prompts for _ in range(2)]
+    assert [f['seed'] for f in found[:2]] == [1337, 1338] and all(f['tokens'] <= 20 for f in found)
+    passage = found[0]['neighbors'][0]['passages'][0]
+    assert passage.keys() == {'document', 'similarity', 'text', 'continuation'} and 'stdlib/' in passage['document']
+    plain = sample(trained, f'--prompts={tmp_path}/prompts.jsonl', '--max_new_tokens=20').stdout
+    assert plain.startswith(f'=== prompt 1\n{START}') and '=== prompt 5\nx?y' in plain
+
+
+def test_passages_of_ones_own_take_the_place_of_the_collections_and_need_no_database(trained, tmp_path):
+    (tmp_path / 'passage.txt').write_text('zebra quagga okapi zebra quagga okapi\n' * 40)
+    arguments = ['--start=zebra quagga', '--max_new_tokens=12', '--temperature=0', '--show_neighbors',
+                 '--retrieval_milvus_uri=http://127.0.0.1:9', f'--neighbors=FILE:{tmp_path}/passage.txt']
+    answer = sample(trained, *arguments, '--neighbors=another one')
+    assert 'okapi' in answer.stdout.split('---')[0]  # which pointers name
+    assert '1. passage 1, similarity 1.00' in answer.stdout and '2. passage 2' in answer.stdout
+    assert 'passage 1 is long: its first 32 tokens are read' in answer.stderr
+
+
+def test_prompts_are_read_from_the_terminal_until_its_end(trained):
+    from subprocess import run as run_process
+    answer = run_process([sys.executable, ROOT / 'sample.py', '--out_dir=out', '--interactive', '--max_new_tokens=5',
+                          '--retrieval=off', '--stop=\n'], cwd=trained, input='import os\n\ndef f(\n', text=True,
+                         capture_output=True, timeout=120)
+    first, second = answer.stdout.splitlines()
+    assert first.startswith('import os') and second.startswith('def f(') and answer.returncode == 0
+    assert not answer.stderr, answer.stderr  # nor any noise of the libraries
+
+
 @pytest.mark.parametrize('arguments, said', [
+    (['--prompts=empty.txt'], "--prompts: 'empty.txt' is empty"),
+    (['--prompts=out/checkpoints/latest'], "--prompts: 'out/checkpoints/latest' cannot be read"),
+    (['--prompts=x.jsonl', '--interactive'], '--start, --prompts and --interactive exclude each other'),
+    (['--top_p=0'], '--top_p is 0.0: give a probability above 0, up to 1'),
+    (['--min_p=2'], '--min_p is 2.0: give a share from 0 to 1'),
+    (['--repetition_penalty=0'], '--repetition_penalty is 0.0: give a number above 0'),
+    (['--neighbors=a', '--retrieval=off'], '--neighbors are given, and --retrieval=off reads none'),
+    (['--neighbors=a', '--neighbors=b', '--neighbors=third'], "reads 2 (retrieval_k_neighbors): leave out 'third'"),
     (['--out_dir=nowhere'], "no checkpoint in 'nowhere'"),
-    (['--start=FILE:nowhere.txt'], "prompt file 'nowhere.txt' cannot be read (No such file or directory)"),
-    (['--start=FILE:empty.txt'], "prompt file 'empty.txt' is empty"),
+    (['--start=FILE:nowhere.txt'], "--start: file 'nowhere.txt' cannot be read (No such file or directory)"),
+    (['--start=FILE:empty.txt'], "--start: file 'empty.txt' is empty"),
     (['--start='], '--start is empty'),
     (['--num_samples=0'], '--num_samples must be at least 1, but is 0'),
     (['--temperature=nan'], '--temperature must be at least 0 and finite, but is nan'),

@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 from system import get_rng_state, is_device, pick_device, pick_dtype, quiet_transformers, say
 
@@ -84,6 +84,7 @@ class Checkpoint:
         """Load the weights into a RETRO. UserError if they are not of its architecture, or not finite."""
         with as_user_error(self.folder):
             weights = load_file(os.path.join(self.folder, 'model.safetensors'))
+            weights = {name.removeprefix('model.'): w for name, w in weights.items()}  # of an export
             wanted = dict(model.named_parameters())
             if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in wanted.items()}:
                 raise ValueError('its weights are not those of its architecture')
@@ -282,10 +283,13 @@ def describe_resume(checkpoint, settings, world_size):
 
 def load_weights(folder, config, tokenizer):
     """
-    A RETRO of this RETROConfig that starts from the weights in a folder: an out_dir or checkpoint of ours, or a GPT-2
-    that transformers saved, whose code, if any, is not run. UserError if they do not fit.
+    A RETRO of this RETROConfig that starts from the weights in a folder: an out_dir or checkpoint of ours, an export of
+    one, or a GPT-2 that transformers saved. A folder's code, if any, is not run. UserError if they do not fit.
     """
-    if os.path.isfile(os.path.join(folder, 'config.json')):
+    if not os.path.isdir(folder):
+        raise UserError(f"init_from {folder!r} is neither 'scratch' nor 'resume' nor a folder")
+    checkpoint = load_export(folder)
+    if checkpoint is None and os.path.isfile(os.path.join(folder, 'config.json')):
         try:
             quiet_transformers()  # what they would report is an error here
             model = RETRO.from_pretrained(folder, **asdict(config))
@@ -296,13 +300,28 @@ def load_weights(folder, config, tokenizer):
             raise UserError(f'init_from {folder!r} cannot be used: {" ".join(str(error).split())[:500]}') from error
         check_finite(model, folder)
         return model
-    if not os.path.isdir(folder):
-        raise UserError(f"init_from {folder!r} is neither 'scratch' nor 'resume' nor a folder")
-    checkpoint = load_checkpoint(folder)
+    checkpoint = checkpoint or load_checkpoint(folder)
     check_fits(checkpoint, config, tokenizer)
     model = RETRO(config)
     checkpoint.load_model(model)
     return model
+
+
+def load_export(folder):
+    """
+    What export.py, or transformers after it, wrote as a model with its own code, as a Checkpoint of weights alone; None
+    if a folder holds no such model. UserError if it is damaged.
+    """
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError), open(
+            os.path.join(folder, 'config.json'), encoding='utf-8') as file:
+        saved = json.load(file)
+        if saved['model_type'] == 'nanoretro':
+            with as_user_error(folder):
+                model = BEFORE | {f.name: saved[f.name] for f in fields(RETROConfig) if f.name in saved}
+                RETROConfig(**model)
+                tokenizer = load_tokenizer(os.path.join(folder, 'tokenizer.json'))
+                return Checkpoint(folder, 0, model, {}, vocabulary_hash(tokenizer), math.inf, {}, 1)
+    return None
 
 
 def load_run(out_dir, overrides=()):
