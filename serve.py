@@ -36,7 +36,7 @@ except ModuleNotFoundError as error:
     with user_errors_as_one_line():
         raise UserError(f'the package {error.name} is not installed: pip install -r requirements-serve.txt') from error
 
-PATIENCE = 3.0  # seconds that a request waits for a knowledge base that is away: retrieval_timeout, if none is given
+PATIENCE = 5.0  # seconds that a request waits for a knowledge base that is away: retrieval_timeout, if none is given
 ENDING = 1  # seconds for requests to end after Ctrl-C
 
 

@@ -13,6 +13,7 @@ from concurrent import futures
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from configurator import UserError
 from generation.engine import Request, Row
@@ -71,8 +72,8 @@ class LiveCollection:
     def retrieve(self, chunks):
         return self.ask(lambda: self._retrieve(chunks))
 
-    def point(self, tokens):
-        return self.ask(lambda: self.source.point(tokens))
+    def point(self, tokens, last=None):
+        return self.ask(lambda: self.source.point(tokens, last))
 
     def draft(self, tokens, count):
         return self.source.draft(tokens, count)  # asks no database
@@ -232,6 +233,7 @@ class Worker:
     def _run(self):
         while self._take():
             try:
+                forget_last_rows(self.engine)
                 events = self.engine.step()
             except Away as error:
                 self._fail([job for job in self.jobs.values() if isinstance(job.request.source, LiveCollection)], error)
@@ -298,6 +300,12 @@ class Worker:
             self.loop.call_soon_threadsafe(put)
         except RuntimeError:  # the loop has ended
             pass
+
+
+def forget_last_rows(engine):
+    """Rows that read no neighbors must not read those that an earlier one in their slot has left."""
+    if 'found' in engine.context:
+        engine.context['found'][torch.from_numpy(~engine.reads)] = False
 
 
 def ending():

@@ -174,6 +174,15 @@ def test_a_seed_gives_the_same_text_whatever_else_is_written_and_another_seed_an
     assert len({*others}) == 4
 
 
+def test_texts_without_retrieval_are_the_same_beside_texts_that_read_and_after_them(served):
+    alone = [create(served, max_tokens=20, seed=seed, retrieval='off').choices[0].text for seed in range(4)]
+    for _ in range(3):
+        with ThreadPoolExecutor(8) as pool:
+            texts = list(pool.map(lambda n: create(served, max_tokens=20, seed=n // 2, retrieval=('off', 'on')[n % 2]
+                                                   ).choices[0].text, range(8)))
+        assert texts[::2] == alone
+
+
 def test_lists_of_prompts_token_ids_and_n_give_their_texts_in_order(served, trained):
     from data.tokenizer import load_tokenizer
     tokenizer = load_tokenizer(str(trained / 'tokenizer.json'))
@@ -466,7 +475,7 @@ class Broken:
     """A source whose pointers fail."""
     has_neighbors, has_pointers = False, True
 
-    def point(self, tokens):
+    def point(self, tokens, last=None):
         raise ZeroDivisionError('of the test')
 
     def draft(self, tokens, count):

@@ -168,7 +168,7 @@ def talk(served, number):
 
 
 @pytest.mark.skipif(bool(why_not()), reason=f'no real Milvus server: {why_not()}')
-def test_200_clients_of_which_half_go_away_get_right_texts_or_errors_while_milvus_dies_and_comes_back(prepared, tmp_path):
+def test_200_clients_of_which_half_go_away_get_right_texts_or_errors_while_milvus_dies_and_returns(prepared, tmp_path):
     folder = tmp_path / 'run'
     shutil.copytree(prepared, folder)
     with MilvusServer(tmp_path / 'milvus') as milvus:
