@@ -22,11 +22,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data.tokenizer import is_token
 from generation.own_context import longest_run, own_pointers_at
 from generation.sampling import Sampling, TextStream, choose, log_softmax
-from model import LONGEST, OWN_POINTERS, NeighborContext, attend, copy_keys, join_heads, split_heads
+from model import LONGEST, OWN_POINTERS, NeighborContext, attend, copy_keys, join_heads
 
 DRAFT = 12  # tokens of a draft at most
 SHORTEST_RUN = 2  # tokens that a draft must go on from
@@ -104,7 +105,7 @@ class Engine:
         self.allowed = np.array(is_token(tokenizer))
         self.chunk_size = min(c.retrieval_chunk_size, c.block_size)
         self.longest = min(c.retrieval_longest_match, c.retrieval_chunk_size)
-        self.keys, self.values = [None] * c.n_layer, [None] * c.n_layer  # (slots, heads, block_size + 1, d) each
+        self.cache = [None] * c.n_layer  # keys and values: (2, slots, heads, block_size + 1, d) each
         self.activations = None  # (slots, block_size + 1, D): an encoder reads those of the chunk that retrieved
         self.context = {}  # what the next tokens of each slot read of their neighbors, by name: (slots, ...)
         self.reads = np.zeros(slots, dtype=bool)  # whether there is any
@@ -173,8 +174,8 @@ class Engine:
             last = len(self.rows) - 1
             if slot != last:
                 used = self.rows[last].done - self.rows[last].start
-                for cache in self.keys + self.values:
-                    cache[slot, :, :used] = cache[last, :, :used]
+                for cache in self.cache:
+                    cache[:, slot, :, :used] = cache[:, last, :, :used]
                 if self.activations is not None:
                     self.activations[slot, :used] = self.activations[last, :used]
                 for tensor in self.context.values():
@@ -276,24 +277,24 @@ class Engine:
             reading = (self._read_prompts(slots, rows, counts) if fresh is None else
                        self._read_on(slots, rows, counts, fresh))
         for layer, block in enumerate(model.transformer.h):
-            q, k, v = (split_heads(y, c.n_head) for y in block.attn.c_attn(block.ln_1(x)).chunk(3, dim=-1))
-            if self.keys[layer] is None:  # one place more, for what is thrown away
-                size = (self.slots, c.n_head, c.block_size + 1, k.shape[-1])
-                self.keys[layer], self.values[layer] = k.new_zeros(size), k.new_zeros(size)
-            keys, values = self.keys[layer][slots], self.values[layer][slots]
-            write(keys, where, k)
-            write(values, where, v)
-            y = attend(q, keys[:, :, :used], values[:, :, :used], mask)
-            x = x + block.attn.c_proj(join_heads(y))
+            # functions in place of modules, whose calls take as long as a token's arithmetic
+            qkv = linear(block.attn.c_attn, norm(block.ln_1, x)).view(B, n, 3, c.n_head, -1).permute(2, 0, 3, 1, 4)
+            if self.cache[layer] is None:  # one place more, for what is thrown away
+                self.cache[layer] = qkv.new_zeros(2, self.slots, c.n_head, c.block_size + 1, qkv.shape[-1])
+            write(self.cache[layer][:, slots], where, qkv[1:])
+            keys, values = self.cache[layer][:, slots, :, :used]
+            y = attend(qkv[0], keys, values, mask)
+            x = x + linear(block.attn.c_proj, join_heads(y))
             if block.own is not None:
                 x = x + block.own(x, self.tables, own)
             if block.encoder is not None:
                 if self.activations is None:
                     self.activations = x.new_zeros(self.slots, c.block_size + 1, c.n_embd)
-                write(self.activations[slots][:, None], where, x[:, None])
+                write(self.activations[None, slots, None], where, x[None, :, None])
             if block.cca is not None and reading is not None:
                 x = x + self._cross(layer, block, x, reading)
-            x = x + block.mlp(block.ln_2(x))
+            y = F.gelu(linear(block.mlp.c_fc, norm(block.ln_2, x)), approximate='tanh')
+            x = x + linear(block.mlp.c_proj, y)
         self.counts['passes'] += 1
         self.seconds['model'] += time.perf_counter() - start
         return model.transformer.ln_f(x)
@@ -500,12 +501,20 @@ class Reading:
 
 
 def write(cache, where, new):
-    """Write new (B, heads, n, d) into a cache (B, heads, S, d), at places that are a slice or (B, n)."""
+    """Write new (2, B, heads, n, d) into a cache (2, B, heads, S, d), at places that are a slice or (B, n)."""
     if isinstance(where, slice):
-        cache[:, :, where] = new
+        cache[:, :, :, where] = new
     else:
-        rows = torch.arange(len(cache), device=cache.device)[:, None]
-        cache.transpose(1, 2)[rows, where] = new.transpose(1, 2)
+        rows = torch.arange(cache.shape[1], device=cache.device)[:, None]
+        cache.transpose(2, 3)[:, rows, where] = new.transpose(2, 3)
+
+
+def linear(module, x):
+    return F.linear(x, module.weight, module.bias)
+
+
+def norm(module, x):
+    return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
 
 
 def gather(x, places):
