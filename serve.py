@@ -131,10 +131,11 @@ def main():
     except KeyboardInterrupt:
         pass
     worker.thread.join(ENDING)
-    if worker.thread.is_alive() or (live and live.away):  # a thread waits for a knowledge base that does not answer
-        os._exit(0)
-    if retriever:
+    if retriever and not live.away:
         retriever.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a thread may still wait for the knowledge base; and Python takes a second to take torch apart
 
 
 if __name__ == '__main__':
