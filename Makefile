@@ -1,4 +1,5 @@
 # make quickstart   from an empty machine to a trained RETRO and a sample of it
+# make serve        the page and the API of the quickstart's RETRO, at http://127.0.0.1:8000
 # make test         the tests
 # make test-slow    the tests that take minutes each: many kills, Inductor, load
 # make lint         ruff
@@ -11,7 +12,7 @@ RUN = out/quickstart
 GPT = out/quickstart_gpt
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart serve test test-slow lint clean
 
 # Set-up: one stamp per requirements file, so a second call does nothing and a changed file is installed.
 .venv/installed: requirements.txt
@@ -22,7 +23,11 @@ GPT = out/quickstart_gpt
 	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
+.venv/installed-serve: requirements-serve.txt .venv/installed
+	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements-serve.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed-serve
 	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
@@ -51,6 +56,9 @@ $(GPT)/trained: config/quickstart.py out/populated
 quickstart: $(RUN)/trained $(GPT)/trained
 	@$(PY) sample.py --out_dir=$(RUN) --start=FILE:config/quickstart_prompt.txt --max_new_tokens=96 --show_neighbors
 	@$(PY) -m evaluation --out_dir=$(RUN) --baseline=$(GPT) --max_tokens=80000
+
+serve: $(RUN)/trained .venv/installed-serve
+	$(PY) serve.py --out_dir=$(RUN)
 
 test: .venv/installed-dev
 	$(PY) -m pytest tests

@@ -1,10 +1,13 @@
 """What takes minutes (make test-slow): many kills, torch.compile with Inductor, many processes, all-mpnet-base-v2."""
+import http.client
 import json
 import os
 import random
 import shutil
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -12,10 +15,12 @@ from system import why_not_compile
 
 import pytest
 
+from bench.milvus_server import MilvusServer, why_not
 from retrieval.knowledge_base import connect
 from retrieval.local_server import join_server
 from tests.conftest import ROOT, SHARED, has_server, run, spawn, wait_until
 from tests.test_faults import LONG, Run
+from tests.test_server import START, serve
 from tests.test_train import losses, metrics
 
 pytestmark = pytest.mark.slow
@@ -143,6 +148,63 @@ def test_training_compiled_by_inductor_has_the_losses_of_a_training_that_is_not_
 def test_the_gpu_bench_runs_as_a_command(tmp_path):
     run(ROOT / 'bench/gpu.py', '--device=cpu', '--quick', folder=tmp_path, timeout=900)
     assert json.loads((tmp_path / 'gpu.json').read_text())['masks'] == 'no change'
+
+
+def talk(served, number):
+    """Ask for a text, as one of 200 clients: every other one goes away halfway. Status and text, or None."""
+    body = dict(prompt=START * (1 + number % 3), max_tokens=48, seed=number % 20, temperature=1,
+                retrieval='off' if number % 4 < 2 else 'on', stream=number % 2 == 1)
+    connection = http.client.HTTPConnection('127.0.0.1', served.port, timeout=120)
+    connection.request('POST', '/v1/completions', json.dumps(body), {'Content-Type': 'application/json'})
+    answer = connection.getresponse()
+    if answer.status == 200 and number % 2:
+        for _ in range(12):
+            answer.readline()
+        connection.close()
+        return None
+    found = json.loads(answer.read())
+    connection.close()
+    return answer.status, found['choices'][0]['text'] if answer.status == 200 else found['error']['code']
+
+
+@pytest.mark.skipif(bool(why_not()), reason=f'no real Milvus server: {why_not()}')
+def test_200_clients_of_which_half_go_away_get_right_texts_or_errors_while_milvus_dies_and_returns(prepared, tmp_path):
+    folder = tmp_path / 'run'
+    shutil.copytree(prepared, folder)
+    with MilvusServer(tmp_path / 'milvus') as milvus:
+        uri = f'--retrieval_milvus_uri={milvus.uri}'
+        run('-m', 'retrieval.populate', 'config.py', uri, folder=folder)
+        run(ROOT / 'train.py', 'config.py', uri, '--max_iters=4', folder=folder)
+        with serve(folder, uri, '--queue=256') as served:
+            expected = {n: talk(served, n) for n in range(0, 60, 2)}
+            assert all(status == 200 for status, _ in expected.values())
+
+            def talk_all():
+                with ThreadPoolExecutor(200) as pool:
+                    return list(enumerate(pool.map(lambda n: talk(served, n), range(200))))
+            sizes = []
+            for _ in range(3):
+                killer = threading.Timer(1.5, milvus.kill)
+                killer.start()
+                answers = [(n, answer) for n, answer in talk_all() if answer]
+                killer.join()
+                for n, (status, text) in answers:
+                    assert (status, text) in ((200, expected[n % 60][1]), (503, 'knowledge_base_away'))
+                    assert status == 200 or n % 4 >= 2, 'what reads nothing needs no database'
+                assert any(status == 503 for _, (status, _) in answers)
+                assert talk(served, 2) == (503, 'knowledge_base_away') and talk(served, 0) == expected[0]
+                milvus.start()
+                wait_until(lambda: served.metric('knowledge_base_up') == 1, 60)
+                assert all(answer in (None, expected[n % 60]) for n, answer in talk_all())
+                wait_until(lambda: served.metric('running_rows') == served.metric('waiting_rows') == 0)
+                status = Path(f'/proc/{served.process.pid}/status').read_text()
+                sizes.append([int(status.split(f'{name}:')[1].split()[0]) for name in ('VmRSS', 'Threads')]
+                             + [len(os.listdir(f'/proc/{served.process.pid}/fd'))])
+            (first, threads, files), (last, *others) = sizes[0], sizes[-1]
+            assert last - first < 30_000, f'memory, threads and files: {sizes}'
+            assert others[0] <= threads + 2 and others[1] <= files + 4, sizes
+            assert 'Traceback' not in served.log.read_text()
+            assert served.end() == 0
 
 
 @pytest.mark.skipif('NANORETRO_MPNET' not in os.environ, reason='NANORETRO_MPNET names no folder of all-mpnet-base-v2')
