@@ -134,7 +134,7 @@ def main():
             source = CollectionSource(cleanup.enter_context(contextlib.closing(Retriever(settings, tokenizer))))
         if prompts == ['\n']:
             print('no --start is given: starting from a line end', file=sys.stderr)
-        engine = Engine(model, tokenizer, slots=min(BATCH, max(1, len(prompts)) * arguments.num_samples))
+        engine = Engine(model, tokenizer, slots=min(BATCH, arguments.num_samples))
         for number, prompt in enumerate(prompts):
             write(engine, source, arguments, prompt, f'prompt {number + 1}, ' if len(prompts) > 1 else '')
         while arguments.interactive:
@@ -158,7 +158,7 @@ def write(engine, source, arguments, prompt, label):
         if label:
             print(f'=== {label.removesuffix(", ")}')
         print(visible(prompt), end='', flush=True)
-    for event in engine.run():
+    for event in events_of(engine):
         texts[id(event.row)] += event.text
         if is_streamed:
             print(visible(event.text), end='', flush=True)
@@ -176,6 +176,13 @@ def write(engine, source, arguments, prompt, label):
             show_neighbors(row, source, engine)
             if source and source.has_pointers:
                 show_pointers(row, source, engine.tokenizer)
+
+
+def events_of(engine):
+    try:
+        yield from engine.run()
+    except FloatingPointError as error:
+        raise UserError(f'{error}: prompt an earlier checkpoint') from error
 
 
 def describe(prompt, text, row, source, arguments):

@@ -13,7 +13,6 @@ from concurrent import futures
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from configurator import UserError
 from generation.engine import Request, Row
@@ -233,7 +232,6 @@ class Worker:
     def _run(self):
         while self._take():
             try:
-                forget_last_rows(self.engine)
                 events = self.engine.step()
             except Away as error:
                 self._fail([job for job in self.jobs.values() if isinstance(job.request.source, LiveCollection)], error)
@@ -300,12 +298,6 @@ class Worker:
             self.loop.call_soon_threadsafe(put)
         except RuntimeError:  # the loop has ended
             pass
-
-
-def forget_last_rows(engine):
-    """Rows that read no neighbors must not read those that an earlier one in their slot has left."""
-    if 'found' in engine.context:
-        engine.context['found'][torch.from_numpy(~engine.reads)] = False
 
 
 def ending():
