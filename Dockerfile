@@ -7,11 +7,11 @@
 # A command of the project follows the image's name; without one, the image serves.
 FROM python:3.11-slim-bookworm
 
-# torch.compile compiles C++ on CPUs, and C on GPUs. tini is process 1: Python there would ignore signals that it has no
-# handler for, and leave dead children.
+# torch.compile compiles C++ on CPUs, and C on GPUs, and calls openssl. tini is process 1: Python there would ignore
+# signals that it has no handler for, and leave dead children.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ tini \
+    && apt-get install --yes --no-install-recommends g++ openssl tini \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /app
