@@ -16,10 +16,9 @@ import json
 import math
 import sys
 
-import numpy as np
-
 from configurator import RANGES, UserError, check_range, user_errors_as_one_line, visible
 from generation.engine import Engine, Request
+from generation.origins import named_runs
 from generation.sampling import Sampling
 from generation.sources import CollectionSource, PassageSource
 from retrieval.retriever import Retriever
@@ -215,20 +214,9 @@ def show_neighbors(row, source, engine):
 def show_pointers(row, source, tokenizer):
     """Print where the new tokens stand that a pointer named: runs that follow each other there as they do here."""
     tokens = row.tokens[:-1] if row.tokens[-1] == tokenizer.eot_token else row.tokens
-    first = max(1, row.prompt_size)
-    # matches are short: it does not matter that the model may have read less of what precedes
-    pointers = source.point(tokens[None])[0]
-    runs, named = [], 0  # [first token, number of tokens, document, place]
-    for t in range(first, len(tokens)):
-        if ((pointers[t - 1, :, 0] == tokens[t]) & (pointers[t - 1, :, 1] > 0)).any():
-            _, document, place = source.index.where(tokens, np.zeros(1, dtype=np.int64), t - 1)
-            named += 1
-            if runs and runs[-1][2] == document and t - runs[-1][0] == runs[-1][1] == place - runs[-1][3]:
-                runs[-1][1] += 1
-            else:
-                runs.append([t, 1, document, place])
-    print(f'\n--- what pointers named: {named} of {len(tokens) - first} new tokens; runs of two or more')
-    runs = [run for run in runs if run[1] > 1]
+    runs = named_runs(source, source.index, tokens, row.prompt_size, len(tokens))
+    named = sum(count for _, count, _, _ in runs)
+    print(f'\n--- what pointers named, in runs of two or more: {named} of {len(tokens) - row.prompt_size} new tokens')
     names = source.names([(document, place) for _, _, document, place in runs])
     for t, count, document, place in runs:
         print(f'  {one_line(tokenizer.decode(tokens[t:t + count].tolist()))!r}: {visible(names[document, place])}')

@@ -182,7 +182,7 @@ class Job:
     started: float = field(default_factory=time.monotonic)
     row: Row | None = None
     told: int = 0  # the end of the last chunk of row.retrieved that was put there
-    is_cancelled: bool = False
+    is_canceled: bool = False
 
 
 class Worker:
@@ -217,8 +217,8 @@ class Worker:
     def cancel(self, jobs):
         with self.changed:
             for job in jobs:
-                job.is_cancelled = True
-            self.waiting = deque(job for job in self.waiting if not job.is_cancelled)
+                job.is_canceled = True
+            self.waiting = deque(job for job in self.waiting if not job.is_canceled)
 
     def close(self):
         """End all jobs and the thread."""
@@ -250,7 +250,7 @@ class Worker:
             while not (self.waiting or engine.rows or engine.waiting or self.is_closed):
                 self.changed.wait()
             for row, job in list(self.jobs.items()):
-                if job.is_cancelled:
+                if job.is_canceled:
                     row.cancel()
                     del self.jobs[row]
             while self.waiting and len(self.jobs) < engine.slots:

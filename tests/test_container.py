@@ -106,18 +106,11 @@ def answering(status):
             thread.join()
 
 
-def needs_server():
-    if not (ROOT / 'serve.py').exists():
-        pytest.skip('serve.py is not here')
-
-
 def test_every_file_that_the_image_copies_exists_and_is_in_its_context():
     sources = [name for kind, text in instructions() if kind == 'COPY' for name in text.split()[:-1]]
     assert sources[-1] == '.' and 'requirements.txt' in sources
     for name in sources[:-1]:
         assert is_in_image(name)
-        if name == 'requirements-serve.txt':
-            needs_server()
         assert (ROOT / name).is_file(), name
 
 
@@ -136,8 +129,6 @@ def test_image_holds_all_code_and_neither_data_nor_secrets():
 def test_image_installs_every_requirements_file_but_that_of_the_tests():
     installed = set(re.findall(r'-r (\S+)', ' '.join(text for kind, text in instructions() if kind == 'RUN')))
     for name in list(installed):
-        if name == 'requirements-serve.txt':
-            needs_server()
         installed |= set(re.findall(r'^-r (\S+)', (ROOT / name).read_text(), re.MULTILINE))
     assert installed == {path.name for path in ROOT.glob('requirements*.txt')} - {'requirements-dev.txt'}
 
@@ -178,7 +169,6 @@ def test_health_check_passes_if_and_only_if_the_server_is_well_and_asks_no_proxy
 
 
 def test_health_check_and_ports_are_the_servers_own():
-    needs_server()
     text = (ROOT / 'serve.py').read_text()
     port = re.search(r"'--port', type=int, default=(\d+)", text)[1]
     assert instruction('EXPOSE') == port and f', {port},' in health_check()[2]
@@ -267,14 +257,12 @@ def test_commands_in_containers_are_the_projects_and_their_options_exist():
         for argument in arguments:
             assert argument.split('=')[0] in options if argument[0] == '-' else argument == 'config/my_run.py', argument
     assert seen >= {'train.py', 'retrieval/populate.py'}
-    needs_server()
     assert 'serve.py' in seen
 
 
 def test_serve_profile_serves_the_run_that_is_named_and_wants_a_key():
     command = compose(NANORETRO_RUN='out/other')['services']['serve']['command']
     assert {'--out_dir=out/other', '--host=0.0.0.0'} <= set(command)
-    needs_server()
     for arguments in (command[2:], json.loads(instruction('CMD'))[2:]):
         answer = run(ROOT / 'serve.py', *arguments, folder=ROOT, check=False, env=dict(NANORETRO_API_KEY=''))
         assert answer.returncode == 2 and 'NANORETRO_API_KEY' in answer.stderr
