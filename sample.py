@@ -18,7 +18,7 @@ from configurator import RANGES, UserError, check_range, user_errors_as_one_line
 from data.tokenizer import is_token
 from retrieval.knowledge_base import FIELDS
 from retrieval.retriever import Retriever, neighbor_function, pointer_function
-from training.checkpoint import load_run
+from training.checkpoint import load_pretrained, load_run
 
 
 def read_start(start):
@@ -43,6 +43,8 @@ def parse_arguments():
                                      allow_abbrev=False)
     parser.add_argument('--out_dir', default='out',
                         help='out_dir of the run, or the folder of a checkpoint (default: %(default)s)')
+    parser.add_argument('--init_from', default='', help='instead of an out_dir a GPT-2: gpt2, gpt2-medium, gpt2-large, '
+                        'gpt2-xl, or a folder that transformers saved')
     parser.add_argument('--start', default='\n', help='the prompt, or FILE: and the path of one (default: a line end)')
     parser.add_argument('--num_samples', type=int, default=1, help='samples to draw (default: %(default)s)')
     parser.add_argument('--max_new_tokens', type=int, default=256, help='tokens per sample (default: %(default)s)')
@@ -63,7 +65,8 @@ def parse_arguments():
 def main():
     arguments, overrides = parse_arguments()
     start = read_start(arguments.start)
-    settings, tokenizer, model, device = load_run(arguments.out_dir, overrides)
+    settings, tokenizer, model, device = (load_pretrained(arguments.init_from, overrides) if arguments.init_from
+                                          else load_run(arguments.out_dir, overrides))
     settings = settings.replace(retrieval_cache_gb=0.0)  # prompts are not repeated
     use_retrieval = model.config.use_retrieval and arguments.retrieval == 'on'
     retriever = Retriever(settings, tokenizer) if use_retrieval else None
