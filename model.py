@@ -583,11 +583,8 @@ class RETRO(nn.Module):
         if targets is None:
             return self.predict(x, pointers), None
         logits = self.lm_head(x)
-        reduction = loss_reduction if pointers is None or self.mixture is None else 'none'
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
-        if reduction != 'none':
-            return logits, loss
-        nats, is_target = loss.view_as(targets), targets >= 0
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='none')
+        nats, is_target = nats.view_as(targets), targets >= 0
         if pointers is not None and self.mixture is not None:
             decoder, scores = self.mixture(x, pointers)
             is_other = pointers[..., 0] != targets[..., None]
