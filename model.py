@@ -766,9 +766,9 @@ class RETRO(nn.Module):
         scores = LONGEST + SHARES + 2
         flops += c.copy_own_context * len(c.own_context_layers) * (
             6 * D * (D + POINTER_HEADS * scores) + 4 * D * OWN_POINTERS)
-        if not self.lm_head.weight.requires_grad:  # frozen: forward alone below the first block that retrieves
-            above = c.n_layer - min(c.retrieval_layers) + 1 if c.has_neighbors else 0
-            flops *= (1 + above / c.n_layer) / 3
+        if not self.lm_head.weight.requires_grad:  # frozen: gradients go through it from where neighbors are read on
+            above = c.n_layer - min(c.retrieval_layers) if c.has_neighbors else 0
+            flops = flops / 3 + above * (24 * D * D + 8 * D * T) + c.has_neighbors * 2 * D * (8 * D + c.vocab_size)
         flops += c.has_pointers * 4 * D * scores  # no gradient goes back from these
         if not c.has_neighbors:
             return flops

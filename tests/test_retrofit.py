@@ -1,15 +1,16 @@
 """Starting from a trained GPT: GPT-2 as transformers saves it, and retrieval added to it or to a GPT of ours."""
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from configurator import UserError, load_settings
 from data.tokenizer import is_token, load_tokenizer
 from model import RETRO, RETROConfig
-from tests.conftest import CONFIG, ROOT, SHARED, run, run_ranks
+from tests.conftest import CONFIG, ROOT, SHARED, run, run_ranks, spawn
 from tests.test_train import losses, metrics
 from training.checkpoint import load_checkpoint, load_pretrained, load_weights, source_settings
 from training.checks import check_settings
@@ -231,7 +232,9 @@ def test_what_a_config_does_not_say_of_the_decoder_is_the_sources(trained):
     text = (trained / 'more.py').read_text().replace("tokenizer = 'tokenizer.json'\n", '')
     (trained / 'less.py').write_text(text)
     run(ROOT / 'train.py', 'less.py', *FROM_GPT[1:], '--out_dir=own', '--max_iters=2', folder=trained)
+    (trained / 'gpt').rename(trained / 'elsewhere')  # from here on it is the run's alone
     run(ROOT / 'train.py', 'less.py', '--init_from=resume', '--out_dir=own', '--max_iters=3', folder=trained)
+    (trained / 'elsewhere').rename(trained / 'gpt')
     assert load_checkpoint(str(trained / 'own')).step == 3
 
 
@@ -239,11 +242,11 @@ def test_a_gpt_starts_from_another_and_a_retro_from_another(trained):
     """Without retrofit, and with a part more that a GPT may have."""
     run(ROOT / 'train.py', 'more.py', '--init_from=gpt', '--use_retrieval=False', '--out_dir=gpt2nd', '--max_iters=1',
         folder=trained)
-    run(ROOT / 'train.py', 'more.py', '--init_from=gpt2nd', '--out_dir=retro', '--max_iters=1', '--retrieval_pointers=4',
-        '--retrieval_layers=[1]', folder=trained)
-    run(ROOT / 'train.py', 'more.py', '--init_from=retro', '--out_dir=retro2nd', '--max_iters=1', folder=trained)
-    assert load_checkpoint(str(trained / 'retro2nd')).model == load_checkpoint(str(trained / 'retro')).model
-    evaluated = [losses(trained, out_dir)[1] for out_dir in ('gpt', 'gpt2nd', 'retro', 'retro2nd')]
+    run(ROOT / 'train.py', 'more.py', '--init_from=gpt2nd', '--out_dir=retro1', '--max_iters=1',
+        '--retrieval_pointers=4', '--retrieval_layers=[1]', folder=trained)
+    run(ROOT / 'train.py', 'more.py', '--init_from=retro1', '--out_dir=retro2nd', '--max_iters=1', folder=trained)
+    assert load_checkpoint(str(trained / 'retro2nd')).model == load_checkpoint(str(trained / 'retro1')).model
+    evaluated = [losses(trained, out_dir)[1] for out_dir in ('gpt', 'gpt2nd', 'retro1', 'retro2nd')]
     assert evaluated[1][0][1] == evaluated[0][8][1] and evaluated[2][0] == (evaluated[1][1][1],) * 2
     assert evaluated[3][0] == evaluated[2][1]
 
@@ -255,13 +258,13 @@ def test_a_gpt_starts_from_another_and_a_retro_from_another(trained):
     (['--init_from=gpt', '--token_mix=False'], 'token_mix is False and that of gpt True'),
     (['--init_from=gpt', '--own_context_layers=[2]'], 'own_context_layers is [2] and that of gpt [1, 2]'),
     (['--init_from=gpt', '--tokenizer=other.json'], "'gpt' was trained with another tokenizer than 'other.json'"),
-    (['--init_from=retro', '--retrofit=True'], "is a RETRO already: go on with it by --out_dir=retro --init_from=resume"),
+    (['--init_from=retro', '--retrofit=True'], "a RETRO already: go on with it by --out_dir=retro --init_from=resume"),
     (['--init_from=retro', '--retrieval_layers=[1]'], 'retrieval_layers: it has [2], the run [1]'),
     (['--init_from=gpt', '--retrofit=True', '--use_retrieval=False'], 'and use_retrieval is False'),
     (['--retrofit=True'], "init_from is 'scratch': name the GPT by init_from, e.g. --init_from=gpt2, or an out_dir"),
     (['--init_from=plain', '--retrofit=True', '--token_mix=True'], "token_mix, which init_from 'plain' has not"),
     (['--init_from=gpt2-large'], "'gpt2-large' could not be downloaded (OSError: "),
-    (['--init_from=gpt2-large'], "put config.json and model.safetensors of the hub's openai-community/gpt2-large into a"),
+    (['--init_from=gpt2-large'], "config.json and model.safetensors of the hub's openai-community/gpt2-large into a"),
     (['--init_from=gpt2-huge'], "'gpt2-huge' is neither 'scratch' nor 'resume' nor a folder nor one of ('gpt2', "),
     (['--init_from=empty'], "no checkpoint in 'empty'"),
 ])
@@ -330,6 +333,25 @@ def test_a_gpt2_of_transformers_has_its_logits_and_never_samples_its_padding(tra
     assert answer.returncode == 2 and 'n_layer is 1 and that of small 2' in answer.stderr
 
 
+def test_gpt2_comes_by_name_from_the_hubs_cache_as_the_hub_stores_it(trained, gpt2, tmp_path):
+    """Names without `transformer.`, the masks of earlier versions, no lm_head."""
+    snapshot = tmp_path / 'hub/models--gpt2/snapshots/0'
+    snapshot.mkdir(parents=True)
+    (tmp_path / 'hub/models--gpt2/refs').mkdir()
+    (tmp_path / 'hub/models--gpt2/refs/main').write_text('0')
+    stored = {name.removeprefix('transformer.'): w.clone() for name, w in gpt2.state_dict().items() if 'lm_' not in name}
+    save_file(stored | {f'h.{n}.attn.bias': torch.ones(64, 64).tril()[None, None] for n in range(2)},
+              snapshot / 'model.safetensors', dict(format='pt'))
+    (snapshot / 'config.json').write_text(json.dumps(dict(
+        activation_function='gelu_new', architectures=['GPT2LMHeadModel'], layer_norm_epsilon=1e-5, model_type='gpt2',
+        n_ctx=64, n_embd=16, n_head=2, n_layer=2, n_positions=64, summary_type='cls_index', vocab_size=50257)))
+    arguments = ['--start=Once upon', '--max_new_tokens=20', '--temperature=0', '--dtype=float32']
+    expected = run(ROOT / 'sample.py', '--init_from=small', *arguments, folder=trained).stdout
+    process = spawn(ROOT / 'sample.py', '--init_from=gpt2', *arguments, folder=trained, stdout=subprocess.PIPE,
+                    env=dict(HF_HOME=str(tmp_path)))  # which is read at import
+    assert process.communicate(timeout=120)[0] == expected
+
+
 def test_a_folder_of_transformers_brings_its_own_tokenizer(trained, monkeypatch):
     from transformers import GPT2Config, GPT2LMHeadModel
     monkeypatch.chdir(trained)
@@ -354,6 +376,9 @@ device, dtype, compile, eval_tokens, log_interval = 'cpu', 'float32', False, 500
         '--warmup_iters=5', '--batch_size=4', '--gradient_accumulation_steps=1', '--learning_rate=1e-2', folder=trained)
     evaluated = losses(trained, 'out/retrofit_gpt2')[1]
     assert evaluated[0][0] == evaluated[0][1] == evaluated[20][1] > evaluated[20][0] + 0.1
+    answer = run(ROOT / 'sample.py', '--out_dir=out/retrofit_gpt2', '--start=import', '--max_new_tokens=20',
+                 folder=trained)
+    assert answer.stdout.startswith('import')
     first = weights(trained, 'out/retrofit_gpt2')
     assert torch.equal(first['transformer.wte.weight'][:50257], gpt2.transformer.wte.weight)
     assert all('tokens_per_s' in line for line in metrics(trained, 'out/retrofit_gpt2') if 'loss' in line)

@@ -325,7 +325,9 @@ def source_settings(settings):
     source = settings.init_from
     if source in ('scratch', 'resume'):
         checkpoint = load_checkpoint(settings.out_dir, for_resume=not settings.eval_only)
-        return checkpoint.model | dict(tokenizer=checkpoint.settings['tokenizer'])
+        tokenizer = checkpoint.settings['tokenizer']
+        is_there = tokenizer == 'gpt2' or os.path.isfile(tokenizer)  # it may be of a run that has gone on or is gone
+        return checkpoint.model | dict(tokenizer=tokenizer if is_there else checkpoint.tokenizer_path)
     if is_gpt2(source):
         return gpt2_settings(source)
     if not os.path.isdir(source):
