@@ -22,7 +22,7 @@ from generation.origins import named_runs
 from generation.sampling import Sampling
 from generation.sources import CollectionSource, PassageSource
 from retrieval.retriever import Retriever
-from training.checkpoint import load_run
+from training.checkpoint import load_pretrained, load_run
 
 BATCH = 8  # samples that are written together
 
@@ -68,6 +68,8 @@ def parse_arguments():
                                      allow_abbrev=False)
     add = parser.add_argument
     add('--out_dir', default='out', help='out_dir of the run, or the folder of a checkpoint (default: %(default)s)')
+    add('--init_from', default='', help='instead of an out_dir a GPT-2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a '
+        'folder that transformers saved')
     add('--start', help='the prompt, or FILE: and the path of one (default: a line end)')
     add('--prompts', metavar='FILE', help='several prompts: a file with {"prompt": "text"} in each line')
     add('--interactive', action='store_true', help='read prompts from the terminal, a line each, until Ctrl-D')
@@ -120,7 +122,8 @@ def main():
         prompts = ['\n']
     else:
         prompts = [read_text(arguments.start, '--start')]
-    settings, tokenizer, model, _ = load_run(arguments.out_dir, overrides)
+    settings, tokenizer, model, _ = (load_pretrained(arguments.init_from, overrides) if arguments.init_from else
+                                     load_run(arguments.out_dir, overrides))
     settings = settings.replace(retrieval_cache_gb=0.0)  # prompts are not repeated
     with contextlib.ExitStack() as cleanup:
         source = None
