@@ -477,7 +477,7 @@ class Engine:
         event = Event(row, token, '')
         if request.logprobs >= 0:
             log_p = log_softmax(logits)
-            likeliest = np.argsort(-log_p, kind='stable')[:request.logprobs].tolist()
+            likeliest = np.argsort(-log_p, kind='stable')[:request.logprobs].tolist() if request.logprobs else []
             event.logprob, event.top = float(log_p[token]), [(t, float(log_p[t])) for t in likeliest]
         if token == self.tokenizer.eot_token:
             row.finish_reason = 'stop'

@@ -301,7 +301,8 @@ def with_biases(folder):
 @pytest.mark.parametrize('name, damage, said', [
     ('gpt', other_weights, 'its weights are not those of its architecture'),
     ('gpt2', other_weights, 'are not those of its config'),
-    ('gpt', other_tokenizer, 'was trained with another tokenizer'), ('gpt2', other_tokenizer, 'is not the tokenizer of this run'),
+    ('gpt', other_tokenizer, 'was trained with another tokenizer'),
+    ('gpt2', other_tokenizer, 'is not the tokenizer of this run'),
     ('gpt2-no-bias', with_biases, 'says that it has no biases, but some are not zero'),
     ('gpt', lambda folder: (folder / 'tokenizer.json').unlink(), 'no tokenizer'),
     ('gpt', lambda folder: (folder / 'model.safetensors').unlink(), 'cannot be read'),
