@@ -10,6 +10,7 @@ its continuation), P pointers a token, D = n_embd, d = D / heads. N = B * L chun
 flattened dimensions.
 """
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ OWN_LENGTHS = (1, 2, 3, 4, 6, 8)  # of the runs that are looked for in it, in to
 OWN_PLACES = 3  # of each, the most recent
 HASHES = [pow(6364136223846793005, n + 1, 2**63) for n in range(LONGEST + 1)]  # odd factors of a run's tokens
 GROWTH = 0.7  # a place counts e^GROWTH times as much as one whose match is a token shorter
+SILENT = 1.0  # the score at first of a trained decoder that pointers are added to
+RETRIEVES = r'mixture\.|transformer\.h\.\d+\.(cca|encoder)\.'  # names of the parameters that retrieval adds
 GPT2_FIELDS = ('model_type', 'activation_function', 'tie_word_embeddings', 'layer_norm_epsilon', 'scale_attn_weights',
                'scale_attn_by_inverse_layer_idx', 'reorder_and_upcast_attn', 'add_cross_attention', 'n_inner')
 
@@ -99,6 +102,18 @@ def check_layers(name, layers, n_layer):
     wrong = [p for p in layers if not (isinstance(p, int) and 1 <= p <= n_layer)]
     if wrong:
         raise ValueError(f'{name} {layers} must be numbers from 1 to n_layer {n_layer}, but {wrong} are not')
+
+
+def gpt2_fields(name):
+    """Fields of RETROConfig that a GPT-2 of transformers, a name or a folder, has. ValueError if it is no plain one."""
+    from transformers import AutoConfig, GPT2Config
+    c = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    plain = GPT2Config(n_inner=getattr(c, 'n_inner', None) and 4 * c.n_embd)
+    odd = [f'{key} is {value!r}' for key in GPT2_FIELDS if (value := getattr(c, key, None)) != getattr(plain, key)]
+    if odd:
+        raise ValueError(f'{name} is not a plain GPT-2: {", ".join(odd)}')
+    return dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, bias=getattr(c, 'bias', True),
+                block_size=c.n_positions, vocab_size=c.vocab_size, token_mix=False, copy_own_context=False)
 
 
 @torch.compiler.assume_constant_result
@@ -376,6 +391,9 @@ class PointerMixture(nn.Module):
     and the pointers says how much of the probability each gives. A pointer's score is the logarithm of its share, plus
     what its longest match and its share are worth at the position, by the final activation. No gradient goes back
     through that: the decoder learns what it would without pointers, and stays the model to use without them.
+
+    Added to a trained decoder it is silent until the first optimizer step. Pointers of no weight would get no gradient,
+    and small ones learn slowly: so its value is the decoder's, and its gradient that of pointers with a weight.
     """
 
     def __init__(self, config):
@@ -383,6 +401,13 @@ class PointerMixture(nn.Module):
         self.score = nn.Linear(config.n_embd, LONGEST + SHARES + 2)  # of lengths, shares, and the decoder
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
+
+    def silence(self):
+        nn.init.constant_(self.score.bias[-1], SILENT)
+
+    def is_silent(self):
+        """Whether no step has been taken since silence(), as a tensor: a Python bool would break a compiled graph."""
+        return (self.score.bias[-1] == SILENT) & ~self.score.weight.any()
 
     def forward(self, x, pointers):
         """x (B, T, D), pointers (B, T, P, 3), to log-weights of the decoder (B, T, 1) and of the pointers (B, T, P)."""
@@ -559,17 +584,15 @@ class RETRO(nn.Module):
         if targets is None:
             return self.predict(x, pointers), None
         logits = self.lm_head(x)
-        reduction = loss_reduction if pointers is None or self.mixture is None else 'none'
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
-        if reduction != 'none':
-            return logits, loss
-        nats, is_target = loss.view_as(targets), targets >= 0
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='none')
+        nats, is_target = nats.view_as(targets), targets >= 0
         if pointers is not None and self.mixture is not None:
             decoder, scores = self.mixture(x, pointers)
             is_other = pointers[..., 0] != targets[..., None]
             named = scores.masked_fill(is_other, -1e4).logsumexp(-1)  # (B, T)
             mixed = -torch.logaddexp(decoder[..., 0] - nats.detach(), named)
-            nats = (mixed + nats - nats.detach()) * is_target
+            value = torch.where(self.mixture.is_silent(), nats, mixed).detach()
+            nats = (value + (mixed - mixed.detach()) + (nats - nats.detach())) * is_target  # its gradient: two in one
         if loss_reduction == 'none':
             return logits, nats
         return logits, nats.sum() / (is_target.sum() if loss_reduction == 'mean' else 1)
@@ -580,6 +603,8 @@ class RETRO(nn.Module):
         if pointers is None or self.mixture is None:
             return logits
         decoder, scores = self.mixture(x, pointers)
+        is_silent = self.mixture.is_silent()
+        decoder, scores = decoder.masked_fill(is_silent, 0.0), scores.masked_fill(is_silent, -1e4)
         log_p = logits.float().log_softmax(-1) + decoder
         tokens = pointers[..., 0].long()
         # a token has one pointer at most; those without a match add nothing to their token, 0
@@ -676,42 +701,51 @@ class RETRO(nn.Module):
     def from_pretrained(cls, name, **overrides):
         """
         A decoder with GPT-2's weights: 'gpt2', 'gpt2-medium', ..., or a folder that transformers saved. `overrides`
-        are fields of RETROConfig. What retrieval adds starts at random, a token_mix at zero. block_size may be smaller;
-        rows that pad the vocabulary are the mean token. An export of a model without biases has zeros for them, and
-        says so. Only safetensors are read. ValueError if the source is no plain GPT-2, or does not fit.
+        are fields of RETROConfig. What GPT-2 has not starts silent (start_from). block_size may be smaller; rows that
+        pad the vocabulary are the mean token. An export of a model without biases has zeros for them, and says so. Only
+        safetensors are read. ValueError if the source is no plain GPT-2, or does not fit.
         """
-        from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
-        c = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        plain = GPT2Config(n_inner=getattr(c, 'n_inner', None) and 4 * c.n_embd)
-        odd = [f'{key} is {value!r}' for key in GPT2_FIELDS if (value := getattr(c, key, None)) != getattr(plain, key)]
-        if odd:
-            raise ValueError(f'{name} is not a plain GPT-2: {", ".join(odd)}')
-        theirs = dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, bias=getattr(c, 'bias', True),
-                      block_size=c.n_positions, vocab_size=c.vocab_size)
-        plain = {'token_mix': False, 'copy_own_context': False, 'use_retrieval': False}
-        ours = RETROConfig(**{**theirs, **plain, **overrides})
-        fits = dict(block_size=ours.block_size <= c.n_positions, vocab_size=0 <= ours.vocab_size - c.vocab_size < 128)
+        from transformers import GPT2LMHeadModel
+        theirs = gpt2_fields(name)
+        ours = RETROConfig(**{**theirs, 'use_retrieval': False, **overrides})
+        fits = dict(block_size=ours.block_size <= theirs['block_size'],
+                    vocab_size=0 <= ours.vocab_size - theirs['vocab_size'] < 128, token_mix=True, copy_own_context=True)
         wrong = [f'{key} is {getattr(ours, key)} and that of {name} {value}' for key, value in theirs.items()
                  if not fits.get(key, getattr(ours, key) == value)]
         if wrong:
-            raise ValueError(f'{"; ".join(wrong)}: use the same')
+            raise ValueError(f'{"; ".join(wrong)} (vocab_size is of the tokenizer): use the same')
         source, report = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True, use_safetensors=True)
         odd = [key for keys in report.values() for key in keys if 'masked_bias' not in str(key)]  # of earlier versions
-        source = source.state_dict()
-        if odd or not torch.equal(source['lm_head.weight'], source['transformer.wte.weight']):
+        weights = source.state_dict()
+        if odd or not torch.equal(weights.pop('lm_head.weight'), weights['transformer.wte.weight']):
             raise ValueError(f'the weights of {name} are not those of its config ({odd[:9] or "lm_head is not tied"})')
-        if not ours.bias and any(weight.any() for key, weight in source.items() if key.endswith('.bias')):
+        if not ours.bias and any(weight.any() for key, weight in weights.items() if key.endswith('.bias')):
             raise ValueError(f'the config of {name} says that it has no biases, but some are not zero')
         model = cls(ours)
-        with torch.no_grad():
-            model.lm_head.weight.copy_(source['lm_head.weight'].mean(0))  # of rows that pad the vocabulary
-            for key, parameter in model.named_parameters():
-                if key in source:  # and is not what retrieval adds
-                    weight = source[key].t() if '.c_' in key else source[key]  # GPT-2's are (in, out); biases (out,)
-                    parameter[:len(weight)].copy_(weight[:len(parameter)])  # a smaller block, a padded vocabulary
-            if model.mix:
-                model.mix.weight.zero_()
+        # GPT-2's matrices are (in, out)
+        model.start_from({key: w.t() if '.c_' in key and w.dim() == 2 else w for key, w in weights.items()})
         return model
+
+    @torch.no_grad()
+    def start_from(self, weights):
+        """
+        Start as the GPT with these weights, {parameter's name: tensor}. Its block may be longer, and its vocabulary
+        less padded. What it has not starts silent: until the first step the outputs are the GPT's, exactly.
+        """
+        for name, parameter in self.named_parameters():
+            if name in weights:
+                weight = weights[name][:len(parameter)]
+                parameter[:len(weight)].copy_(weight)
+                parameter[len(weight):] = weight.mean(0)  # rows that pad the vocabulary
+            elif name.endswith(('mix.weight', 'cca.attn.c_proj.weight')):
+                parameter.zero_()
+        if self.mixture and 'mixture.score.weight' not in weights:
+            self.mixture.silence()
+
+    def freeze_decoder(self):
+        """Train what retrieval adds, and nothing else: without retrieval the model stays what it is."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(bool(re.match(RETRIEVES, name)))
 
     def num_parameters(self):
         """Parameters without the position embeddings, as nanoGPT counts them; the tied token embedding once."""
@@ -736,6 +770,9 @@ class RETRO(nn.Module):
         scores = LONGEST + SHARES + 2
         flops += c.copy_own_context * len(c.own_context_layers) * (
             6 * D * (D + POINTER_HEADS * scores) + 4 * D * OWN_POINTERS)
+        if not self.lm_head.weight.requires_grad:  # frozen: gradients go through it from where neighbors are read on
+            above = c.n_layer - min(c.retrieval_layers) if c.has_neighbors else 0
+            flops = flops / 3 + above * (24 * D * D + 8 * D * T) + c.has_neighbors * 2 * D * (8 * D + c.vocab_size)
         flops += c.has_pointers * 4 * D * scores  # no gradient goes back from these
         if not c.has_neighbors:
             return flops

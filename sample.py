@@ -16,14 +16,13 @@ import json
 import math
 import sys
 
-import numpy as np
-
 from configurator import RANGES, UserError, check_range, user_errors_as_one_line, visible
 from generation.engine import Engine, Request
+from generation.origins import named_runs
 from generation.sampling import Sampling
 from generation.sources import CollectionSource, PassageSource
 from retrieval.retriever import Retriever
-from training.checkpoint import load_run
+from training.checkpoint import load_pretrained, load_run
 
 BATCH = 8  # samples that are written together
 
@@ -69,6 +68,8 @@ def parse_arguments():
                                      allow_abbrev=False)
     add = parser.add_argument
     add('--out_dir', default='out', help='out_dir of the run, or the folder of a checkpoint (default: %(default)s)')
+    add('--init_from', default='', help='instead of an out_dir a GPT-2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a '
+        'folder that transformers saved')
     add('--start', help='the prompt, or FILE: and the path of one (default: a line end)')
     add('--prompts', metavar='FILE', help='several prompts: a file with {"prompt": "text"} in each line')
     add('--interactive', action='store_true', help='read prompts from the terminal, a line each, until Ctrl-D')
@@ -121,7 +122,8 @@ def main():
         prompts = ['\n']
     else:
         prompts = [read_text(arguments.start, '--start')]
-    settings, tokenizer, model, _ = load_run(arguments.out_dir, overrides)
+    settings, tokenizer, model, _ = (load_pretrained(arguments.init_from, overrides) if arguments.init_from else
+                                     load_run(arguments.out_dir, overrides))
     settings = settings.replace(retrieval_cache_gb=0.0)  # prompts are not repeated
     with contextlib.ExitStack() as cleanup:
         source = None
@@ -134,7 +136,7 @@ def main():
             source = CollectionSource(cleanup.enter_context(contextlib.closing(Retriever(settings, tokenizer))))
         if prompts == ['\n']:
             print('no --start is given: starting from a line end', file=sys.stderr)
-        engine = Engine(model, tokenizer, slots=min(BATCH, max(1, len(prompts)) * arguments.num_samples))
+        engine = Engine(model, tokenizer, slots=min(BATCH, arguments.num_samples))
         for number, prompt in enumerate(prompts):
             write(engine, source, arguments, prompt, f'prompt {number + 1}, ' if len(prompts) > 1 else '')
         while arguments.interactive:
@@ -158,7 +160,7 @@ def write(engine, source, arguments, prompt, label):
         if label:
             print(f'=== {label.removesuffix(", ")}')
         print(visible(prompt), end='', flush=True)
-    for event in engine.run():
+    for event in events_of(engine):
         texts[id(event.row)] += event.text
         if is_streamed:
             print(visible(event.text), end='', flush=True)
@@ -176,6 +178,13 @@ def write(engine, source, arguments, prompt, label):
             show_neighbors(row, source, engine)
             if source and source.has_pointers:
                 show_pointers(row, source, engine.tokenizer)
+
+
+def events_of(engine):
+    try:
+        yield from engine.run()
+    except FloatingPointError as error:
+        raise UserError(f'{error}: prompt an earlier checkpoint') from error
 
 
 def describe(prompt, text, row, source, arguments):
@@ -208,20 +217,9 @@ def show_neighbors(row, source, engine):
 def show_pointers(row, source, tokenizer):
     """Print where the new tokens stand that a pointer named: runs that follow each other there as they do here."""
     tokens = row.tokens[:-1] if row.tokens[-1] == tokenizer.eot_token else row.tokens
-    first = max(1, row.prompt_size)
-    # matches are short: it does not matter that the model may have read less of what precedes
-    pointers = source.point(tokens[None])[0]
-    runs, named = [], 0  # [first token, number of tokens, document, place]
-    for t in range(first, len(tokens)):
-        if ((pointers[t - 1, :, 0] == tokens[t]) & (pointers[t - 1, :, 1] > 0)).any():
-            _, document, place = source.index.where(tokens, np.zeros(1, dtype=np.int64), t - 1)
-            named += 1
-            if runs and runs[-1][2] == document and t - runs[-1][0] == runs[-1][1] == place - runs[-1][3]:
-                runs[-1][1] += 1
-            else:
-                runs.append([t, 1, document, place])
-    print(f'\n--- what pointers named: {named} of {len(tokens) - first} new tokens; runs of two or more')
-    runs = [run for run in runs if run[1] > 1]
+    runs = named_runs(source, source.index, tokens, row.prompt_size, len(tokens))
+    named = sum(count for _, count, _, _ in runs)
+    print(f'\n--- what pointers named, in runs of two or more: {named} of {len(tokens) - row.prompt_size} new tokens')
     names = source.names([(document, place) for _, _, document, place in runs])
     for t, count, document, place in runs:
         print(f'  {one_line(tokenizer.decode(tokens[t:t + count].tolist()))!r}: {visible(names[document, place])}')

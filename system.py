@@ -79,6 +79,8 @@ def why_not_compile(device):
             cpp_builder.get_cpp_compiler()
         except exc.InvalidCxxCompiler:
             return 'there is no C++ compiler; install g++, or set CXX'
+        if not shutil.which('openssl'):
+            return 'there is no openssl, which torch.compile calls; install it'
     include = sysconfig.get_paths()['include']
     return '' if os.path.isfile(os.path.join(include, 'Python.h')) else f'there is no Python.h in {include}'
 

@@ -43,6 +43,7 @@ from training.checkpoint import (
     load_checkpoint,
     load_weights,
     save_checkpoint,
+    source_settings,
 )
 from training.checks import (
     OF_TRAINING,
@@ -66,7 +67,8 @@ log_interval = 10  # steps between lines of metrics.jsonl
 eval_only = False  # evaluate the checkpoint and stop
 always_save_checkpoint = True  # False: save only if the val loss is the best so far, and when stopped
 keep_checkpoints = 2  # newest checkpoints to keep; 0 keeps all
-init_from = 'scratch'  # 'scratch', 'resume' from out_dir, or a folder whose weights to start from
+init_from = 'scratch'  # 'scratch', 'resume' from out_dir, 'gpt2' (-medium, -large, -xl), or a folder of weights
+retrofit = False  # train only what retrieval adds to the GPT of init_from
 wandb_log = False  # log to Weights & Biases, too
 wandb_project = 'nanoretro'  # W&B project
 wandb_run_name = 'retro'  # W&B run name
@@ -132,8 +134,11 @@ seed = 1337  # for the weights and the order of documents
 
 def main(cleanup):
     """`cleanup` is an ExitStack, for what has to end with the run."""
-    settings = load_settings(sys.argv[1:])
+    arguments = sys.argv[1:]
+    settings = load_settings(arguments)
     drop_secrets_from_argv()
+    if settings.init_from != 'scratch' or settings.eval_only:  # another model's architecture, where the config has none
+        settings = load_settings(arguments, given=source_settings(settings))
     settings = check_settings(settings)
     ranks = find_ranks(settings)
     micro_steps, micro_batch = share_of_step(settings, ranks)
@@ -181,7 +186,9 @@ def main(cleanup):
         if checkpoint:
             checkpoint.load_model(model)
     else:
-        model = load_weights(settings.init_from, config, tokenizer)
+        model = load_weights(settings.init_from, config, tokenizer, settings.retrofit)
+    if settings.retrofit:
+        model.freeze_decoder()
 
     # the loader process; out_dir is untouched until its first batches arrive
     loader = Loader(settings, *make_streams(settings, ranks, micro_steps, micro_batch, state), ranks.device,
@@ -216,7 +223,9 @@ def main(cleanup):
         if settings.use_retrieval:
             print(f'retrieving from {loader.size:,} chunks of {settings.retrieval_collection!r} in '
                   f'{settings.retrieval_milvus_uri}')
-        print(f'{"RETRO" if settings.use_retrieval else "GPT"} of {model.num_parameters() / 1e6:.2f} M parameters on '
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        print(f'{"RETRO" if settings.use_retrieval else "GPT"} of {model.num_parameters() / 1e6:.2f} M parameters'
+              f'{f", of which {trained:.2f} M are trained," if settings.retrofit else ""} on '
               f'{ranks.world_size} x {ranks.device}, {precision} | {tokens_per_step(settings):,} tokens per step, '
               f'{settings.max_iters:,} steps | {model.flops_per_token() / 1e6:.1f} MFLOP per token')
     bar = tqdm(total=settings.max_iters, initial=state.step, unit='step', dynamic_ncols=True,

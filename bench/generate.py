@@ -6,24 +6,32 @@ copies from the same collection.
 
     python bench/generate.py --out_dir=out/quickstart [--quick]
 
-Of the slow one every 32nd token is timed, and the time of those between interpolated. Prints a table and one JSON line.
+Of the slow one every 32nd token is timed, and the time of those between interpolated. Then serve.py serves both to 1,
+8 and 32 clients at a time: tokens/s of all together, and seconds to the first token, of texts of 64 tokens. Prints a
+table and one JSON line.
 """
 import argparse
+import http.client
 import json
+import socket
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from system import keep_freed_memory
 
 import numpy as np
 import torch
 
-from configurator import user_errors_as_one_line
+from configurator import UserError, user_errors_as_one_line
 from generation.engine import Engine, Request
 from generation.sampling import Sampling
 from generation.sources import CollectionSource
@@ -32,6 +40,8 @@ from retrieval.retriever import Retriever
 from training.checkpoint import load_run
 
 STRIDE = 32  # of the tokens of the slow one that are timed
+LARGE = dict(n_layer=12, n_head=8, n_embd=256, block_size=1024)
+SERVED = 64  # tokens of a text
 
 
 def write(model, tokenizer, prompt, count, rows=1, source=None, drafts=False, temperature=0.8):
@@ -89,16 +99,70 @@ def measure(model, tokenizer, source, prompt, count):
     return {key: float(f'{value:.4g}') for key, value in found.items()}
 
 
+@contextmanager
+def served(out_dir, overrides):
+    """The port of a server of a run."""
+    with socket.create_server(('127.0.0.1', 0)) as probe:
+        port = probe.getsockname()[1]
+    server = subprocess.Popen([sys.executable, ROOT / 'serve.py', f'--out_dir={out_dir}', f'--port={port}',
+                               '--slots=32', *overrides], stdout=subprocess.DEVNULL)
+    try:
+        while True:
+            if server.poll() is not None:
+                raise UserError(f'serve.py ended with {server.returncode}')
+            try:
+                with closing(http.client.HTTPConnection('127.0.0.1', port, timeout=5)) as connection:
+                    connection.request('GET', '/health')
+                    if connection.getresponse().status == 200:
+                        break
+            except OSError:
+                time.sleep(0.2)
+        yield port
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def ask(port, prompt, seed):
+    """Stream a text from the server. Seconds to its first token."""
+    with closing(http.client.HTTPConnection('127.0.0.1', port, timeout=600)) as connection:
+        start = time.perf_counter()
+        connection.request('POST', '/v1/completions', headers={'Content-Type': 'application/json'}, body=json.dumps(
+            dict(prompt=prompt, max_tokens=SERVED, seed=seed, stream=True, temperature=0.8)))
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise UserError(f'the server answered {answer.status}: {answer.read()[:300]}')
+        answer.readline()
+        first = time.perf_counter() - start
+        answer.read()
+    return first
+
+
+def measure_server(out_dir, overrides, prompt):
+    """Tokens/s of 1, 8 and 32 clients, each of which asks for some texts, and medians of seconds to a first token."""
+    found = {}
+    with served(out_dir, overrides) as port:
+        ask(port, prompt, 0)
+        for clients in (1, 8, 32):
+            with ThreadPoolExecutor(clients) as pool:
+                start, count = time.perf_counter(), max(4, clients)
+                firsts = list(pool.map(lambda seed: ask(port, prompt, seed), range(count)))
+                found[f'server_tokens_per_s_{clients}'] = count * SERVED / (time.perf_counter() - start)
+                found[f'server_first_token_s_{clients}'] = statistics.median(firsts)
+    return {key: float(f'{value:.4g}') for key, value in found.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out_dir', default='out/quickstart', help='the trained run (default: %(default)s)')
+    parser.add_argument('--config', default='config/quickstart.py', help='that of the run (default: %(default)s)')
     parser.add_argument('--quick', action='store_true', help='fewer tokens')
     arguments, overrides = parser.parse_known_args()
     keep_freed_memory()
     settings, tokenizer, model, _ = load_run(arguments.out_dir, [*overrides, '--retrieval_cache_gb=0'])
     torch.manual_seed(0)
-    large = RETRO(RETROConfig(block_size=1024, vocab_size=model.config.vocab_size, n_layer=12, n_head=8, n_embd=256,
-                              retrieval_k_neighbors=settings.retrieval_k_neighbors)).eval()
+    large = RETRO(RETROConfig(vocab_size=model.config.vocab_size, retrieval_k_neighbors=settings.retrieval_k_neighbors,
+                              **LARGE)).eval()
     report = {}
     with closing(Retriever(settings, tokenizer)) as retriever:
         source = CollectionSource(retriever)
@@ -112,10 +176,20 @@ def main():
             for position in (100, 1000):
                 near = seconds[position - 20 - len(prompt):position + 20 - len(prompt)]
                 report[f'ms_per_token_at_{position}'] = float(f'{1e3 * statistics.median(near):.4g}')
-    names = [key for key in report if not key.startswith('quickstart_')]
+    text = tokenizer.decode(prompt)
+    report |= {f'quickstart_{key}': value for key, value in
+               measure_server(arguments.out_dir, overrides, text).items()}
+    if not arguments.quick:
+        with tempfile.TemporaryDirectory() as folder:  # a step of training makes a run of it
+            subprocess.run([sys.executable, ROOT / 'train.py', arguments.config, f'--out_dir={folder}', '--max_iters=1',
+                            '--batch_size=1', '--eval_tokens=2000', *(f'--{k}={v}' for k, v in LARGE.items())],
+                           check=True, stdout=subprocess.DEVNULL)
+            report |= measure_server(folder, overrides, text)
+    names = dict.fromkeys(key.removeprefix('quickstart_') for key in report)
     print(f'{"":<28}{"12 layers":>12}{"quickstart":>12}')
     for name in names:
-        print(f'{name:<28}{report[name]:>12,.4g}{report.get("quickstart_" + name, float("nan")):>12,.4g}')
+        print(f'{name:<28}' + ''.join(f'{report[key]:>12,.4g}' if key in report else f'{"":>12}'
+                                      for key in (name, f'quickstart_{name}')))
     print(json.dumps(report))
 
 

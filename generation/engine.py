@@ -69,8 +69,7 @@ class Row:
         self.start = self.done = 0  # the window's first token; those before `done` are in the cache
         self.neighbors = []  # (tokens (K, R), mask (K, R)) of the window's complete chunks
         self.retrieved = []  # (first token, the one after the last, hits (K,) or None) of all chunks that retrieved
-        self.passes = 0
-        self.finish_reason = None  # 'stop', 'length' or 'cancelled'
+        self.finish_reason = None  # 'stop', 'length', 'canceled' or 'error'
 
     @property
     def tokens(self):
@@ -88,13 +87,13 @@ class Row:
         self.size += 1
 
     def cancel(self):
-        self.finish_reason = self.finish_reason or 'cancelled'
+        self.finish_reason = self.finish_reason or 'canceled'
 
 
 class Engine:
     """
     Generates with a model for at most `slots` rows at a time; others wait. `seconds` has what the parts of the work
-    took, `counts` passes, drafted and accepted tokens.
+    took, `counts` passes, drafted and accepted tokens. Autocast is on in all of its steps, or in none.
     """
 
     def __init__(self, model, tokenizer, slots=8):
@@ -108,12 +107,16 @@ class Engine:
         self.cache = [None] * c.n_layer  # keys and values: (2, slots, heads, block_size + 1, d) each
         self.activations = None  # (slots, block_size + 1, D): an encoder reads those of the chunk that retrieved
         self.context = {}  # what the next tokens of each slot read of their neighbors, by name: (slots, ...)
-        self.reads = np.zeros(slots, dtype=bool)  # whether there is any
         self.tables = model.pointer_tables() if c.copy_own_context else None
         self.seconds, self.counts = Counter(), Counter()
 
     def add(self, request):
-        """The Row of a Request, which the next steps will continue."""
+        """The Row of a Request, which the next steps will continue. ValueError if it cannot be."""
+        tokens = request.tokens
+        if not tokens or min(tokens) < 0 or max(tokens) >= self.config.vocab_size:
+            raise ValueError(f'a prompt needs a token, and tokens are below {self.config.vocab_size}')
+        if request.max_new_tokens < 1 or isinstance(request.stop, str):
+            raise ValueError('max_new_tokens is at least 1, and stop a tuple of strings')
         reads = self.config.has_neighbors and request.source is not None and request.source.has_neighbors
         padding = -len(request.tokens) % self.chunk_size if reads and request.align == 'prompt' else 0
         self.waiting.append(Row(request, self.tokenizer, padding))
@@ -128,20 +131,21 @@ class Engine:
     def step(self):
         """
         Read the prompts that wait, as far as there are slots, or else add tokens to all rows: a list of Events. If a
-        source fails, the rows are as before.
+        source fails, the step can be repeated. FloatingPointError if a row's logits are NaN; that row has ended.
         """
         self._remove_finished()
-        self.waiting = deque(row for row in self.waiting if not row.finish_reason)
+        for row in [row for row in self.waiting if row.finish_reason]:
+            self.waiting.remove(row)
         new = list(self.waiting)[:self.slots - len(self.rows)]
         if new:
             for row in new:
                 self._fit_window(row)
-            self._retrieve(new, [self._complete_chunks(row) for row in new])
+            self._retrieve(new)
             first = len(self.rows)
             sizes = [row.size - row.start for row in new]
             x = self._forward(first, new, sizes)
             last = torch.tensor(sizes, device=self.device)[:, None, None] - 1
-            events = self._choose(new, x.gather(1, last.expand(-1, 1, x.shape[2])), [0] * len(new))
+            events = self._choose(first, new, x.gather(1, last.expand(-1, 1, x.shape[2])), [0] * len(new))
             for _ in new:
                 self.rows.append(self.waiting.popleft())
         else:
@@ -151,20 +155,18 @@ class Engine:
 
     def _advance(self):
         """A pass over all rows."""
-        C = self.chunk_size
-        fresh = [(row.padding + row.size - row.start) % C == 0 for row in self.rows]
-        self._retrieve([row for row, is_fresh in zip(self.rows, fresh, strict=True) if is_fresh],
-                       [range(len(row.neighbors), len(row.neighbors) + 1)
-                        for row, is_fresh in zip(self.rows, fresh, strict=True) if is_fresh])
+        fresh = [(row.padding + row.size - row.start) % self.chunk_size == 0 for row in self.rows]
+        self._retrieve(self.rows)
         for slot, row in enumerate(self.rows):
-            if self._fit_window(row):  # all but the newest token are read anew
+            self._fit_window(row)
+            if row.done < row.size - 1:  # the window has moved: all but the newest token are read anew
                 self._forward(slot, [row], [row.size - 1 - row.start])
                 row.done = row.size - 1
         start = time.perf_counter()
         drafts = [self._draft(row) for row in self.rows]
         self.seconds['drafts'] += time.perf_counter() - start
         x = self._forward(0, self.rows, [1 + draft for draft in drafts], fresh)
-        return self._choose(self.rows, x, drafts)
+        return self._choose(0, self.rows, x, drafts)
 
     def _remove_finished(self):
         """Free the slots of rows that have ended. The last row takes the place of one that has."""
@@ -180,30 +182,25 @@ class Engine:
                     self.activations[slot, :used] = self.activations[last, :used]
                 for tensor in self.context.values():
                     tensor[slot] = tensor[last]
-                self.reads[slot] = self.reads[last]
                 self.rows[slot] = self.rows[last]
             self.rows.pop()
 
     def _fit_window(self, row):
-        """Let whole chunks leave a window with which the row's tokens do not fit. Whether any did."""
+        """Let whole chunks leave the row's window, if its tokens do not fit. What remains has to be read anew."""
         excess = row.padding + row.size - row.start - self.config.block_size
-        if excess <= 0:
-            return False
-        count = math.ceil(excess / self.chunk_size)
-        row.start += count * self.chunk_size - row.padding
-        row.done, row.padding, row.neighbors = row.start, 0, row.neighbors[count:]
-        return True
+        if excess > 0:
+            count = math.ceil(excess / self.chunk_size)
+            row.start += count * self.chunk_size - row.padding
+            row.done, row.padding, row.neighbors = row.start, 0, row.neighbors[count:]
 
-    def _complete_chunks(self, row):
-        return range((row.padding + row.size - row.start) // self.chunk_size)
-
-    def _retrieve(self, rows, chunks):
-        """Search for the neighbors of each row's `chunks`, numbers in its window: one search for each source."""
-        start, C = time.perf_counter(), self.chunk_size
+    def _retrieve(self, rows):
+        """Search for the neighbors of complete chunks in the rows' windows that have none yet: once for each source."""
+        start, C, K = time.perf_counter(), self.chunk_size, self.config.retrieval_k_neighbors
         asked = {}
-        for row, numbers in zip(rows, chunks, strict=True):
+        for row in rows:
             source = row.request.source
             if self.config.has_neighbors and source is not None and source.has_neighbors:
+                numbers = range(len(row.neighbors), (row.padding + row.size - row.start) // C)
                 asked.setdefault(id(source), (source, []))[1].extend((row, number) for number in numbers)
         for source, wanted in asked.values():
             if not wanted:
@@ -213,6 +210,8 @@ class Engine:
                 first = row.start - row.padding + number * C
                 text[max(0, row.start - first):] = row.buffer[max(row.start, first):first + C]
             tokens, mask, hits = source.retrieve(texts)
+            missing = ((0, 0), (0, K - tokens.shape[1]), (0, 0))  # of a source that gives fewer
+            tokens, mask = np.pad(tokens, missing), np.pad(mask, missing)
             for i, (row, number) in enumerate(wanted):
                 first = row.start - row.padding + number * C
                 row.neighbors.append((tokens[i], mask[i]))
@@ -308,7 +307,6 @@ class Engine:
         padding = np.array([row.padding for row in rows])
         complete = [min(len(row.neighbors), (row.padding + count) // C)
                     for row, count in zip(rows, counts, strict=True)]
-        self.reads[slots] = [number > 0 for number in complete]
         U = max(complete)
         if U == 0:
             return None
@@ -346,16 +344,16 @@ class Engine:
             reading.new = torch.tensor(new, device=self.device) + slots.start
             self._keep(reading.new, slice(None), found=context.found, mask=mask, tokens=tokens, keys=context.keys,
                        values=context.values)
-            self.reads[[slots.start + b for b in new]] = True
             if self.config.has_encoder:
                 chunks = np.array([rows[b].done + 1 - C - rows[b].start for b in new])[:, None] + np.arange(C)
                 reading.fresh = context
                 reading.chunks, reading.is_chunk = self._tensor(chunks.clip(0)), self._tensor(chunks >= 0)
-        if not self.reads[slots].any():
+        reads = np.array([len(row.neighbors) > 0 for row in rows])  # others find what an earlier row has left
+        if not reads.any():
             return None
-        context = NeighborContext(*(self.context.get(name) for name in ('found', 'mask', 'embeddings', 'keys', 'values',
-                                                                        'matches')))
-        context = NeighborContext(*(None if value is None else value[slots] for value in context[:6]))
+        found, mask, keys, values = (self.context[name][slots] if name in self.context else None
+                                     for name in ('found', 'mask', 'keys', 'values'))
+        context = NeighborContext(found & self._tensor(reads), mask, None, keys, values, None)
         if self.config.retrieval_copy:
             windows = np.full((len(rows), self.longest + max(counts)), -1, dtype=np.int64)
             for b, row in enumerate(rows):
@@ -416,12 +414,21 @@ class Engine:
         keys = block.encoder(context.embeddings, context.mask, chunks, is_chunk)
         return copy_keys(keys.to(context.values.dtype), context.mask) if block.cca.copies else keys
 
-    def _choose(self, rows, x, drafts):
-        """Add tokens to rows, by activations x (B, n, D) of their newest token and of `drafts` (B,) tokens after it."""
+    def _choose(self, first, rows, x, drafts):
+        """
+        Add tokens to rows in the slots from `first` on, by activations x (B, n, D) of their newest token and of
+        `drafts` (B,) tokens after it.
+        """
         logits = self._predict(rows, x, drafts)
         start, events = time.perf_counter(), []
+        bad = np.flatnonzero(np.isnan(logits).any((1, 2)))
+        for b in bad:
+            rows[b].finish_reason = 'error'
+            for cache in self.cache:  # a later row would multiply what is left with zero, which NaN survives
+                cache[:, first + b] = 0
+        if len(bad):
+            raise FloatingPointError('the logits are NaN: the weights or the precision are at fault')
         for b, row in enumerate(rows):
-            row.passes += 1
             row.done = row.size
             self.counts['drafted'] += drafts[b]
             for j in range(drafts[b] + 1):
@@ -452,9 +459,10 @@ class Engine:
                     first = max(row.start, row.size - LONGEST)
                     known = row.buffer[first:row.size + drafts[b]]
                     line[LONGEST - (row.size - first):][:len(known)] = known
+                asked = time.perf_counter()
                 pointers = self._tensor(source.point(tokens, last=n)).long()
-                self.seconds['pointers'] += time.perf_counter() - start
-                start = time.perf_counter()
+                self.seconds['pointers'] += time.perf_counter() - asked
+                start += time.perf_counter() - asked
             found = self.model.predict(some, pointers)[..., :len(self.allowed)]
             logits[members] = found.float().cpu().numpy()
         logits[..., ~self.allowed] = -math.inf

@@ -11,7 +11,7 @@ import numpy as np
 @dataclass
 class Sampling:
     """How tokens are chosen. Filters apply in the order of the fields."""
-    repetition_penalty: float = 1.0  # divides the logits of tokens that have occurred, or multiplies negative ones
+    repetition_penalty: float = 1.0  # of tokens that have occurred: divides logits, or multiplies those below the mean
     temperature: float = 0.8  # 0: the likeliest token
     top_k: int = 200  # of the k likeliest; 0: of all
     top_p: float = 1.0  # of the likeliest that together have this probability
@@ -20,8 +20,8 @@ class Sampling:
 
 def choose(logits, sampling, seen, rng):
     """A token from logits (V,), -inf where none is allowed. `seen` are the ids of the tokens so far (n,)."""
-    if sampling.repetition_penalty != 1:
-        logits, seen = logits.copy(), np.unique(seen)
+    if sampling.repetition_penalty != 1:  # around their mean: log-probabilities are all negative
+        logits, seen = logits - logits[np.isfinite(logits)].mean(), np.unique(seen)
         values = logits[seen]
         logits[seen] = np.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
     if sampling.temperature == 0:
@@ -30,7 +30,8 @@ def choose(logits, sampling, seen, rng):
     if 0 < sampling.top_k < len(logits):
         ids = np.flatnonzero(logits >= np.partition(logits, -sampling.top_k)[-sampling.top_k])
     logits = logits[ids].astype(np.float64)
-    p = np.exp((logits - logits.max()) / sampling.temperature)  # the temperature may be tiny
+    with np.errstate(over='ignore'):  # the temperature may be tiny
+        p = np.exp((logits - logits.max()) / sampling.temperature)
     if sampling.top_p < 1:
         order = np.argsort(-p, kind='stable')
         total = np.cumsum(p[order])

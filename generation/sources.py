@@ -37,7 +37,7 @@ class CollectionSource:
         hits = hits[hits['score'] > -np.inf]
         rows, decode = self.retriever.knowledge_base.rows(hits['id'], FIELDS), self.retriever.tokenizer.decode
         found = []
-        for hit in hits:
+        for hit in hits[[hit['id'] in rows for hit in hits]]:  # others have been deleted since
             row = rows[hit['id']]
             continuation = [t for t in row['tokens'][self.retriever.chunk_size:]
                             if t != self.retriever.tokenizer.eot_token]

@@ -13,7 +13,6 @@ from concurrent import futures
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from configurator import UserError
 from generation.engine import Request, Row
@@ -183,7 +182,7 @@ class Job:
     started: float = field(default_factory=time.monotonic)
     row: Row | None = None
     told: int = 0  # the end of the last chunk of row.retrieved that was put there
-    is_cancelled: bool = False
+    is_canceled: bool = False
 
 
 class Worker:
@@ -218,8 +217,8 @@ class Worker:
     def cancel(self, jobs):
         with self.changed:
             for job in jobs:
-                job.is_cancelled = True
-            self.waiting = deque(job for job in self.waiting if not job.is_cancelled)
+                job.is_canceled = True
+            self.waiting = deque(job for job in self.waiting if not job.is_canceled)
 
     def close(self):
         """End all jobs and the thread."""
@@ -233,7 +232,6 @@ class Worker:
     def _run(self):
         while self._take():
             try:
-                forget_last_rows(self.engine)
                 events = self.engine.step()
             except Away as error:
                 self._fail([job for job in self.jobs.values() if isinstance(job.request.source, LiveCollection)], error)
@@ -252,7 +250,7 @@ class Worker:
             while not (self.waiting or engine.rows or engine.waiting or self.is_closed):
                 self.changed.wait()
             for row, job in list(self.jobs.items()):
-                if job.is_cancelled:
+                if job.is_canceled:
                     row.cancel()
                     del self.jobs[row]
             while self.waiting and len(self.jobs) < engine.slots:
@@ -300,12 +298,6 @@ class Worker:
             self.loop.call_soon_threadsafe(put)
         except RuntimeError:  # the loop has ended
             pass
-
-
-def forget_last_rows(engine):
-    """Rows that read no neighbors must not read those that an earlier one in their slot has left."""
-    if 'found' in engine.context:
-        engine.context['found'][torch.from_numpy(~engine.reads)] = False
 
 
 def ending():

@@ -189,6 +189,7 @@ def test_rows_that_end_or_are_canceled_free_their_slots_and_leave_the_others_as_
     source = Source(model.config)
     engine = Engine(model, BYTES, slots=4)
     alone = engine.add(Request(prompt(33), 60, GREEDY, source=source))
+    third = engine.add(Request(prompt(50), 60, GREEDY, source=source))
     list(engine.run())
     rows = [engine.add(Request(prompt(n), 60, GREEDY, source=source)) for n in (5, 33, 50, 12)]
     for _ in range(10):
@@ -198,7 +199,8 @@ def test_rows_that_end_or_are_canceled_free_their_slots_and_leave_the_others_as_
     engine.step()
     assert engine.rows == [rows[2], rows[1]] or engine.rows == [rows[1], rows[2]]
     list(engine.run())
-    assert rows[1].new_tokens == alone.new_tokens and rows[0].finish_reason == 'cancelled'
+    assert rows[1].new_tokens == alone.new_tokens and rows[0].finish_reason == 'canceled'
+    assert rows[2].new_tokens == third.new_tokens
 
 
 def test_a_source_that_fails_leaves_the_rows_as_they_were():
@@ -213,18 +215,105 @@ def test_a_source_that_fails_leaves_the_rows_as_they_were():
                 raise ConnectionError('away')
             return super().retrieve(chunks)
 
+        def point(self, tokens, last=None):
+            self.calls += 1
+            if self.calls % 3 == 0:
+                raise ConnectionError('away')
+            return super().point(tokens, last)
+
     engine = Engine(model, BYTES)
     engine.allowed[V - 1] = False  # none ends early
-    expected = engine.add(Request(prompt(20), 60, GREEDY, source=Source(model.config)))
+    expected = [engine.add(Request(prompt(n), 60, GREEDY, source=Source(model.config))) for n in (20, 31)]
     list(engine.run())
-    row = engine.add(Request(prompt(20), 60, GREEDY, source=Fails(model.config)))
+    rows = [engine.add(Request(prompt(20), 60, GREEDY, source=Fails(model.config))),
+            engine.add(Request(prompt(31), 60, GREEDY, source=Source(model.config)))]
     failures = 0
-    while row.finish_reason is None:
+    while engine.rows or engine.waiting:
         try:
             engine.step()
         except ConnectionError:
             failures += 1
-    assert failures > 2 and row.new_tokens == expected.new_tokens
+    assert failures > 10 and [row.new_tokens for row in rows] == [row.new_tokens for row in expected]
+    assert [len(row.retrieved) for row in rows] == [len(row.retrieved) for row in expected]
+
+
+def test_a_row_reads_nothing_of_what_an_earlier_one_in_its_slot_has_left(monkeypatch):
+    """Neither without a source, nor before its first chunk is complete."""
+    model = make()
+    source = Source(model.config)
+    engine = Engine(model, BYTES, slots=2)
+    engine.allowed[V - 1] = False
+    for _ in range(2):
+        engine.add(Request(prompt(40), 5, GREEDY, source=source))
+    list(engine.run())
+    kept = engine.add(Request(prompt(40), 30, GREEDY, source=source))
+    rows = [engine.add(Request(prompt(n), 10, GREEDY, align='start', source=s, logprobs=V))
+            for n, s in ((20, None), (5, source))]
+    events = run(engine, [kept, *rows])[1:]
+    for row, found in zip(rows, events, strict=True):
+        alone = Engine(model, BYTES, slots=1)
+        alone.allowed[V - 1] = False
+        expected = alone.add(Request(row.request.tokens, 10, GREEDY, align='start', source=row.request.source,
+                                     logprobs=V))
+        for ours, theirs in zip(found, run(alone, [expected])[0], strict=True):
+            np.testing.assert_allclose(by_token(ours)[:V - 1], by_token(theirs)[:V - 1], atol=1e-4)
+
+
+@pytest.mark.parametrize('block, chunk, options', [(16, 16, {}), (24, 64, dict(use_retrieval=False))])
+def test_a_window_of_one_chunk_or_less_slides(block, chunk, options, monkeypatch):
+    model = make(block_size=block, retrieval_chunk_size=chunk, **options)
+    monkeypatch.setattr('tests.test_engine.C', chunk)
+    engine = Engine(model, BYTES)
+    row = engine.add(Request(prompt(20), 40, GREEDY, align='start', source=Source(model.config), logprobs=V))
+    events, = run(engine, [row])
+    tokens, logits = generate_slowly(model, row.request.tokens, 40, 'start', monkeypatch)
+    assert row.new_tokens == tokens
+    np.testing.assert_allclose([by_token(event) for event in events], logits, atol=1e-4)
+
+
+def test_a_source_may_give_fewer_neighbors_than_the_model_reads():
+    model = make()
+
+    class One(Source):
+        def retrieve(self, chunks):
+            tokens, mask, hits = super().retrieve(chunks)
+            mask[:, 1] = False
+            return tokens[:, :self.K], mask[:, :self.K], hits
+
+    new = []
+    for count in (1, 2):
+        engine, source = Engine(model, BYTES), One(model.config)
+        source.K = count
+        row = engine.add(Request(prompt(40), 30, GREEDY, source=source))
+        list(engine.run())
+        new.append(row.new_tokens)
+    assert new[0] == new[1]
+
+
+def test_logits_that_are_nan_end_their_row_alone_and_leave_nothing_in_its_slot():
+    model = make()
+    source = Source(model.config)
+    engine = Engine(model, BYTES, slots=2)
+    engine.allowed[V - 1] = False
+    rows = [engine.add(Request(prompt(n), 20, GREEDY, source=source)) for n in (20, 21)]
+    engine.step()
+    engine.cache[1][:, 1] = torch.nan
+    with pytest.raises(FloatingPointError, match='the logits are NaN'):
+        engine.step()
+    assert rows[1].finish_reason == 'error'
+    late = engine.add(Request(prompt(21), 20, GREEDY, source=source))
+    list(engine.run())
+    assert len(rows[0].new_tokens) == len(late.new_tokens) == 20 and late.new_tokens[0] == rows[1].new_tokens[0]
+
+
+@pytest.mark.parametrize('given', [dict(tokens=[]), dict(tokens=[V]), dict(tokens=[-1]), dict(max_new_tokens=0),
+                                   dict(stop='END')], ids=str)
+def test_a_request_that_cannot_be_met_is_refused_and_keeps_no_other_from_it(given):
+    engine = Engine(make(), BYTES)
+    with pytest.raises(ValueError):
+        engine.add(Request(**{'tokens': [1], **given}))
+    engine.add(Request([1], 3))
+    assert 1 <= len(list(engine.run())) <= 3
 
 
 @settings(max_examples=40, deadline=None)
@@ -271,6 +360,9 @@ def test_sampling_filters_keep_what_they_say():
     assert kept(Sampling(**plain, min_p=0.25)) == {0, 1, 2}
     assert kept(Sampling(temperature=1e-6)) == kept(GREEDY) == {0}
     assert kept(Sampling(repetition_penalty=9.0, temperature=0), seen=[0, 0]) == {1}
+    penalized = Sampling(repetition_penalty=9.0, temperature=0)  # of log-probabilities and of logits alike
+    for shift in (-9, 0, 9):
+        assert choose(logits + np.float32(shift), penalized, np.array([0]), None) == 1
     rng = np.random.default_rng(1)
     counts = np.bincount([choose(logits, Sampling(**plain), np.array([]), rng) for _ in range(20000)]) / 20000
     np.testing.assert_allclose(counts, np.exp(logits), atol=0.015)

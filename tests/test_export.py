@@ -263,7 +263,7 @@ def test_a_run_that_starts_from_an_export_begins_as_one_that_starts_from_the_che
     answer = run(ROOT / 'train.py', 'config.py', '--use_retrieval=False', '--init_from=exports/gpt', '--n_embd=16',
                  '--retrieval_layers=[1, 2]', '--retrieval_encoder_layers=0', folder=copy, check=False)
     assert answer.returncode == 2 and answer.stderr.count('\n') == 1
-    assert "'exports/gpt' is of another architecture (n_embd: it has 32, the run 16)" in answer.stderr
+    assert "'exports/gpt' does not fit: n_embd is 16 and that of exports/gpt 32" in answer.stderr
 
 
 @pytest.mark.parametrize('name, changes, said', [
@@ -301,7 +301,7 @@ def with_biases(folder):
 @pytest.mark.parametrize('name, damage, said', [
     ('gpt', other_weights, 'its weights are not those of its architecture'),
     ('gpt2', other_weights, 'are not those of its config'),
-    ('gpt', other_tokenizer, 'vocabulary'), ('gpt2', other_tokenizer, 'is not the tokenizer of this run'),
+    ('gpt', other_tokenizer, 'was trained with another tokenizer'), ('gpt2', other_tokenizer, 'is not the tokenizer of this run'),
     ('gpt2-no-bias', with_biases, 'says that it has no biases, but some are not zero'),
     ('gpt', lambda folder: (folder / 'tokenizer.json').unlink(), 'no tokenizer'),
     ('gpt', lambda folder: (folder / 'model.safetensors').unlink(), 'cannot be read'),

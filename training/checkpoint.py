@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 
 from system import get_rng_state, is_device, pick_device, pick_dtype, quiet_transformers, say
@@ -30,7 +30,8 @@ from safetensors.torch import load_file, save_file
 
 from configurator import UserError, load_settings, read_overrides, sync, to_json, visible, write_atomically
 from data.tokenizer import load_tokenizer, token_bytes, vocabulary_hash
-from model import RETRO, RETROConfig
+from model import RETRO, RETROConfig, gpt2_fields
+from retrieval.embedding import quiet
 from retrieval.knowledge_base import is_local
 from training.checks import NotFinite
 
@@ -39,6 +40,8 @@ LATEST = 'latest'
 RANK_STATE = ('stream', 'rng', 'losses', 'targets')  # fields of RunState in rank-N.pt
 COUNTS = {'retrieval_k_neighbors', 'retrieval_pointers'}  # how many there are may change, but not whether
 MAY_DIFFER = {'dropout', *COUNTS}  # fields of RETROConfig that may change after training
+OF_GPT = ('n_layer', 'n_head', 'n_embd', 'bias', 'block_size', 'token_mix', 'copy_own_context', 'own_context_layers')
+GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # names of the hub that init_from takes
 BEFORE = dict(copy_own_context=False, own_context_layers=[], retrieval_pointers=0)  # of checkpoints without pointers
 
 
@@ -271,6 +274,9 @@ def describe_resume(checkpoint, settings, world_size):
     """What a run that resumes with other processes or batches does not continue exactly, in one line, or ''."""
     old = load_settings([], given=checkpoint.settings)
     sizes = [run.batch_size * run.gradient_accumulation_steps for run in (old, settings)]
+    if old.retrofit != settings.retrofit:
+        effect = 'stays as it is' if settings.retrofit else 'is trained, too, from here on, with new optimizer state'
+        return f'retrofit is {settings.retrofit}, and was {old.retrofit}: the decoder {effect}'
     if sizes[0] != sizes[1]:
         return (f'a step has {sizes[1]} sequences, and had {sizes[0]}: the documents go on where they were; losses, '
                 f'learning rate, and the tokens in metrics.jsonl are of steps of the new size')
@@ -281,30 +287,128 @@ def describe_resume(checkpoint, settings, world_size):
     return ''
 
 
-def load_weights(folder, config, tokenizer):
+def is_gpt2(name):
+    """Whether init_from names a GPT-2: a folder that transformers saved, or one of the hub, unless it is a folder."""
+    if os.path.isfile(os.path.join(name, 'config.json')):
+        return load_export(name) is None
+    return name in GPT2 and not os.path.isdir(name)
+
+
+@contextmanager
+def gpt2_errors(name):
+    """Turn whatever transformers, and what it loads with, raise of a GPT-2 into a UserError of init_from."""
+    quiet_transformers()  # what they would report is an error here
+    try:
+        with quiet('huggingface_hub'):
+            yield
+    except Exception as error:  # of many unrelated classes
+        reason = ' '.join(str(error).split())[:500]
+        if isinstance(error, OSError) and not os.path.isdir(name):
+            raise UserError(f'init_from {name!r} could not be downloaded ({type(error).__name__}: {reason[:100]}...): '
+                            f"connect once, or put config.json and model.safetensors of the hub's "
+                            f'openai-community/{name} into a folder, and set init_from to it') from error
+        raise UserError(f'init_from {name!r} cannot be used: {reason}') from error
+
+
+def gpt2_settings(name):
+    """The settings that follow from a GPT-2 of transformers, as a dict. UserError if there is none."""
+    with gpt2_errors(name):
+        fields = gpt2_fields(name)
+        RETROConfig(**fields, use_retrieval=False)  # validates them
+    path = os.path.join(name, 'tokenizer.json')
+    is_other = fields['vocab_size'] != 50257 and os.path.isfile(path)
+    return fields | dict(tokenizer=path if is_other else 'gpt2')
+
+
+def source_settings(settings):
     """
-    A RETRO of this RETROConfig that starts from the weights in a folder: an out_dir or checkpoint of ours, an export of
-    one, or a GPT-2 that transformers saved. A folder's code, if any, is not run. UserError if they do not fit.
+    What a run takes from the model that it starts from or resumes, where its config says nothing, as a dict: the
+    architecture and the tokenizer. UserError if there is no such model.
     """
-    if not os.path.isdir(folder):
-        raise UserError(f"init_from {folder!r} is neither 'scratch' nor 'resume' nor a folder")
-    checkpoint = load_export(folder)
-    if checkpoint is None and os.path.isfile(os.path.join(folder, 'config.json')):
-        try:
-            quiet_transformers()  # what they would report is an error here
-            model = RETRO.from_pretrained(folder, **asdict(config))
-            path = os.path.join(folder, 'tokenizer.json')
+    source = settings.init_from
+    if source in ('scratch', 'resume'):
+        checkpoint = load_checkpoint(settings.out_dir, for_resume=not settings.eval_only)
+        tokenizer = checkpoint.settings['tokenizer']
+        is_there = tokenizer == 'gpt2' or os.path.isfile(tokenizer)  # it may be of a run that has gone on or is gone
+        return checkpoint.model | dict(tokenizer=tokenizer if is_there else checkpoint.tokenizer_path)
+    if is_gpt2(source):
+        return gpt2_settings(source)
+    if not os.path.isdir(source):
+        raise UserError(f"init_from {source!r} is neither 'scratch' nor 'resume' nor a folder nor one of {GPT2}")
+    checkpoint = load_export(source) or load_checkpoint(source)
+    keys = checkpoint.model if checkpoint.model['use_retrieval'] else OF_GPT
+    return {key: checkpoint.model[key] for key in keys} | dict(tokenizer=checkpoint.tokenizer_path)
+
+
+def load_weights(source, config, tokenizer, retrofit=False):
+    """
+    A RETRO of this RETROConfig that starts from the weights of init_from: a GPT-2 that transformers saved, here or on
+    the hub, whose code, if any, is not run; or an out_dir or checkpoint of ours. A GPT that becomes a RETRO is still
+    that GPT, exactly, until it is trained. UserError if they do not fit; with retrofit also if more is new than
+    retrieval.
+    """
+    if is_gpt2(source):
+        has = dict(use_retrieval=False, token_mix=False, copy_own_context=False)
+        with gpt2_errors(source):
+            model = RETRO.from_pretrained(source, **asdict(config))
+            path = os.path.join(source, 'tokenizer.json')
             if os.path.isfile(path) and token_bytes(load_tokenizer(path))[:tokenizer.n_vocab] != token_bytes(tokenizer):
-                raise ValueError('its tokenizer.json is not the tokenizer of this run')
-        except Exception as error:  # transformers and what it loads with raise many unrelated classes
-            raise UserError(f'init_from {folder!r} cannot be used: {" ".join(str(error).split())[:500]}') from error
-        check_finite(model, folder)
-        return model
-    checkpoint = checkpoint or load_checkpoint(folder)
-    check_fits(checkpoint, config, tokenizer)
-    model = RETRO(config)
-    checkpoint.load_model(model)
+                raise ValueError(f'its tokenizer.json is not the tokenizer of this run, {tokenizer.name!r}')
+        check_finite(model, source)
+    else:
+        checkpoint = load_export(source) or load_checkpoint(source)
+        has = checkpoint.model
+        check_source(source, checkpoint, config, tokenizer)
+        trained, model = RETRO(RETROConfig(**has)), RETRO(config)
+        checkpoint.load_model(trained)
+        model.start_from(dict(trained.named_parameters()))
+    if retrofit and has['use_retrieval']:
+        raise UserError(f'retrofit adds retrieval to a GPT, and init_from {source!r} is a RETRO already: go on with it '
+                        f'by --out_dir={source} --init_from=resume, or start from its weights by --retrofit=False')
+    new = [key for key in ('token_mix', 'copy_own_context') if getattr(config, key) and not has[key]]
+    if retrofit and new:
+        raise UserError(f'retrofit trains what retrieval adds, and {" and ".join(new)}, which init_from {source!r} has '
+                        f'not, would be new, too: leave it out, or train all weights by --retrofit=False')
     return model
+
+
+def check_source(source, checkpoint, config, tokenizer):
+    """UserError if a run of this RETROConfig and tokenizer cannot start from the weights of a Checkpoint."""
+    if vocabulary_hash(tokenizer) != checkpoint.vocabulary_hash:
+        raise UserError(f'init_from {source!r} was trained with another tokenizer than {tokenizer.name!r}: leave '
+                        f'tokenizer out, or set it to {checkpoint.tokenizer_path!r}, and use a collection of it')
+    if checkpoint.model['use_retrieval']:
+        return check_fits(checkpoint, config, tokenizer)
+    theirs, ours = checkpoint.model, asdict(config)
+    # what a GPT has not may be added, and a block may be cut
+    fits = dict(block_size=ours['block_size'] <= theirs['block_size'],
+                **{key: ours[key] or not theirs[key] for key in ('token_mix', 'copy_own_context')},
+                own_context_layers=ours['own_context_layers'] == theirs['own_context_layers']
+                or not theirs['copy_own_context'])
+    wrong = [f'{key} is {ours[key]} and that of {source} {theirs[key]}' for key in OF_GPT
+             if not fits.get(key, ours[key] == theirs[key])]
+    if wrong:
+        raise UserError(f'init_from {source!r} does not fit: {"; ".join(wrong)}: leave it out, or use the same')
+
+
+def load_pretrained(name, overrides=()):
+    """
+    As load_run, of a GPT-2: 'gpt2', 'gpt2-medium', ..., or a folder that transformers saved. `overrides` may shorten
+    its block_size, or name the tokenizer of a folder that has none. UserError if there is no such model.
+    """
+    if not is_gpt2(name):
+        raise UserError(f'init_from {name!r} is none of {GPT2} and no folder in which transformers saved a GPT-2; a '
+                        f'model of ours is named by --out_dir')
+    settings = load_settings(overrides, given=gpt2_settings(name) | dict(use_retrieval=False))
+    if settings.use_retrieval:
+        raise UserError(f'{name!r} is a GPT: leave use_retrieval out, or train it with retrieval first (docs/start.md)')
+    device = pick_device(settings.device)
+    pick_dtype(settings.dtype, device)  # validates it
+    tokenizer = load_tokenizer(settings.tokenizer)
+    with gpt2_errors(name):
+        config = RETROConfig.from_settings(settings, tokenizer.n_vocab)
+    model = load_weights(name, config, tokenizer)
+    return settings, tokenizer, model.eval().to(device), device
 
 
 def load_export(folder):

@@ -35,6 +35,12 @@ def check_settings(settings):
     if settings.eval_only and settings.init_from not in ('scratch', 'resume'):
         raise UserError(f'eval_only evaluates the checkpoint in out_dir {settings.out_dir!r}, and init_from names '
                         f'{settings.init_from!r}: leave one of them out')
+    if settings.retrofit and not settings.use_retrieval:
+        raise UserError('retrofit trains what retrieval adds, and use_retrieval is False: set it to True, or retrofit '
+                        'to False')
+    if settings.retrofit and settings.init_from == 'scratch' and not settings.eval_only:
+        raise UserError("retrofit adds retrieval to a trained GPT, and init_from is 'scratch': name the GPT by "
+                        "init_from, e.g. --init_from=gpt2, or an out_dir")
     if 0 < settings.retrieval_rerank < settings.retrieval_k_neighbors:
         raise UserError(f'retrieval_rerank {settings.retrieval_rerank} must be at least retrieval_k_neighbors '
                         f'{settings.retrieval_k_neighbors}, or 0')
