@@ -30,17 +30,17 @@ def named_runs(source, index, tokens, first, end):
     return [run for run in runs if run[1] > 1]
 
 
-def passage_at(index, doc_id, place, size):
+def passage_at(index, doc_id, place, count, size):
     """
-    The chunk of `size` tokens that holds the place of a document that the MatchIndex knows: its tokens (n,), n <= size,
-    and that of the place among them. Without a database.
+    The tokens of the chunk, of `size`, that holds the place of a document that the MatchIndex knows, up to the last of
+    `count` tokens from there on, and where the place is among them. Without a database.
     """
     for segment in index.segments:
         number = int(segment.numbers(np.array([doc_id]))[0])
         if number >= 0 and not segment.is_masked[number]:
             text = segment.text[segment.starts[number]:segment.starts[number + 1]]
             first = place - place % size
-            tokens = text[first:first + size]
+            tokens = text[first:max(first + size, place + count)]
             return tokens[tokens != index.end_of_text].tolist(), place - first
     return [], 0  # the document has been removed since
 

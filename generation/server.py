@@ -502,7 +502,7 @@ class Choice:
             if isinstance(source, PassageSource):
                 named = []
                 for t, count, number, place in named_runs(source, source.index, tokens, first, end):
-                    passage, place = passage_at(source.index, number, place, self.service.max_tokens)
+                    passage, place = passage_at(source.index, number, place, count, self.service.max_tokens)
                     named.append((t, count, f'passage {number}', None, decode(passage), len(decode(passage[:place]))))
             else:
                 named = source.named(tokens, first, end)

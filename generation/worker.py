@@ -79,8 +79,8 @@ class LiveCollection:
 
     def named(self, tokens, first, end):
         """
-        Of named_runs (origins.py): [(first token, number of tokens, document, number of its chunk, that chunk's text,
-        where the run begins in it, in characters)].
+        Of named_runs (origins.py): [(first token, number of tokens, document, number of its chunk, that chunk's text
+        up to the end of the run at least, where the run begins in it, in characters)].
         """
         return self.ask(lambda: self._named(tokens, first, end), LATER)
 
@@ -153,7 +153,7 @@ class LiveCollection:
             self.names |= {doc_id: row['document'] for (doc_id, _), row in rows.items()}
         found = []
         for t, count, doc_id, place in runs:
-            passage, offset = passage_at(index, doc_id, place, C)
+            passage, offset = passage_at(index, doc_id, place, count, C)
             found.append((t, count, self.names.get(doc_id, 'a deleted document'), place // C + 1, decode(passage),
                           len(decode(passage[:offset]))))
         return found

@@ -34,7 +34,7 @@ def check_settings(settings):
                         f'which is max_iters')
     if settings.eval_only and settings.init_from not in ('scratch', 'resume'):
         raise UserError(f'eval_only evaluates the checkpoint in out_dir {settings.out_dir!r}, and init_from names '
-                        f'{settings.init_from!r}: leave one of them out')
+                        f'{settings.init_from!r}: leave one of them out, or pass --init_from=resume')
     if settings.retrofit and not settings.use_retrieval:
         raise UserError('retrofit trains what retrieval adds, and use_retrieval is False: set it to True, or retrofit '
                         'to False')
