@@ -8,6 +8,7 @@ import bench.gpu
 from tests.conftest import run
 
 
+@pytest.mark.slow
 def test_all_checks_pass_and_every_figure_is_there(tmp_path, monkeypatch, capsys):
     """The commands that it starts are forks (conftest.run); test_slow.py has it as a command."""
     monkeypatch.setattr(bench.gpu, 'run', run)
