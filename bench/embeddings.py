@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -28,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from bench.quality import run
 from configurator import UserError, load_settings, user_errors_as_one_line
 from data.chunk_store import open_datasets
 from data.corpus import val_batches
@@ -41,16 +41,6 @@ from training.metrics import metrics_path, read_metrics
 FLAGS = ('models', 'chunks')
 SEARCHED = 256  # neighbors whose documents guide among equal matches
 LENGTHS = (1, 2, 3, 4)  # of these matches, in tokens
-
-
-def run(*command):
-    """Run a command of the project; what it printed. UserError with the end of it if it fails."""
-    paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
-    answer = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
-    if answer.returncode:
-        raise UserError(f'{" ".join(command[:2])} ended with {answer.returncode}: {answer.stdout.strip()[-800:]}')
-    return answer.stdout
 
 
 def take_documents(settings, tokenizer, count, folder):

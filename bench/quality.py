@@ -53,12 +53,13 @@ FLAGS = ('seeds', 'arms', 'sweep', 'jobs', 'quick')
 
 
 def run(*command):
-    """Run a command of the project. UserError with the end of what it said if it fails."""
+    """Run a command of the project; what it printed. UserError with the end of it if it fails."""
     paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
-    answer = subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
+    answer = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
     if answer.returncode:
-        raise UserError(f'{command[0]} ended with {answer.returncode}: {answer.stderr.strip()[-500:]}')
+        raise UserError(f'{command[0]} ended with {answer.returncode}: {answer.stdout.strip()[-800:]}')
+    return answer.stdout
 
 
 def train(name, options, arguments, folder, steps):
