@@ -31,6 +31,7 @@ from model import LONGEST, OWN_POINTERS, NeighborContext, attend, copy_keys, joi
 
 DRAFT = 12  # tokens of a draft at most
 SHORTEST_RUN = 2  # tokens that a draft must go on from
+DRAFT_ROWS = 8  # rows that are drafted for at a time, at most
 
 
 @dataclass
@@ -228,7 +229,7 @@ class Engine:
         room = min(DRAFT, room, self.config.block_size - grid)
         if self.config.has_neighbors:  # all tokens of a pass read the same neighbors
             room = min(room, self.chunk_size - 1 - grid % self.chunk_size)
-        if not row.request.drafts or room <= 0 or len(self.rows) > 1:
+        if not row.request.drafts or room <= 0 or len(self.rows) > DRAFT_ROWS:
             return 0
         window = row.buffer[row.start:row.size]
         run, place = longest_run(window)
@@ -264,7 +265,7 @@ class Engine:
         x = model.transformer.wte(self._tensor(ids))
         x = model.mix_tokens(x, self._tensor(documents))[:, 2:]
         x = x + model.transformer.wpe(self._tensor(np.minimum(place, c.block_size - 1)))
-        own, used = self._tensor(own), int(offset.max()) + n
+        own, used = self._tensor(own), min(int(offset.max()) + n, c.block_size + 1)
         is_even = (offset == offset[0]).all() and min(counts) == n
         mask = None if is_even and n == 1 else self._tensor(np.arange(used) <= place[..., None])[:, None]
         # of rows that have fewer tokens, the rest is written to the last place
