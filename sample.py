@@ -134,7 +134,7 @@ def main():
                       file=sys.stderr)
         elif model.config.use_retrieval and arguments.retrieval == 'on':
             source = CollectionSource(cleanup.enter_context(contextlib.closing(Retriever(settings, tokenizer))))
-        if prompts == ['\n']:
+        if prompts and arguments.start is None and not arguments.prompts:
             print('no --start is given: starting from a line end', file=sys.stderr)
         engine = Engine(model, tokenizer, slots=min(BATCH, arguments.num_samples))
         for number, prompt in enumerate(prompts):
