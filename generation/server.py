@@ -423,15 +423,15 @@ class Answer:
         self.queue.put_nowait(ClientDisconnect())
 
     async def pieces(self):
-        """The pieces of the choices, as they come. ApiError or ClientDisconnect if no more will come."""
+        """Lists of pieces of the choices, as they come. ApiError or ClientDisconnect if no more will come."""
         going_on = set(self.jobs)
         while going_on:
             item = await self.queue.get()
             if isinstance(item, Exception):
                 raise item
             job, events, retrieved, reason = item
-            async for piece in self.choices[job].pieces(events, retrieved, reason):
-                yield piece
+            async for some in self.choices[job].pieces(events, retrieved, reason):
+                yield some
             if reason:
                 going_on.discard(job)
 
@@ -457,29 +457,31 @@ class Choice:
         self.decoder, self.offset = codecs.getincrementaldecoder('utf-8')('replace'), 0
 
     async def pieces(self, events, retrieved, reason):
-        """What a step has brought, in pieces of OpenAI's form."""
-        source, size = self.request.source, len(self.request.tokens)
+        """What a step has brought, in lists of pieces of OpenAI's form, each as soon as it is known."""
+        source, size, some = self.request.source, len(self.request.tokens), []
         if len(self.tokens) == size and self.asked.echo:
-            text = self.service.tokenizer.decode(self.tokens) if self.prompt is None else self.prompt
-            yield self._piece(text)
+            some.append(self._piece(self.service.tokenizer.decode(self.tokens) if self.prompt is None else self.prompt))
         if retrieved:
-            yield self._piece(retrieval=dict(chunks=[self._chunk(*chunk) for chunk in retrieved], copied=[]))
+            some.append(self._piece(retrieval=dict(chunks=[self._chunk(*chunk) for chunk in retrieved], copied=[])))
         for event in events:
-            yield self._piece(event.text, self._logprobs(event), position=len(self.tokens))
+            some.append(self._piece(event.text, self._logprobs(event), position=len(self.tokens)))
             self.tokens.append(event.token)
             shift = size if self.request.align == 'prompt' else 0
             is_complete = (len(self.tokens) - shift) % self.service.config.retrieval_chunk_size == 0
             if source is not None and (is_complete or (reason and event is events[-1])):
-                retrieval = dict(chunks=[])
+                yield some
+                some, retrieval = [], dict(chunks=[])
                 try:
                     retrieval['copied'] = await asyncio.to_thread(self._copied, self.first, len(self.tokens))
                 except Away as error:
                     retrieval |= dict(copied=[], error=error.message)
                 self.first = len(self.tokens)
                 if retrieval['copied'] or 'error' in retrieval:
-                    yield self._piece(retrieval=retrieval)
+                    some.append(self._piece(retrieval=retrieval))
         if reason:
-            yield self._piece(finish_reason=reason)
+            some.append(self._piece(finish_reason=reason))
+        if some:
+            yield some
 
     def _piece(self, text='', logprobs=None, finish_reason=None, **more):
         return dict(index=self.index, text=text, logprobs=logprobs, finish_reason=finish_reason, **more)
@@ -564,16 +566,17 @@ async def complete(service, request):
     with ExitStack() as opened:
         opened.callback(answer.close)
         pieces = answer.pieces()
-        first = await anext(pieces)  # what fails before it has a status of its own
+        some = await anext(pieces)  # what fails before it has a status of its own
         if asked.stream:
             opened.pop_all()
-            return Stream(answer, first, pieces)
+            return Stream(answer, some, pieces)
         nothing = None if jobs[0].request.source is None else dict(chunks=[], copied=[])
         choices = [dict(index=i, text='', logprobs=None, finish_reason=None, retrieval=copy.deepcopy(nothing))
                    for i in range(len(jobs))]
-        merge(choices[first['index']], first)
-        async for piece in pieces:
-            merge(choices[piece['index']], piece)
+        while some is not None:
+            for piece in some:
+                merge(choices[piece['index']], piece)
+            some = await anext(pieces, None)
         for choice, (job, told) in zip(choices, answer.choices.items(), strict=True):
             if job.request.logprobs >= 0:
                 drop_stopped(choice, service.tokenizer.eot_token, told.tokens[-1])
@@ -583,8 +586,8 @@ async def complete(service, request):
 class Stream(StreamingResponse):
     """The pieces of an answer as server-sent events."""
 
-    def __init__(self, answer, first, pieces):
-        super().__init__(self._events(first, pieces), media_type='text/event-stream',
+    def __init__(self, answer, some, pieces):
+        super().__init__(self._events(some, pieces), media_type='text/event-stream',
                          headers={'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'})
         self.answer, self.status = answer, GONE
 
@@ -595,14 +598,14 @@ class Stream(StreamingResponse):
             self.answer.close()
             self.answer.service.requests[self.status] += 1
 
-    async def _events(self, first, pieces):
+    async def _events(self, some, pieces):
         asked, head = self.answer.asked, self.answer.head
         has_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         usage = dict(usage=None) if has_usage else {}
         try:
-            yield event({**head, 'choices': [first], **usage})
-            async for piece in pieces:
-                yield event({**head, 'choices': [piece], **usage})
+            while some is not None:
+                yield ''.join(event({**head, 'choices': [piece], **usage}) for piece in some)
+                some = await anext(pieces, None)
             if has_usage:
                 yield event({**head, 'choices': [], 'usage': self.answer.usage()})
             yield 'data: [DONE]\n\n'
