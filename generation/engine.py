@@ -32,6 +32,7 @@ from model import LONGEST, OWN_POINTERS, NeighborContext, attend, copy_keys, joi
 DRAFT = 12  # tokens of a draft at most
 SHORTEST_RUN = 2  # tokens that a draft must go on from
 DRAFT_ROWS = 8  # rows that are drafted for at a time, at most
+SCORED = 128  # tokens of a prompt that are scored at a time: their logits take V * 4 bytes each
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Request:
     source: object = None
     drafts: bool = True
     logprobs: int = -1  # report this many of the likeliest tokens beside each; -1: not even its own probability
+    scores_prompt: bool = False  # report those of the prompt's tokens, too
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Row:
         self.start = self.done = 0  # the window's first token; those before `done` are in the cache
         self.neighbors = []  # (tokens (K, R), mask (K, R)) of the window's complete chunks
         self.retrieved = []  # (first token, the one after the last, hits (K,) or None) of all chunks that retrieved
+        self.prompt_scores = []  # (logprob, top), as an Event has them, of the prompt's tokens from the second on
         self.finish_reason = None  # 'stop', 'length', 'canceled' or 'error'
 
     @property
@@ -139,10 +142,12 @@ class Engine:
             self.waiting.remove(row)
         new = list(self.waiting)[:self.slots - len(self.rows)]
         if new:
-            for row in new:
+            first = len(self.rows)
+            for slot, row in enumerate(new, first):
+                if row.request.scores_prompt and not row.prompt_scores:
+                    row.prompt_scores = self._score_prompt(slot, row)
                 self._fit_window(row)
             self._retrieve(new)
-            first = len(self.rows)
             sizes = [row.size - row.start for row in new]
             x = self._forward(first, new, sizes)
             last = torch.tensor(sizes, device=self.device)[:, None, None] - 1
@@ -153,6 +158,25 @@ class Engine:
             events = self._advance() if self.rows else []
         self._remove_finished()
         return events
+
+    def _score_prompt(self, slot, row):
+        """What the engine would have predicted for the prompt's tokens, window after window: Row.prompt_scores."""
+        scores, size = [], row.size
+        part = Row(row.request, self.tokenizer, row.padding)
+        part.size = end = min(size, self.config.block_size - row.padding)
+        while len(scores) < size - 1:
+            self._fit_window(part)
+            self._retrieve([part])
+            x = self._forward(slot, [part], [end - part.start])
+            while len(scores) < min(end, size - 1):
+                done = len(scores)
+                count = min(SCORED, min(end, size - 1) - done)
+                part.size = done + 1
+                logits = self._predict([part], x[:, done - part.start:][:, :count], [count - 1])[0]
+                scores += [score(line, token, row.request.logprobs) for line, token in
+                           zip(logits, row.buffer[done + 1:done + 1 + count].tolist(), strict=True)]
+            part.size = end = min(size, end + self.chunk_size)
+        return scores
 
     def _advance(self):
         """A pass over all rows."""
@@ -477,9 +501,7 @@ class Engine:
         row.append(token)
         event = Event(row, token, '')
         if request.logprobs >= 0:
-            log_p = log_softmax(logits)
-            likeliest = np.argsort(-log_p, kind='stable')[:request.logprobs].tolist() if request.logprobs else []
-            event.logprob, event.top = float(log_p[token]), [(t, float(log_p[t])) for t in likeliest]
+            event.logprob, event.top = score(logits, token, request.logprobs)
         if token == self.tokenizer.eot_token:
             row.finish_reason = 'stop'
         else:
@@ -507,6 +529,13 @@ class Reading:
     is_chunk: torch.Tensor | None = None  # the same shape: there is a token
     new: torch.Tensor | None = None  # (F,) slots whose set is new, since a chunk has become complete
     fresh: NeighborContext | None = None  # of these, if an encoder has to read them
+
+
+def score(logits, token, count):
+    """By logits (V,): a token's log-probability, and the `count` likeliest tokens with theirs."""
+    log_p = log_softmax(logits)
+    likeliest = np.argsort(-log_p, kind='stable')[:count].tolist() if count > 0 else []
+    return float(log_p[token]), [(t, float(log_p[t])) for t in likeliest]
 
 
 def write(cache, where, new):

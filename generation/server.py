@@ -319,9 +319,6 @@ def prepare(service, asked, queue):
         raise ApiError(400, f'best_of is {asked.best_of}, which the server does not implement: leave it out', 'best_of')
     if asked.stream_options and not asked.stream:
         raise ApiError(400, 'stream_options are given without stream: leave them out', 'stream_options')
-    if asked.echo and asked.logprobs >= 0:
-        raise ApiError(400, 'echo and logprobs are given, and the probabilities of prompts are not computed: leave out '
-                       'one', 'echo')
     prompts = split_prompts(asked.prompt)
     count = len(prompts) * asked.n
     most = service.worker.most_waiting + service.worker.engine.slots
@@ -342,7 +339,8 @@ def prepare(service, asked, queue):
                            f'together may be {service.max_tokens:,}: ask for less', 'prompt', 'context_length_exceeded')
         for i in range(asked.n):
             jobs.append(Job(Request(tokens, asked.max_tokens, sampling, (seed + i) % 2**64, tuple(stop), asked.align,
-                                    source, logprobs=asked.logprobs), queue))
+                                    source, logprobs=asked.logprobs,
+                                    scores_prompt=asked.echo and asked.logprobs >= 0), queue))
             texts.append(prompt if isinstance(prompt, str) else None)
     return jobs, texts
 
@@ -450,7 +448,8 @@ class Choice:
     """One text of an answer."""
 
     def __init__(self, service, asked, index, job, prompt):
-        self.service, self.asked, self.index, self.request, self.prompt = service, asked, index, job.request, prompt
+        self.service, self.asked, self.index, self.job, self.prompt = service, asked, index, job, prompt
+        self.request = job.request
         self.tokens = list(job.request.tokens)
         self.first = len(self.tokens)  # of the tokens whose origins have not been told
         self.passages = []  # that they are written with
@@ -460,11 +459,13 @@ class Choice:
         """What a step has brought, in lists of pieces of OpenAI's form, each as soon as it is known."""
         source, size, some = self.request.source, len(self.request.tokens), []
         if len(self.tokens) == size and self.asked.echo:
-            some.append(self._piece(self.service.tokenizer.decode(self.tokens) if self.prompt is None else self.prompt))
+            text = self.service.tokenizer.decode(self.tokens) if self.prompt is None else self.prompt
+            some.append(self._piece(text, self._prompt_logprobs()))
         if retrieved:
             some.append(self._piece(retrieval=dict(chunks=[self._chunk(*chunk) for chunk in retrieved], copied=[])))
         for event in events:
-            some.append(self._piece(event.text, self._logprobs(event), position=len(self.tokens)))
+            some.append(self._piece(event.text, self._logprobs(event.token, event.logprob, event.top),
+                                    position=len(self.tokens)))
             self.tokens.append(event.token)
             shift = size if self.request.align == 'prompt' else 0
             is_complete = (len(self.tokens) - shift) % self.service.config.retrieval_chunk_size == 0
@@ -517,19 +518,27 @@ class Choice:
                      chunk=chunk, passage=passage, offset=offset)
                 for by, t, count, document, chunk, passage, offset in found]
 
-    def _logprobs(self, event):
-        """OpenAI's form, of a token. Offsets are characters of the choice's text."""
-        if event.logprob is None:
+    def _prompt_logprobs(self):
+        """OpenAI's form; a prompt's first token has none."""
+        if not self.request.scores_prompt:
             return None
-        name = self._name(event.token)
+        scores = [(None, None), *self.job.row.prompt_scores]
+        told = [self._logprobs(token, *score) for token, score in zip(self.tokens, scores, strict=True)]
+        return {name: [value for one in told for value in one[name]] for name in told[0]}
+
+    def _logprobs(self, token, logprob, top):
+        """OpenAI's form, of a token. Offsets are characters of the choice's text."""
+        if self.asked.logprobs < 0:
+            return None
+        name = self._name(token)
         offset = self.offset
-        if event.token != self.service.tokenizer.eot_token:
-            data = self.service.tokenizer.decode_single_token_bytes(event.token)
+        if token != self.service.tokenizer.eot_token:
+            data = self.service.tokenizer.decode_single_token_bytes(token)
             self.offset += len(self.decoder.decode(data))
             if not name.startswith(PARTIAL):  # the bytes before it may have become the sign for what is no character
                 offset = self.offset - len(name)
-        top = {self._name(token): logprob for token, logprob in event.top} | {name: event.logprob}
-        return dict(tokens=[name], token_logprobs=[event.logprob], top_logprobs=[top], text_offset=[offset])
+        likeliest = None if top is None else {self._name(t): logprob for t, logprob in top} | {name: logprob}
+        return dict(tokens=[name], token_logprobs=[logprob], top_logprobs=[likeliest], text_offset=[offset])
 
     def _name(self, token):
         data = self.service.tokenizer.decode_single_token_bytes(token)

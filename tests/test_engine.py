@@ -126,6 +126,26 @@ def test_cached_logits_are_those_of_the_full_forward_at_every_position(options, 
         np.testing.assert_allclose([by_token(event) for event in events], logits, atol=1e-4)
 
 
+@pytest.mark.parametrize('align', ['start', 'prompt'])
+@pytest.mark.parametrize('options', OPTIONS, ids=str)
+def test_a_prompts_scores_are_what_its_tokens_would_have_been_written_with(options, align):
+    """Prompts in one window and in several, of which some tokens were written before."""
+    model = make(**options)
+    engine, source = Engine(model, BYTES, slots=2), Source(model.config)
+    engine.allowed[BYTES.eot_token] = False  # no text ends early
+    written = [engine.add(Request(prompt(n), BLOCK, GREEDY, align=align, source=source, logprobs=0))
+               for n in (C, 2 * C)]
+    logprobs = [[event.logprob for event in events] for events in run(engine, written)]
+    scored = [engine.add(Request(row.tokens[:C * (row.size // C)].tolist(), 1, GREEDY, align=align, source=source,
+                                 logprobs=0, scores_prompt=True)) for row in written]
+    run(engine, scored)
+    for row, before, expected in zip(scored, written, logprobs, strict=True):
+        scores = [logprob for logprob, _ in row.prompt_scores]
+        assert len(scores) == row.prompt_size - 1 and row.prompt_size > BLOCK
+        count = row.prompt_size - before.prompt_size
+        np.testing.assert_allclose(scores[-count:], expected[:count], atol=1e-4)
+
+
 @pytest.mark.parametrize('sampling', [GREEDY, Sampling(temperature=1.0, top_k=0), Sampling(1.3, 0.7, 20, 0.9, 0.01)],
                          ids=['greedy', 'all', 'filtered'])
 @pytest.mark.parametrize('options', [dict(), dict(retrieval_k_neighbors=0), dict(use_retrieval=False)], ids=str)

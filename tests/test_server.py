@@ -1,6 +1,7 @@
 """serve.py as a process, on a model that the test has trained: by OpenAI's client, by plain HTTP, and in a browser."""
 import asyncio
 import http.client
+import itertools
 import json
 import os
 import shutil
@@ -230,6 +231,25 @@ def test_logprobs_are_of_the_tokens_and_of_the_likeliest(served):
     assert create(served, logprobs=0, max_tokens=2).choices[0].logprobs.top_logprobs[0].keys()
 
 
+def test_an_echoed_prompt_has_the_logprobs_that_it_would_have_been_written_with(served, trained):
+    from data.tokenizer import load_tokenizer
+    tokenizer = load_tokenizer(str(trained / 'tokenizer.json'))
+    written = create(served, max_tokens=40, temperature=0, logprobs=2, align='start').choices[0].logprobs
+    ids = tokenizer.encode_ordinary(START) + [tokenizer.encode_single_token(token.encode()) for token in written.tokens]
+    for stream in (False, True):
+        answer = create(served, prompt=ids, max_tokens=2, logprobs=2, echo=True,
+                        align='start', stream=stream)
+        logprobs = [choice.logprobs for part in (answer if stream else [answer]) for choice in part.choices
+                    if choice.logprobs]
+        tokens, token_logprobs, offsets = ([value for part in logprobs for value in getattr(part, name)]
+                                           for name in ('tokens', 'token_logprobs', 'text_offset'))
+        assert token_logprobs[0] is None and logprobs[0].top_logprobs[0] is None
+        assert ''.join(tokens).startswith(START + ''.join(written.tokens))
+        assert offsets == list(itertools.accumulate(map(len, tokens[:-1]), initial=0))
+        first = len(tokens) - 2 - len(written.tokens)
+        assert token_logprobs[first:-2] == pytest.approx(written.token_logprobs, abs=1e-4)
+
+
 def test_passages_of_ones_own_take_the_place_of_the_collections(served):
     passage = 'def shout(text):\n    return text.upper() + "!"\n'
     answer = create(served, prompt='def shout(text):\n    return', neighbors=[passage], temperature=0)
@@ -284,7 +304,6 @@ def test_a_prompt_that_names_the_end_of_text_is_text(served):
     ({'prompt': 'x', 'n': 0}, 400, 'n is 0'),
     ({'prompt': ['x'] * 200, 'n': 100}, 400, '20000 texts are asked for'),
     ({'prompt': 'x', 'logprobs': 99}, 400, 'logprobs is 99'),
-    ({'prompt': 'x', 'logprobs': 1, 'echo': True}, 400, 'leave out one'),
     ({'prompt': 'x', 'stop': ''}, 400, 'stop has to be'),
     ({'prompt': 'x', 'stop': 'x' * 1000}, 400, 'stop has to be'),
     ({'prompt': 'x', 'stop': ['a'] * 99}, 400, 'stop has to be'),
