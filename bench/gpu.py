@@ -201,13 +201,14 @@ def run(*command, folder):
 
 def prepare(folder, is_quick):
     """A corpus, its tokenizer, embedding and collection in the folder; returns the config file."""
-    from data.python_source.prepare import is_val, read_documents, write_corpus
+    from data.prepare import is_val, write_corpus
+    from data.python_source.prepare import read_documents, split
     corpus = folder / 'python_source'
     corpus.mkdir()
     size, documents = 2e6 if is_quick else 28e6, []
     while not any(is_val(name) for name, _ in documents):
         documents, size = read_documents(size)[0], 1.5 * size
-    write_corpus(documents, corpus, 'this machine gives')
+    write_corpus(split(documents), corpus, 'this machine gives')
     config = folder / 'config.py'
     config.write_text(f'''
 data_cache_dir = '{folder}/datasets'

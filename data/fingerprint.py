@@ -14,17 +14,18 @@ FILE = 'corpus.json'
 
 def fingerprint(splits):
     """
-    {split: [(id, text)]} to a dict of its hash, 16 hex digits, and each split's number of documents and UTF-8 bytes.
-    The hash depends on every id and text and on their order.
+    {split: (id, text) of each document} to a dict of its hash, 16 hex digits, and each split's number of documents and
+    UTF-8 bytes. The hash depends on every id and text and on their order.
     """
     digest, described = hashlib.blake2b(digest_size=8), {}
     for split, documents in sorted(splits.items()):
-        size = 0
+        count = size = 0
         for document_id, text in documents:
             data = text.encode()
             digest.update(f'{split}\0{document_id}\0{len(data)}\0'.encode() + data)
+            count += 1
             size += len(data)
-        described[split] = dict(documents=len(documents), bytes=size)
+        described[split] = dict(documents=count, bytes=size)
     return dict(hash=digest.hexdigest(), **described)
 
 

@@ -215,7 +215,7 @@ def prepared(tmp_path_factory):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from data.python_source.prepare import train_tokenizer
+    from data.prepare import train_tokenizer
     folder = tmp_path_factory.mktemp('prepared')
     library = Path(os.__file__).parent
     for split, names in (('train', TRAIN), ('val', VAL)):

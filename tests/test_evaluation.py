@@ -24,7 +24,7 @@ def trained(populated, tmp_path_factory):
     """A folder with a RETRO in `out`, a GPT in `gpt`, and one of another tokenizer in `other`."""
     import shutil
 
-    from data.python_source.prepare import train_tokenizer
+    from data.prepare import train_tokenizer
     folder = tmp_path_factory.mktemp('trained') / 'run'
     shutil.copytree(populated, folder)
     train_tokenizer([path.read_text() for path in sorted((ROOT / 'tests').glob('test_*.py'))], 700).save(

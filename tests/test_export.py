@@ -288,7 +288,7 @@ def other_weights(folder):
 
 
 def other_tokenizer(folder):
-    from data.python_source.prepare import train_tokenizer
+    from data.prepare import train_tokenizer
     train_tokenizer([(ROOT / 'README.md').read_text()], 1024).save(str(folder / 'tokenizer.json'))
 
 

@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError, user_errors_as_one_line
 from data.documents import DatasetConfig, load_documents
-from data.python_source.prepare import write_corpus
+from data.prepare import write_corpus
+from data.python_source.prepare import split
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -20,7 +21,7 @@ def main():
     if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
         raise UserError('give the path of the file: python data/peps/prepare.py peps.jsonl.gz')
     documents = [(document.id, document.text) for document in load_documents([DatasetConfig(sys.argv[1])])]
-    write_corpus(documents, FOLDER, f'{sys.argv[1]} gives')
+    write_corpus(split(documents), FOLDER, f'{sys.argv[1]} gives')
 
 
 if __name__ == '__main__':

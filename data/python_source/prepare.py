@@ -1,8 +1,8 @@
 """
 The quickstart's corpus: the Python source that is already on this machine, the standard library and the installed
-packages. Writes beside this file train.parquet and val.parquet (columns id, text), tokenizer.json, a byte-level BPE
-fitted on the train documents, and corpus.json, the fingerprint. Another machine or other versions of the packages give
-another corpus, so figures compare only between equal fingerprints.
+packages. Writes beside this file train.parquet and val.parquet (columns id, title, text), tokenizer.json, a byte-level
+BPE fitted on the train documents, and corpus.json, the fingerprint. Another machine or other versions of the packages
+give another corpus, so figures compare only between equal fingerprints.
 
     python data/python_source/prepare.py [--max_mb=40]
 """
@@ -17,24 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from configurator import UserError, save_atomically, user_errors_as_one_line
-from data.chunking import chunk_document, hash64
-from data.fingerprint import FILE as FINGERPRINT
-from data.fingerprint import fingerprint, write_fingerprint
-from data.tokenizer import END_OF_TEXT, load_tokenizer
+from configurator import user_errors_as_one_line
+from data.chunking import hash64
+from data.prepare import is_val, write_corpus
 
 FOLDER = Path(__file__).resolve().parent
-VOCABULARY = 8192
-CHUNK_SIZE = 64  # for the table that is printed
-VAL_SHARE = 0.02
-# letters with a preceding space, underscore or bracket; digits by three; symbols; line ends; indentation
-PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 TESTS = re.compile(r'(^|/)(tests?|testing|idle_test|conftest\.py|test_[^/]*\.py|[^/]*_tests?\.py)(/|$)')
 VENDORED = re.compile(r'(^|/)(_?vendor(ed)?|_?extern(al|als)?|third_party|thirdparty|site-packages|dist-packages)(/|$)')
@@ -88,22 +77,10 @@ def read_documents(max_bytes):
     return documents, left_out
 
 
-def is_val(name):
-    return hash64('split', name) % 10_000 < VAL_SHARE * 10_000
-
-
-def train_tokenizer(texts, vocabulary=VOCABULARY):
-    """A byte-level BPE with `vocabulary` entries, the last of which is the end of text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), behavior='isolated'),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary - 1, show_progress=sys.stderr.isatty(),
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    return tokenizer
+def split(documents):
+    """[(id, text)] as write_corpus takes them."""
+    for name, text in documents:
+        yield 'val' if is_val(name) else 'train', name, name, text
 
 
 def main():
@@ -112,35 +89,9 @@ def main():
     arguments = parser.parse_args()
     start = time.time()
     documents, left_out = read_documents(arguments.max_mb * 1e6)
-    write_corpus(documents, FOLDER, f'--max_mb={arguments.max_mb:g} gives')
+    write_corpus(split(documents), FOLDER, f'--max_mb={arguments.max_mb:g} gives')
     print('left out: ' + ', '.join(f'{count:,} {reason}' for reason, count in left_out.items())
           + f' | {time.time() - start:.0f} s')
-
-
-def write_corpus(documents, folder, source):
-    """Write documents [(id, text)] as train.parquet and val.parquet, with their tokenizer.json and corpus.json."""
-    split = {'train': [d for d in documents if not is_val(d[0])], 'val': [d for d in documents if is_val(d[0])]}
-    if not split['train'] or not split['val']:
-        raise UserError(f'{source} {len(split["train"])} train and {len(split["val"])} val documents: ask for more')
-    print(f'fitting a tokenizer of {VOCABULARY:,} entries', flush=True)
-    fitted = train_tokenizer(text for _, text in split['train'])
-    save_atomically(fitted.save, str(folder / 'tokenizer.json'))
-    tokenizer = load_tokenizer(str(folder / 'tokenizer.json'))
-
-    print(f'{"":6} {"documents":>10} {"bytes":>12} {"tokens":>12} {"chunks":>9} {"padding":>8}')
-    (folder / FINGERPRINT).unlink(missing_ok=True)  # it must not name other files than it is of
-    for name, rows in sorted(split.items(), reverse=True):  # train last: make takes it for all of them
-        ids, texts = zip(*rows, strict=True)
-        save_atomically(lambda path, i=ids, t=texts: pq.write_table(
-            pa.table({'id': list(i), 'text': list(t)}), path, row_group_size=256), str(folder / f'{name}.parquet'))
-        encoded = tokenizer.encode_ordinary_batch(list(texts), num_threads=os.cpu_count())
-        lengths = [chunk_document(np.asarray(e), CHUNK_SIZE, tokenizer.eot_token)[1] for e in encoded]
-        tokens, chunks = sum(int(n.sum()) for n in lengths), sum(len(n) for n in lengths)
-        print(f'{name:6} {len(rows):10,} {sum(len(t.encode()) for t in texts):12,} {tokens:12,} {chunks:9,} '
-              f'{1 - tokens / (chunks * CHUNK_SIZE):8.1%}')
-    found = fingerprint(split)
-    write_fingerprint(found, folder)
-    print(f'fingerprint {found["hash"]}')
 
 
 if __name__ == '__main__':
