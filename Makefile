@@ -27,7 +27,7 @@ GPT = out/quickstart_gpt
 	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements-serve.txt
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed-serve
+.venv/installed-dev: requirements-dev.txt requirements-documents.txt .venv/installed-serve
 	@$(PY) -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 

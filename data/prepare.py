@@ -19,6 +19,7 @@ from data.fingerprint import fingerprint, write_fingerprint
 from data.tokenizer import END_OF_TEXT, load_tokenizer, tokenize
 
 VOCABULARY = 8192
+SMALL = 100_000_000  # bytes of train documents up to which it suits
 CHUNK_SIZE = 64  # for the table that is printed
 VAL_SHARE = 0.02
 ROWS, ROWS_BYTES = 256, 64_000_000  # of a row group, whichever comes first
@@ -110,17 +111,18 @@ def as_table(rows):
     return pa.table([pa.array(values, pa.string()) for values in zip(*rows, strict=True)], schema=COLUMNS)
 
 
-def write_corpus(documents, folder, source, tokenizer=None, vocabulary=VOCABULARY):
+def write_corpus(documents, folder, source, tokenizer=None, advice='ask for more'):
     """
     Write documents, (split, id, title, text), as train.parquet and val.parquet of a folder, with corpus.json, and
     tokenizer.json, fitted on the train documents unless there is a `tokenizer`. Returns {split: Written}. UserError if
-    a split has no document; `source` begins it, such as 'the folder gives'.
+    a split has no document, which `source` begins, such as 'the folder gives', and `advice` ends.
     """
     with writing(documents, folder, ('val', 'train')) as written:  # train last: make takes it for all of them
         train, val = written['train'], written['val']
         if not train.documents or not val.documents:
-            raise UserError(f'{source} {train.documents} train and {val.documents} val documents: ask for more')
+            raise UserError(f'{source} {train.documents} train and {val.documents} val documents: {advice}')
         if not tokenizer:
+            vocabulary = VOCABULARY if train.bytes <= SMALL else 4 * VOCABULARY
             print(f'fitting a tokenizer of {vocabulary:,} entries', flush=True)
             fitted = train_tokenizer(some_texts(train), vocabulary)
             save_atomically(fitted.save, str(folder / 'tokenizer.json'))

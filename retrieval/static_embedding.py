@@ -19,7 +19,7 @@ import numpy as np
 from configurator import UserError, load_settings, user_errors_as_one_line
 from data.chunk_store import open_datasets
 from data.documents import as_dataset_configs
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, tokenizer_json
 
 DIMENSION = 192
 FIT_CHUNKS = 60_000  # more change the vectors little and take longer
@@ -49,12 +49,12 @@ def fit(counts, seed=0):
     return vectors
 
 
-def save(vectors, tokenizer_path, folder):
-    """Save the token vectors (V, D) as a SentenceTransformer folder, complete or not at all."""
+def save(vectors, tokenizer, folder):
+    """Save the token vectors (V, D) as a SentenceTransformer folder, complete or not at all. `tokenizer` is JSON."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
     from tokenizers import Tokenizer
-    model = SentenceTransformer(modules=[StaticEmbedding(Tokenizer.from_file(tokenizer_path),
+    model = SentenceTransformer(modules=[StaticEmbedding(Tokenizer.from_str(tokenizer),
                                                          embedding_weights=vectors), Normalize()], device='cpu')
     tmp_folder = folder.rstrip('/') + '.tmp'
     shutil.rmtree(tmp_folder, ignore_errors=True)
@@ -87,12 +87,9 @@ def is_static_embedding(folder):
         return False
 
 
-def main():
-    settings = load_settings(sys.argv[1:])
+def fit_embedding(settings):
+    """Fit it on the train documents of the settings, and save it where they say."""
     folder = settings.retrieval_embedding_model
-    if not settings.tokenizer.endswith('.json'):
-        raise UserError(f'the static embedding needs a local tokenizer.json, but tokenizer is {settings.tokenizer!r}: '
-                        f'use an embedding model of the hub with it')
     if folder == load_settings([]).retrieval_embedding_model:
         raise UserError(f'retrieval_embedding_model is {folder!r}, a model of the hub: name a folder to save the '
                         f'static embedding in, such as out/static_embedding')
@@ -103,13 +100,15 @@ def main():
     tokenizer = load_tokenizer(settings.tokenizer)
     datasets = open_datasets(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, settings)
     chunks, documents = read_some(datasets, FIT_CHUNKS)
+    if len(chunks) < 3:
+        raise UserError(f'{len(chunks)} chunks are too few to fit an embedding on: train_datasets need more text')
     counts = count_tokens(chunks, tokenizer.n_vocab, tokenizer.eot_token)
     vectors = fit(counts)
-    save(vectors, settings.tokenizer, folder)
+    save(vectors, tokenizer_json(settings.tokenizer, tokenizer), folder)
     print(f'fitted {vectors.shape[0]:,} token vectors of {vectors.shape[1]} dimensions on {documents:,} documents, '
           f'{len(chunks):,} chunks: {folder} | {time.time() - start:.0f} s')
 
 
 if __name__ == '__main__':
     with user_errors_as_one_line():
-        main()
+        fit_embedding(load_settings(sys.argv[1:]))
