@@ -33,7 +33,8 @@ BLOCKS = {'address', 'article', 'aside', 'blockquote', 'body', 'caption', 'cente
           'fieldset', 'figcaption', 'figure', 'form', 'header', 'hr', 'li', 'main', 'ol', 'p', 'pre', 'section',
           'summary', 'table', 'tbody', 'tfoot', 'thead', 'tr', 'ul', *(f'h{level}' for level in range(1, 7))}
 INVISIBLE = dict.fromkeys(map(ord, '\u00ad\u200b\ufeff'))  # where a line may break
-LINE_END_HYPHEN = re.compile('[\x02\ufffe]\n?|(?<=[^\\W\\d_])[-\u2010\u00ad]\n(?=[a-z])')
+HYPHEN = '\x02'  # PDFium's, in place of one that ends a line and of the line's end
+LINE_END_HYPHEN = re.compile(f'{HYPHEN}\n?|(?<=[^\\W\\d_])[-\u2010\u00ad]\n(?=[a-z])')
 
 
 class Skipped(Exception):
@@ -50,7 +51,9 @@ def extract(name, kind, data, encoding=''):
         nothing = 'PDF without text, such as a scanned one'
     else:
         text = decode(data, encoding)
-        title, text = html_to_text(text) if kind == HTML else (heading(text) if kind == TEXT else '', text)
+        title = heading(text) if kind == TEXT and '.' in name else ''
+        if kind == HTML:
+            title, text = html_to_text(text)
         nothing = 'without text'
         if kind == SOURCE and len(text) > 100 * (text.count('\n') + 1):
             raise Skipped('source with very long lines, such as minified or generated')
@@ -73,7 +76,7 @@ def decode(data, encoding=''):
         except (UnicodeError, LookupError):
             continue
     else:
-        raise Skipped(f'not {marked.upper()}, as it says' if marked else 'not UTF-8')
+        raise Skipped(f'not {marked.upper()}, as it says' if marked else 'not UTF-8, maybe in another --encoding')
     return text.removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n').replace('\0', '')
 
 
@@ -92,16 +95,15 @@ def html_to_text(html):
     root = roots[0] if len(roots) == 1 else page.body
     if root is None:
         return '', ''
-    blocks, inline, prefix = [], [], ''  # (separator before it, text); pieces of the next one; what it begins with
-    separator = '\n\n'
+    blocks, inline, prefix, item = [], [], '', ''  # (text, tag of an item); pieces of the next one; its beginning
 
     def end_block(text=None):
-        nonlocal inline, prefix, separator
+        nonlocal inline, prefix, item
         lines = [' '.join(line.split()) for line in ''.join(inline).split('\n')] if text is None else [text]
         inline = []
         if any(lines):
-            blocks.append((separator, prefix + '\n'.join(lines).strip('\n').rstrip()))
-            prefix, separator = '', '\n\n'
+            blocks.append((prefix + '\n'.join(lines).strip('\n').rstrip(), item))
+            prefix, item = '', ''
 
     open_nodes = [root]
     while open_nodes:  # no recursion: pages nest thousands deep
@@ -116,24 +118,30 @@ def html_to_text(html):
             inline.append('\n')
         elif node.tag == 'pre':
             end_block()
+            for part in node.css(', '.join(DROPPED)):
+                part.decompose()
             for line_end in node.css('br'):
                 line_end.replace_with('\n')
+            for another in node.css('code + code'):  # of another language
+                another.insert_before('\n\n')
             end_block(node.text().replace('\xa0', ' '))
         else:
             if node.tag in BLOCKS:
                 end_block()
                 open_nodes.append(None)
-            if node.tag in ('li', 'tr') and blocks and not prefix:
-                separator = '\n'
-            if node.tag == 'li':
-                prefix = '- '
+            if node.tag in ('li', 'tr'):
+                prefix, item = '- ' * (node.tag == 'li'), node.tag
             elif node.tag[0] == 'h' and node.tag[1:].isdigit():
-                prefix = '#' * int(node.tag[1:]) + ' '
+                prefix, item = '#' * int(node.tag[1:]) + ' ', ''
             elif node.tag in ('td', 'th') and ''.join(inline).strip():
                 inline.append(' | ')
             open_nodes.extend(reversed(list(node.iter(include_text=True))))
     end_block()
-    text = ''.join(separator + block for separator, block in blocks).strip().translate(INVISIBLE)
+    pieces, last = [], ''
+    for block, item in blocks:
+        pieces.append(('\n' if item and item == last else '\n\n') + block)
+        last = item
+    text = ''.join(pieces).strip().translate(INVISIBLE)
     first = page.css_first('h1')
     return (title.text() if title else '') or (first.text() if first else ''), text
 
@@ -154,7 +162,8 @@ def pdf_to_text(data):
             pages = []
             for page in pdf:
                 with closing(page), closing(page.get_textpage()) as found:
-                    pages.append(found.get_text_bounded().replace('\r\n', '\n').replace('\0', '').strip().split('\n'))
+                    drawn = found.get_text_bounded().replace('\r\n', '\n').replace('\0', '')
+                    pages.append(drawn.replace(HYPHEN, f'{HYPHEN}\n').strip().split('\n'))
     except PdfiumError as error:
         raise Skipped('encrypted PDF' if 'password' in str(error).lower() else 'broken PDF') from error
     text = '\n'.join('\n'.join(lines) for lines in without_running_lines(pages) if any(lines))
@@ -164,7 +173,7 @@ def pdf_to_text(data):
 def without_running_lines(pages):
     """Pages, lists of lines, without page numbers and titles: first or last lines that many share but for digits."""
     def shape(line):
-        return re.sub(r'\d+|\b[ivxlc]+\b', '0', line.strip())
+        return re.sub(r'\d+|\b[ivxlc]+\b', '0', line.strip()) if len(line) <= 80 else ''
     for place in (0, -1):
         for _ in range(2):  # a title beside a number
             counts = Counter(shape(page[place]) for page in pages if page)

@@ -194,11 +194,11 @@ def describe(files, left_out):
     others = Counter({reason.removeprefix(OTHER): len(names) for reason, names in left_out.items()
                       if reason.startswith(OTHER)})
     lines = [f'read: {read.total():,} files ({in_words(read)})'] if read else []
-    lines += [f'left out: {others.total():,} of other kinds ({in_words(others)})'] if others else []
+    lines += [f'left out, of other kinds: {others.total():,} ({in_words(others)})'] if others else []
     for reason, names in sorted(left_out.items()):
         if not reason.startswith(OTHER):
             some = ', '.join(names[:3]) + ', ...' * (len(names) > 3)
-            lines.append(f'left out: {len(names):,} {reason} ({some})')
+            lines.append(f'left out, {reason}: {len(names):,} ({some})')
     return [visible(line) for line in lines]
 
 
