@@ -26,12 +26,15 @@ KINDS = {ending: kind for kind, endings in ENDINGS.items() for ending in endings
 MARKS = ((codecs.BOM_UTF8, 'utf-8'), (codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'),
          (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
 DECLARED = re.compile(rb'(?:charset|coding|encoding)\s*[:=]\s*["\']?\s*([-\w.]+)')  # of HTML, XML, Python and Emacs
+LATIN = ('iso-8859-1', 'latin-1', 'latin1', 'ascii', 'us-ascii')  # declared of what is Windows-1252, say the browsers
 HEADING = re.compile(r'^#+[ \t]+(.+?)[ \t#]*$|^(?!\s)(.+)\n(?:=|-|~|\*){3,}\s*$', re.MULTILINE)  # of Markdown, of RST
 DROPPED = {'script', 'style', 'noscript', 'template', 'nav', 'footer', 'iframe', 'object', 'canvas', 'svg', 'button',
            'select', 'textarea', 'head', 'annotation'}
+HEADINGS = {f'h{level}': '#' * level + ' ' for level in range(1, 7)}
+ITEMS = {**HEADINGS, 'li': '- ', 'tr': ''}  # what they begin with
 BLOCKS = {'address', 'article', 'aside', 'blockquote', 'body', 'caption', 'center', 'dd', 'details', 'div', 'dl', 'dt',
           'fieldset', 'figcaption', 'figure', 'form', 'header', 'hr', 'li', 'main', 'ol', 'p', 'pre', 'section',
-          'summary', 'table', 'tbody', 'tfoot', 'thead', 'tr', 'ul', *(f'h{level}' for level in range(1, 7))}
+          'summary', 'table', 'tbody', 'tfoot', 'thead', 'tr', 'ul', *HEADINGS}
 INVISIBLE = dict.fromkeys(map(ord, '\u00ad\u200b\ufeff'))  # where a line may break
 HYPHEN = '\x02'  # PDFium's, in place of one that ends a line and of the line's end
 LINE_END_HYPHEN = re.compile(f'{HYPHEN}\n?|(?<=[^\\W\\d_])[-\u2010\u00ad]\n(?=[a-z])')
@@ -67,11 +70,14 @@ def decode(data, encoding=''):
     marked = next((name for mark, name in MARKS if data.startswith(mark)), None)
     if not marked and b'\0' in data[:8192]:
         raise Skipped('binary')
-    declared = DECLARED.search(data[:1024])
-    for candidate in [marked] if marked else ['utf-8', declared[1].decode('ascii', 'replace') if declared else '',
-                                              encoding]:
+    found = DECLARED.search(data[:1024])
+    declared = found[1].decode('ascii', 'replace').lower() if found else ''
+    if declared.startswith('utf'):  # it is not, as neither is this
+        declared = ''
+    declared = 'cp1252' if declared in LATIN else declared
+    for candidate in filter(None, [marked] if marked else ['utf-8', declared, encoding]):
         try:
-            text = data.decode(candidate or 'utf-8')
+            text = data.decode(candidate)
             break
         except (UnicodeError, LookupError):
             continue
@@ -108,8 +114,10 @@ def html_to_text(html):
     open_nodes = [root]
     while open_nodes:  # no recursion: pages nest thousands deep
         node = open_nodes.pop()
-        if node is None:
+        if isinstance(node, str):  # the end of an element
             end_block()
+            if node in ITEMS:  # without text
+                prefix, item = '', ''
         elif node.is_text_node:
             inline.append(re.sub(r'\s+', ' ', node.text_content or ''))
         elif not node.is_element_node or is_hidden(node):
@@ -128,11 +136,9 @@ def html_to_text(html):
         else:
             if node.tag in BLOCKS:
                 end_block()
-                open_nodes.append(None)
-            if node.tag in ('li', 'tr'):
-                prefix, item = '- ' * (node.tag == 'li'), node.tag
-            elif node.tag[0] == 'h' and node.tag[1:].isdigit():
-                prefix, item = '#' * int(node.tag[1:]) + ' ', ''
+                open_nodes.append(node.tag)
+            if node.tag in ITEMS:
+                prefix, item = ITEMS[node.tag], '' if node.tag in HEADINGS else node.tag
             elif node.tag in ('td', 'th') and ''.join(inline).strip():
                 inline.append(' | ')
             open_nodes.extend(reversed(list(node.iter(include_text=True))))

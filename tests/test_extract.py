@@ -118,6 +118,8 @@ def test_a_pdf_that_gives_no_text_says_why(data, why):
      '# -*- coding: latin-1 -*-\n# größer'),
     ('a.html', HTML, b'<meta http-equiv="Content-Type" content="text/html; charset=windows-1252"><p>\x93gr\xf6\x94', '',
      '“grö”'),
+    ('a.html', HTML, b'<?xml version="1.0" encoding="ISO-8859-1"?><p>\x93gr\xf6\x94', '', '“grö”'),
+    ('a.html', HTML, b'<meta charset="utf-8"><h2></h2><ul><li> <li></ul><p>gr\xf6', 'latin-1', 'grö'),
     ('a.txt', TEXT, 'größer'.encode('cp1252'), 'cp1252', 'größer'),
     ('a.txt', TEXT, 'größer'.encode(), 'cp1252', 'größer')])
 def test_text_is_read_as_utf8_as_it_declares_or_as_the_user_says(name, kind, data, encoding, text):

@@ -1,12 +1,20 @@
-"""The quickstart's corpus, made from this machine's Python source in a copy of the project's folder."""
+"""
+The quickstart's corpus, made from this machine's Python source in a copy of the project's folder, and the halves of a
+package that it lacks.
+"""
 import json
+import os
 import shutil
+import zipfile
+from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data.documents import DatasetConfig
 from data.fingerprint import describe_corpus, fingerprint
+from data.prepare import is_val
 from data.python_source import prepare
 from tests.conftest import ROOT, run
 
@@ -32,7 +40,7 @@ def test_documents_are_split_by_their_id_and_hold_no_tests_or_copies(copy):
     ids, texts = zip(*[(row['id'], row['text']) for row in train + val], strict=True)
     assert len(set(ids)) == len(ids) > 50 and len(set(texts)) == len(texts)
     assert not [i for i in ids if {'test', 'tests', '_vendor'} & set(i.split('.'))]
-    assert all(prepare.is_val(row['id']) for row in val) and not any(prepare.is_val(row['id']) for row in train)
+    assert all(is_val(row['id']) for row in val) and not any(is_val(row['id']) for row in train)
     size = sum(len(text.encode()) for text in texts)
     assert 3e6 <= size < 3.6e6
     for said in ('documents', 'bytes', 'tokens', 'chunks', 'padding', f'{len(train):,}', 'undecodable', 'duplicate'):
@@ -84,3 +92,53 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path, monkeypatch):
 def test_tests_vendored_and_generated_files_are_known_by_their_path(path, left_out):
     patterns = (prepare.TESTS, prepare.VENDORED, prepare.GENERATED_NAME)
     assert any(pattern.search(path) for pattern in patterns) == left_out
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    """A package as a wheel, of real modules: pip takes a file where it takes a name."""
+    path = tmp_path_factory.mktemp('wheels') / 'unseen-1.0-py3-none-any.whl'
+    library = Path(os.__file__).parent
+    with zipfile.ZipFile(path, 'w') as file:
+        for name in ('argparse', 'ast', 'bdb', 'cgi', 'configparser', 'copy', 'csv', 'datetime', 'difflib', 'dis',
+                     'doctest', 'enum', 'filecmp', 'fractions', 'ftplib'):
+            if (library / f'{name}.py').exists():
+                file.write(library / f'{name}.py', f'unseen/{name}.py')
+        file.writestr('unseen/tests/test_it.py', 'import unseen')
+        text = (library / 'csv.py').read_text()
+        for number in range(8):  # copies, in both halves
+            file.writestr(f'unseen/csv_{number}.py', f'{text}\nnumber = {number}\n')
+        file.writestr('unseen-1.0.dist-info/METADATA', 'Metadata-Version: 2.1\nName: unseen\nVersion: 1.0\n')
+        file.writestr('unseen-1.0.dist-info/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        file.writestr('unseen-1.0.dist-info/RECORD', '')
+    return path
+
+
+@pytest.mark.parametrize('split', ['files', 'lines'])
+def test_halves_of_an_unseen_package_share_no_document_and_no_near_copy(copy, wheel, split):
+    folder = copy / 'data/knowledge_update'
+    for name in ('train', 'val'):
+        pq.write_table(pa.table({'id': ['json'], 'text': ['x']}), copy / f'data/python_source/{name}.parquet')
+    answer = run('data/knowledge_update/prepare.py', f'--package={wheel}', f'--split={split}', folder=copy,
+                 env={'PYTHONPATH': ''})
+    added, held_out = ({row['id']: row['text'] for row in pq.read_table(folder / f'{name}.parquet').to_pylist()}
+                       for name in ('added', 'held_out'))
+    assert added and held_out and not added.keys() & held_out.keys() and 'nearly copies' in answer.stdout
+    assert not [i for i in [*added, *held_out] if '.tests' in i]
+    if split == 'lines':
+        assert added['unseen.ast:1'] + held_out['unseen.ast:2'] == (Path(os.__file__).parent / 'ast.py').read_text()
+    for text in held_out.values():
+        lines = {line.strip() for line in text.splitlines() if len(line.strip()) >= 20}
+        assert all(len(lines & {line.strip() for line in other.splitlines()}) < 0.5 * len(lines)
+                   for other in added.values())
+    assert describe_corpus([str(folder / 'held_out.parquet')]).startswith('knowledge_update ')
+
+
+def test_a_package_that_the_model_has_seen_or_that_pip_cannot_find_is_refused(copy, wheel, tmp_path):
+    pq.write_table(pa.table({'id': ['unseen.csv'], 'text': ['x']}), copy / 'data/python_source/train.parquet')
+    pq.write_table(pa.table({'id': ['json'], 'text': ['x']}), copy / 'data/python_source/val.parquet')
+    for package, said in ((wheel, 'is in the corpus that the model was trained on (unseen.csv)'),
+                          (tmp_path / 'none.whl', 'pip cannot download a wheel of')):
+        answer = run('data/knowledge_update/prepare.py', f'--package={package}', folder=copy, check=False,
+                     env={'PYTHONPATH': ''})
+        assert answer.returncode == 2 and answer.stderr.count('\n') == 1 and said in answer.stderr

@@ -11,7 +11,6 @@ tokenizer, embedding and config stay as they are, and populate --sync=True bring
 whose text is that of another, but for white space, are left out. What is left out, and why, stands in left_out.json.
 """
 import argparse
-import codecs
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from configurator import UserError, load_settings, user_errors_as_one_line, visible, write_atomically
@@ -97,7 +97,7 @@ def parse_arguments():
         raise UserError(f'--val_share is {arguments.val_share}: choose a share between 0 and 1, such as {VAL_SHARE}')
     if arguments.encoding:
         try:
-            codecs.lookup(arguments.encoding)
+            b' '.decode(arguments.encoding, 'replace')
         except LookupError as error:
             raise UserError(f'--encoding={arguments.encoding} is none that Python knows: choose one such as cp1252 or '
                             f'shift_jis') from error
@@ -155,10 +155,10 @@ def why_not_enter(folder):
     return 'a virtual environment' if os.path.exists(os.path.join(folder, 'pyvenv.cfg')) else None
 
 
-def read_documents(files, left_out, share, encoding):
+def read_documents(files, left_out, share, encoding, held_out=()):
     """
-    Yields (split, id, title, text) of each document of find_files' files, and adds to its `left_out`. The first one is
-    held out whatever the share is, as a small corpus might have no other.
+    Yields (split, id, title, text) of each document of find_files' files, and adds to its `left_out`. The ids that are
+    `held_out` already stay so; without any, the first one is, as a small corpus might have no other.
     """
     seen = set()
     for document_id, (path, kind) in tqdm(files.items(), desc='reading', unit=' files',
@@ -172,8 +172,9 @@ def read_documents(files, left_out, share, encoding):
         if digest in seen:
             left_out['duplicates'].append(document_id)
             continue
-        yield 'val' if is_val(document_id, share) or not seen else 'train', document_id, title, text
+        is_held_out = is_val(document_id, share) or document_id in held_out or not (seen or held_out)
         seen.add(digest)
+        yield 'val' if is_held_out else 'train', document_id, title, text
 
 
 def read_file(path):
@@ -203,9 +204,9 @@ def describe(files, left_out):
 
 
 def in_words(counts):
-    most = counts.most_common(12)
-    rest = counts.total() - sum(count for _, count in most)
-    return ', '.join([f'{count:,} {what}' for what, count in most] + [f'{rest:,} others'] * (rest > 0))
+    most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    rest = sum(count for _, count in most[12:])
+    return ', '.join([f'{count:,} {what}' for what, count in most[:12]] + [f'{rest:,} others'] * (rest > 0))
 
 
 def config_text(name, tokenizer, train):
@@ -241,8 +242,8 @@ def main():
                 raise UserError(f'{config} has tokenizer = {kept!r}, and --tokenizer={arguments.tokenizer} is another: '
                                 f'choose another --name, or replace all that there is of {name} with --overwrite')
             tokenizer_name = kept
-    is_kept = os.path.exists(tokenizer_name) and not arguments.overwrite
-    tokenizer = load_tokenizer(tokenizer_name) if is_kept or tokenizer_name == 'gpt2' else None
+    fits = tokenizer_name == 'gpt2' or (os.path.exists(tokenizer_name) and not arguments.overwrite)
+    tokenizer = load_tokenizer(tokenizer_name) if fits else None
 
     kinds = {ending: kind for ending, kind in KINDS.items() if kind in arguments.kinds}
     kinds |= {'': TEXT} if TEXT in arguments.kinds else {}  # README, LICENSE, Makefile
@@ -253,20 +254,24 @@ def main():
                         f'{"; ".join(describe(files, left_out)) or "there are no files at all"}')
     check_readers({kind for _, kind in files.values()})
     corpus.mkdir(parents=True, exist_ok=True)
-    written = write_corpus(read_documents(files, left_out, arguments.val_share, arguments.encoding), corpus,
-                           f'{", ".join(folders)}: this gives', tokenizer, 'name a folder with more')
+    before = corpus / 'val.parquet'
+    is_there = before.exists() and not arguments.overwrite
+    held_out = files.keys() & pq.read_table(before, columns=['id'])['id'].to_pylist() if is_there else ()
+    documents = read_documents(files, left_out, arguments.val_share, arguments.encoding, held_out)
+    written = write_corpus(documents, corpus, f'{", ".join(folders)}: this gives', tokenizer, 'name a folder with more')
     write_atomically(json.dumps(left_out, indent=1), f'{corpus}/left_out.json')
     print('\n'.join(describe(files, left_out)))
-    if config.exists() and not arguments.overwrite:
+    is_again = config.exists() and not arguments.overwrite
+    if is_again:
         print(f'{config} stays as it is')
     else:
         write_atomically(config_text(name, tokenizer_name, written['train']), str(config))
         print(f'{config} is written')
     settings, embedding = load_settings([str(config)]), f'out/{name}_embedding'
     if settings.retrieval_embedding_model == embedding and (arguments.overwrite or not os.path.exists(embedding)):
-        from retrieval.static_embedding import fit_embedding  # the rooms below it know no database
+        from retrieval.static_embedding import fit_embedding  # takes seconds
         fit_embedding(settings)
-    print(f'next:\n  python -m retrieval.populate {config}{" --sync=True" * is_kept}\n  python train.py {config}\n'
+    print(f'next:\n  python -m retrieval.populate {config}{" --sync=True" * is_again}\n  python train.py {config}\n'
           f'  python sample.py --out_dir=out/{name} --start="..." --show_neighbors')
 
 
