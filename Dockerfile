@@ -15,13 +15,13 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /app
-COPY requirements.txt requirements-serve.txt ./
+COPY requirements.txt requirements-documents.txt requirements-serve.txt ./
 # torch alone comes from PyTorch's index, which has other packages, too, and its builds satisfy the pin. The last line
 # ends the build if something has replaced it by another one.
 ARG TORCH=cpu
 RUN pip install --no-cache-dir --no-deps --index-url "https://download.pytorch.org/whl/${TORCH}" \
         "$(grep '^torch==' requirements.txt)" \
-    && pip install --no-cache-dir -r requirements-serve.txt \
+    && pip install --no-cache-dir -r requirements-documents.txt -r requirements-serve.txt \
     && python -c "import torch; assert torch.__version__.endswith('+${TORCH}'), torch.__version__"
 
 # Whoever the container runs as (--user) may write to /cache and out, and has a name, which torch asks for. Downloads

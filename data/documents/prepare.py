@@ -253,7 +253,11 @@ def main():
         raise UserError(f'no file that can be read in {", ".join(folders)}; '
                         f'{"; ".join(describe(files, left_out)) or "there are no files at all"}')
     check_readers({kind for _, kind in files.values()})
-    corpus.mkdir(parents=True, exist_ok=True)
+    try:
+        corpus.mkdir(parents=True, exist_ok=True)
+    except PermissionError as error:
+        raise UserError(f'{ROOT / corpus} cannot be made ({error.strerror}): use a copy of the project that is yours'
+                        ) from error
     before = corpus / 'val.parquet'
     is_there = before.exists() and not arguments.overwrite
     held_out = files.keys() & pq.read_table(before, columns=['id'])['id'].to_pylist() if is_there else ()
