@@ -3,6 +3,7 @@ What the prepare.py of every corpus does in the end: documents to train.parquet 
 text), a byte-level BPE fitted on the train documents, and the fingerprint. Memory holds some documents at a time.
 """
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,6 +25,8 @@ CHUNK_SIZE = 64  # for the table that is printed
 VAL_SHARE = 0.02
 ROWS, ROWS_BYTES = 256, 64_000_000  # of a row group, whichever comes first
 FIT_BYTES = 200_000_000  # of text that a tokenizer is fitted on; more change it little and take longer
+LONG = 10_000
+LONG_WORD, LONG_SPACE = re.compile(rf'\S{{{LONG}}}'), re.compile(rf'\s{{{LONG},}}')
 COLUMNS = pa.schema([(name, pa.string()) for name in ('id', 'title', 'text')])
 # letters with a preceding space, underscore or bracket; digits by three; symbols; line ends; indentation
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -138,13 +141,16 @@ def write_corpus(documents, folder, source, tokenizer=None, advice='ask for more
 
 
 def some_texts(written):
-    """The first texts, of FIT_BYTES together."""
+    """
+    The first texts, of FIT_BYTES together. Runs without or of white space are cut, as the fit takes time that is
+    quadratic in them.
+    """
     size = 0
     for _, text in written.read():
         if size >= FIT_BYTES:
             return
         size += len(text)
-        yield text
+        yield LONG_WORD.sub(r'\g<0>\n', LONG_SPACE.sub(lambda match: match[0][:LONG], text))
 
 
 def count_tokens(written, tokenizer):

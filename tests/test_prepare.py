@@ -5,6 +5,7 @@ package that it lacks.
 import json
 import os
 import shutil
+import time
 import zipfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from data.documents import DatasetConfig
 from data.fingerprint import describe_corpus, fingerprint
-from data.prepare import is_val
+from data.prepare import is_val, write_corpus
 from data.python_source import prepare
 from tests.conftest import ROOT, run
 
@@ -142,3 +143,12 @@ def test_a_package_that_the_model_has_seen_or_that_pip_cannot_find_is_refused(co
         answer = run('data/knowledge_update/prepare.py', f'--package={package}', folder=copy, check=False,
                      env={'PYTHONPATH': ''})
         assert answer.returncode == 2 and answer.stderr.count('\n') == 1 and said in answer.stderr
+
+
+def test_a_tokenizer_is_fitted_on_runs_of_any_length_in_no_time(tmp_path):
+    """The library's time grows with the square of a run's length."""
+    texts = [('val', 'a'), ('train', f'a{" " * 300_000}b\n'), ('train', 'c' * 300_000), ('train', 'some words ' * 99)]
+    start = time.perf_counter()
+    written = write_corpus([(split, str(i), '', text) for i, (split, text) in enumerate(texts)], tmp_path, 'this gives')
+    assert written['train'].bytes == sum(len(text) for split, text in texts if split == 'train')
+    assert time.perf_counter() - start < 30
