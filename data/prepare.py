@@ -80,6 +80,11 @@ def writing(documents, folder, splits):
     Writes documents, (split, id, title, text), to the Parquet file of their split. Yields {split: Written}, to read
     them again; the files take the places of those of before when the `with` ends, or none of them does, if it fails.
     """
+    for left in folder.glob('*.parquet.*.tmp'):  # by a process that was killed
+        try:
+            os.kill(int(left.name.split('.')[-2]), 0)
+        except ProcessLookupError:
+            left.unlink()
     written = {split: Written(f'{folder}/{split}.parquet.{os.getpid()}.tmp') for split in splits}
     try:
         with ExitStack() as files:

@@ -147,6 +147,7 @@ def test_a_full_disk_is_one_line_and_the_corpus_of_before_stays(project, mine):
     folder = project / 'data/documents/full'
     folder.mkdir()
     (folder / 'train.parquet').write_text('as before')
+    (folder / f'train.parquet.{2**22 + 1}.tmp').write_text('of a process that was killed')
     code = ("import resource, runpy, signal, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
             f"sys.argv = ['data/documents/prepare.py', {str(mine)!r}, '--name=full']\n"
