@@ -37,6 +37,7 @@ RANGES = {  # of numeric settings: at least, and below
                     (0.0, math.inf)),
     **dict.fromkeys(('dropout', 'beta1', 'beta2'), (0.0, 1.0)),
     'min_lr': (-1.0, math.inf),
+    'retrieval_workers': (1, 257),
     'retrieval_longest_match': (0, 128),  # matches are counted in int8
     'retrieval_pointers': (0, 257),  # of as many places (retrieval/suffix_array.py)
 }

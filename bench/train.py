@@ -130,7 +130,7 @@ def measure(settings, window, rounds, device, cleanup, vocab_size=None):
             batches = (replace(batch, neighbors=neighbors, neighbor_mask=mask, pointers=pointers)
                        for batch, (neighbors, mask, pointers) in zip(loader, frozen, strict=False))
         arms[name] = Arm(gpt_step if name == 'gpt' else retro_step, loader, batches,
-                         [loader.process.pid, *beside.get(name, [])])
+                         [*(p.pid for p in loader.processes), *beside.get(name, [])])
     for arm in arms.values():  # all are connected before the server is stopped
         list(itertools.islice(arm.batches, growing))
     for arm in arms.values():

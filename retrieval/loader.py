@@ -1,7 +1,12 @@
 """
-Runs the streams and the retriever ahead of the training step, in a process of its own: reading, tokenizing, embedding,
-searching and assembling never hold the training process's GIL, and on a shared CPU they yield to it.
+Runs the streams and the retriever ahead of the training step, in processes of their own: reading, tokenizing,
+embedding, searching and assembling never hold the training process's GIL, and on a shared CPU they yield to it.
+
+With several workers, settings.retrieval_workers, the first one reads and deals: runs of batches go to the workers in
+turn, and the training process takes them in the same turn. So the searches of several runs are in flight at once, and
+which batches there are, what they are searched together with, and their order do not depend on the number of workers.
 """
+import gc
 import multiprocessing
 import os
 import pickle
@@ -10,15 +15,16 @@ import signal
 import threading
 import time
 import traceback
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from multiprocessing.pool import RemoteTraceback
 
 from system import end_with_parent
 
 import torch
 
+from configurator import UserError
 from data.chunk_store import count_known, open_datasets
 from data.corpus import val_batches
 from data.documents import as_dataset_configs
@@ -28,6 +34,7 @@ from retrieval.local_server import NICENESS
 from retrieval.retriever import Retriever
 
 END = object()  # of the batches
+REPEATED = 10  # seconds for which no worker repeats what another has said
 
 
 class Loader:
@@ -35,9 +42,9 @@ class Loader:
     An iterator of Batches on `device`, `count` of the training stream (None: without end). `train` is the arguments of
     SequenceStream beside its datasets. With `val`, rank and world_size for val_batches, take_val() has to come first.
     Neighbors are fetched for several batches at once, first one, then up to retrieval_prefetch_batches, as a search
-    costs much the same for few chunks as for many; without `retrieve` there are none. As many batches are kept ready,
-    or `keep_ready` if that is more. `say` receives news, such as that Milvus is unreachable. An exception of the
-    process is raised here, with its traceback.
+    costs much the same for few chunks as for many; without `retrieve` there are none, and one worker. Each worker keeps
+    as many batches ready, or all of them `keep_ready` if that is more. `say` receives news, such as that Milvus is
+    unreachable. An exception of a worker is raised here, with its traceback.
     """
 
     def __init__(self, settings, train=None, count=None, val=None, device='cpu', say=print, retrieve=True,
@@ -45,15 +52,26 @@ class Loader:
         self.device, self.say = torch.device(device), say
         self.waited = 0.0  # seconds that callers waited in all
         self.size = None  # of the knowledge base, once there was a batch
+        self.processes, self.ready, self.news = [], [], []  # by worker
+        self.turn = 0  # the worker whose batches are next
+        self.said = {}  # by text of the news: when, and by which worker
         context = multiprocessing.get_context('spawn')
-        self.ready, ready = context.Pipe(duplex=False)
-        self.news, news = context.Pipe(duplex=False)
-        self.process = context.Process(
-            target=run, name='loader', daemon=True,
-            args=(settings, train, count, val, str(device), retrieve, keep_ready, ready, news))
-        self.process.start()
-        ready.close()  # our copy of the child's end, so that we see EOF when the child dies
-        news.close()
+        workers = settings.retrieval_workers if retrieve else 1
+        deals = [context.Pipe(duplex=False) for _ in range(workers - 1)]
+        for number in range(workers):
+            (ready, sends_ready), (news, sends_news) = context.Pipe(duplex=False), context.Pipe(duplex=False)
+            part = (train, count, val, [sender for _, sender in deals]) if number == 0 else deals[number - 1][0]
+            process = context.Process(
+                target=run, name=f'loader {number}', daemon=True,
+                args=(settings, part, str(device), retrieve, -(-keep_ready // workers), sends_ready, sends_news))
+            process.start()
+            sends_ready.close()  # our copy of the child's end, so that we see EOF when the child dies
+            sends_news.close()
+            self.processes.append(process)
+            self.ready.append(ready)
+            self.news.append(news)
+        for end in chain(*deals):
+            end.close()
 
     def __iter__(self):
         return self
@@ -72,27 +90,28 @@ class Loader:
             return None
         if item is END:
             raise StopIteration
-        batch, self.size = item
+        batch, self.size, is_last = item
+        self.turn = (self.turn + is_last) % len(self.processes)
         return batch.to(self.device)
 
     def _receive(self, give_up):
-        """What the process sent next; None if give_up() is true first."""
-        start = time.perf_counter()
+        """What the worker sent next whose turn it is; None if give_up() is true first."""
+        start, ready = time.perf_counter(), self.ready[self.turn]
         try:
             while True:
                 try:
-                    if self.ready.poll(0.2):
-                        item = pickle.loads(self.ready.recv_bytes())
+                    if ready.poll(0.2):
+                        item = pickle.loads(ready.recv_bytes())
                         break
                     has_ended = False
                 except (EOFError, OSError):
-                    self.process.join()
+                    self.processes[self.turn].join()
                     has_ended = True
                 self._pass_on_news()
                 if give_up():
                     return None
                 if has_ended:
-                    raise RuntimeError(f'the loader process ended with code {self.process.exitcode}')
+                    raise self._death()
         finally:
             self.waited += time.perf_counter() - start
         self._pass_on_news()
@@ -100,23 +119,44 @@ class Loader:
             raise item.error from RemoteTraceback(item.text)
         return END if item is None else item
 
+    def _death(self):
+        """The UserError for the process that ended. Others have ended with code 1 if it is the first."""
+        self.processes[0].join(timeout=0.5)  # if it ends, too: pipes close before its code is known
+        number, code = next(((n, p.exitcode) for n, p in enumerate(self.processes, 1) if p.exitcode),
+                            (self.turn + 1, self.processes[self.turn].exitcode))
+        name = f'loader process {number} of {len(self.processes)}' if len(self.processes) > 1 else 'the loader process'
+        reason = (': the system may have killed it as memory ran out; see its log, and set a smaller retrieval_workers '
+                  'or retrieval_prefetch_batches' if code == -signal.SIGKILL else '')
+        return UserError(f'{name} ended with code {code}{reason}')
+
     def _pass_on_news(self):
-        try:
-            while self.news.poll():
-                self.say(self.news.recv())
-        except (EOFError, OSError):
-            pass  # the process has ended
+        """What several workers say at about the same time is said once."""
+        for worker, news in enumerate(self.news):
+            try:
+                while news.poll():
+                    text, now = news.recv(), time.monotonic()
+                    when, who = self.said.get(text, (-REPEATED, worker))
+                    if who == worker or now - when >= REPEATED:
+                        self.said[text] = now, worker
+                        self.say(text)
+            except (EOFError, OSError):
+                pass  # the process has ended
 
     def close(self):
-        """End the process. Ready batches that were not taken are dropped; the stream's state excludes them."""
-        self.ready.close()
+        """End the processes. Ready batches that were not taken are dropped; the stream's state excludes them."""
+        for ready in self.ready:
+            ready.close()
+        deadline = time.monotonic() + 2
         try:
-            self.process.join(timeout=2)
+            for process in self.processes:
+                process.join(timeout=max(0, deadline - time.monotonic()))
         finally:
-            if self.process.is_alive():  # searching or waiting; nothing on disk can be half written
-                self.process.kill()
-                self.process.join()
-            self.news.close()
+            for process in self.processes:
+                if process.is_alive():  # searching or waiting; nothing on disk can be half written
+                    process.kill()
+                    process.join()
+            for news in self.news:
+                news.close()
 
 
 @dataclass
@@ -126,14 +166,17 @@ class Failure:
     text: str
 
 
-def run(settings, train, count, val, device, retrieve, keep_ready, ready, news):
+def run(settings, part, device, retrieve, keep_ready, ready, news):
     """
-    The process: sends the number of val batches, if any, and each (Batch, size of the knowledge base), and at the end
-    None, or the Failure that ended it.
+    A worker: sends the number of val batches, if any, and each (Batch, size of the knowledge base, whether it is the
+    last of its run), and at the end None, or the Failure that ended it. `part` is what the first worker reads, and the
+    pipes to the others; for these the pipe from it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ignore Ctrl-C: the parent shuts us down
     end_with_parent()
-    outbox = queue.Queue(max(keep_ready, settings.retrieval_prefetch_batches))
+    gc.freeze()
+    gc.set_threshold(100_000)  # a search's answer is many small objects and no cycles
+    outbox, inbox = queue.Queue(max(keep_ready, settings.retrieval_prefetch_batches)), queue.Queue(1)
     is_closed = threading.Event()
     sender = threading.Thread(target=send, args=(outbox, ready, is_closed), daemon=True)
     sender.start()
@@ -143,18 +186,25 @@ def run(settings, train, count, val, device, retrieve, keep_ready, ready, news):
     with ExitStack() as cleanup:
         try:
             tokenizer = load_tokenizer(settings.tokenizer)
-            # open both streams before searching for either, so that an error in one is reported at once
-            streams = open_streams(settings, tokenizer, train, count, val, news.send)
-            if val is not None:
-                put(outbox, len(streams[0]), is_closed)
+            if isinstance(part, tuple):
+                train, count, val, others = part
+                # open both streams before searching for either, so that an error in one is reported at once
+                streams = open_streams(settings, tokenizer, train, count, val, news.send)
+                if val is not None:
+                    put(outbox, len(streams[0]), is_closed)
+                feed = threading.Thread(target=deal, daemon=True, args=(
+                    streams, settings.retrieval_prefetch_batches, inbox, others))
+            else:
+                feed = threading.Thread(target=receive, args=(part, inbox), daemon=True)
+            feed.start()
             retriever = None
             if retrieve:
                 retriever = cleanup.enter_context(closing(Retriever(settings, tokenizer, device, news.send)))
-            for item in chain(load(streams, retriever, settings.retrieval_prefetch_batches), [None]):
+            for item in chain(load(inbox, retriever), [None]):
                 if not put(outbox, item, is_closed):
                     break
         except BaseException as error:  # next() raises it in the parent
-            put(outbox, Failure(as_picklable(error), traceback.format_exc()), is_closed)
+            put(outbox, as_failure(error), is_closed)
     sender.join()
 
 
@@ -186,14 +236,52 @@ def open_streams(settings, tokenizer, train, count, val, say):
     return streams
 
 
-def load(streams, retriever, most):
-    """Yields (Batch, size of the knowledge base) for the streams' batches, fetching neighbors for up to `most`."""
-    for stream in streams:
-        remaining, together = iter(stream), 1
-        while batches := list(islice(remaining, together)):
-            for batch in retriever.retrieve_for(batches) if retriever else batches:
-                yield batch, retriever and retriever.size
-            together = min(2 * together, most)
+def deal(streams, most, inbox, others):
+    """
+    A thread: reads the streams' batches and hands out lists of them, up to `most` together, in turn to its own process
+    and to the others. At the end, or after the Failure that ended it, each gets None.
+    """
+    with suppress(OSError):  # one of them has ended
+        for turn, batches in enumerate(chain(read(streams, most), repeat(None, 1 + len(others)))):
+            turn %= 1 + len(others)
+            if turn:
+                others[turn - 1].send(batches)
+            else:
+                inbox.put(batches)
+
+
+def read(streams, most):
+    """Yields lists of batches: of each stream one at first, then two, up to `most`; a Failure if reading fails."""
+    try:
+        for stream in streams:
+            remaining, together = iter(stream), 1
+            while batches := list(islice(remaining, together)):
+                yield batches
+                together = min(2 * together, most)
+    except Exception as error:
+        yield as_failure(error)
+
+
+def receive(dealt, inbox):
+    """A thread: passes on what is dealt to its process, up to the last None."""
+    batches = True
+    while batches:
+        try:
+            batches = dealt.recv()
+        except (EOFError, OSError):
+            os._exit(1)  # the first worker has died: the parent says so, and must not take this for the end
+        inbox.put(batches)
+
+
+def load(inbox, retriever):
+    """Yields (Batch, size of the knowledge base, whether it is the last that was dealt together); or a Failure."""
+    while batches := inbox.get():
+        if isinstance(batches, Failure):
+            yield batches
+            return
+        batches = retriever.retrieve_for(batches) if retriever else batches
+        for i, batch in enumerate(batches, 1):
+            yield batch, retriever and retriever.size, i == len(batches)
 
 
 def put(outbox, item, is_closed):
@@ -219,9 +307,11 @@ def send(outbox, ready, is_closed):
         is_closed.set()
 
 
-def as_picklable(error):
+def as_failure(error):
+    """The Failure of an exception that is being handled."""
+    text = traceback.format_exc()
     try:
         pickle.loads(pickle.dumps(error))
-        return error
     except Exception:
-        return RuntimeError(f'{type(error).__name__}: {error}')
+        error = RuntimeError(f'{type(error).__name__}: {error}')
+    return Failure(error, text)

@@ -100,7 +100,7 @@ def test_an_exception_of_the_process_reaches_the_caller_with_its_own_traceback(s
     assert isinstance(error.value.__cause__, RemoteTraceback)
     assert 'read_sequences' in str(error.value.__cause__) and 'default_rng' in str(error.value.__cause__)
     loader.close()
-    assert has_ended(loader.process.pid)
+    assert has_ended(loader.processes[0].pid)
 
 
 def test_a_user_error_of_the_process_stays_one(settings):
@@ -111,8 +111,8 @@ def test_a_user_error_of_the_process_stays_one(settings):
 def test_a_process_that_was_killed_is_named_and_not_waited_for(settings):
     loader = Loader(settings, stream_of(settings), retrieve=False)
     next(loader)
-    os.kill(loader.process.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match='the loader process ended with code -9'):
+    os.kill(loader.processes[0].pid, signal.SIGKILL)
+    with pytest.raises(UserError, match='the loader process ended with code -9.*memory'):
         for _ in loader:
             pass
     loader.close()
@@ -120,7 +120,7 @@ def test_a_process_that_was_killed_is_named_and_not_waited_for(settings):
 
 def test_a_caller_can_give_up_waiting(settings):
     loader = Loader(settings, stream_of(settings), retrieve=False)
-    os.kill(loader.process.pid, signal.SIGSTOP)
+    os.kill(loader.processes[0].pid, signal.SIGSTOP)
     assert loader.next(give_up=lambda: True) is None
-    os.kill(loader.process.pid, signal.SIGCONT)
+    os.kill(loader.processes[0].pid, signal.SIGCONT)
     loader.close()
