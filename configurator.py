@@ -27,8 +27,8 @@ TRAIN_SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.p
 END_OF_SETTINGS = '# end of settings'
 RANGES = {  # of numeric settings: at least, and below
     **dict.fromkeys(('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size',
-                     'n_layer', 'n_head', 'n_embd', 'retrieval_chunk_size', 'retrieval_prefetch_batches'),
-                    (1, 2**31)),
+                     'n_layer', 'n_head', 'n_embd', 'retrieval_chunk_size', 'retrieval_prefetch_batches',
+                     'retrieval_workers'), (1, 2**31)),
     **dict.fromkeys(('keep_checkpoints', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'retrieval_rerank',
                      'retrieval_k_neighbors', 'retrieval_encoder_layers'), (0, 2**31)),
     **dict.fromkeys(('eval_tokens', 'seed'), (0, 2**62)),
@@ -37,7 +37,6 @@ RANGES = {  # of numeric settings: at least, and below
                     (0.0, math.inf)),
     **dict.fromkeys(('dropout', 'beta1', 'beta2'), (0.0, 1.0)),
     'min_lr': (-1.0, math.inf),
-    'retrieval_workers': (1, 257),
     'retrieval_longest_match': (0, 128),  # matches are counted in int8
     'retrieval_pointers': (0, 257),  # of as many places (retrieval/suffix_array.py)
 }

@@ -1,10 +1,12 @@
 """What can go wrong in the middle of a run: Milvus goes away, for a while or for good; Ctrl-C; a killed process."""
+import contextlib
 import fcntl
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -15,6 +17,8 @@ import time
 import pytest
 
 from bench.milvus_server import MilvusServer, why_not
+from configurator import load_settings
+from retrieval.loader import Loader
 from tests.conftest import ROOT, has_server, run, spawn, wait_until
 from tests.test_train import losses, metrics
 from training.checkpoint import load_checkpoint
@@ -87,7 +91,7 @@ def alive(session):
 
 
 def test_training_waits_for_a_server_that_was_killed_and_goes_on_as_if_nothing_had_been(server, undisturbed):
-    disturbed = Run(*LONG, *at(server), '--out_dir=disturbed', folder=undisturbed)
+    disturbed = Run(*LONG, *at(server), '--out_dir=disturbed', '--retrieval_workers=2', folder=undisturbed)
     disturbed.until('step 10:')
     server.kill()
     try:
@@ -98,6 +102,57 @@ def test_training_waits_for_a_server_that_was_killed_and_goes_on_as_if_nothing_h
     assert disturbed.end() == 0, disturbed.said
     assert 's of at most 600 s' in disturbed.said and 'Milvus is back after ' in disturbed.said
     assert losses(undisturbed, 'disturbed') == losses(undisturbed, 'whole')
+
+
+class Together:
+    """Relays connections to a server, and holds its answers to searches back until two connections have sent one."""
+
+    def __init__(self, port):
+        self.port, self.both = port, threading.Barrier(2, timeout=60)
+        self.listener = socket.create_server(('127.0.0.1', 0))
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):  # the test is over
+            while True:
+                client, has_searched = self.listener.accept()[0], threading.Event()
+                server = socket.create_connection(('127.0.0.1', self.port))
+                threading.Thread(target=self.ask, args=(client, server, has_searched), daemon=True).start()
+                threading.Thread(target=self.answer, args=(server, client, has_searched), daemon=True).start()
+
+    def ask(self, client, server, has_searched):
+        with contextlib.suppress(OSError):
+            while data := client.recv(1 << 20):
+                if len(data) > 6000:  # vectors: no other request is as long
+                    has_searched.set()
+                server.sendall(data)
+
+    def answer(self, server, client, has_searched):
+        is_first = True
+        with contextlib.suppress(OSError):
+            while data := server.recv(1 << 20):
+                if has_searched.is_set() and is_first:
+                    is_first = False
+                    self.both.wait()
+                client.sendall(data)
+
+
+@pytest.mark.parametrize('ranks, workers', [(2, 1), (1, 2)])
+def test_searches_of_several_ranks_and_workers_are_in_flight_together_on_a_server(server, undisturbed, monkeypatch,
+                                                                                   ranks, workers):
+    monkeypatch.chdir(undisturbed)
+    relay = Together(server.port)
+    settings = load_settings(['config.py', *at(server), f'--retrieval_milvus_uri=http://127.0.0.1:'
+                              f'{relay.listener.getsockname()[1]}', f'--retrieval_workers={workers}',
+                              '--retrieval_pointers=0', '--retrieval_cache_gb=0', '--batch_size=16',
+                              '--retrieval_prefetch_batches=1'])
+    loaders = [Loader(settings, dict(batch_size=16, step_size=16 * ranks, first=16 * rank, count=16), 2)
+               for rank in range(ranks)]
+    found = [batch for loader in loaders for batch in loader]
+    for loader in loaders:
+        loader.close()
+    relay.listener.close()
+    assert not relay.both.broken and len(found) == 2 * ranks and all(b.neighbor_mask.any() for b in found)
 
 
 @pytest.mark.slow
@@ -119,7 +174,7 @@ def test_a_server_that_stays_dead_ends_the_run_with_a_checkpoint_to_resume_from(
 
 
 def test_ctrl_c_ends_a_run_with_a_checkpoint_and_leaves_no_process(workspace):
-    stopped = Run(*LONG, '--out_dir=stopped', folder=workspace)
+    stopped = Run(*LONG, '--out_dir=stopped', '--retrieval_workers=2', folder=workspace)
     stopped.until('step 10:')
     commands = subprocess.run(['ps', '-ww', '-s', str(stopped.process.pid), '-o', 'args='], capture_output=True,
                               text=True)
@@ -136,7 +191,7 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint_and_leaves_no_process(workspace):
 
 
 def test_a_killed_run_leaves_no_process(workspace):
-    killed = Run(*LONG, folder=workspace)
+    killed = Run(*LONG, '--retrieval_workers=2', folder=workspace)
     killed.until('step 10:')
     killed.kill()
     wait_until(lambda: not killed.processes())

@@ -68,6 +68,40 @@ def test_a_second_epoch_neither_embeds_nor_searches(settings):
     assert asked['looked_up'] == asked['embedded'] == asked['searched_again'] == 0
 
 
+def test_several_workers_give_the_batches_of_one_from_the_middle_of_a_run_too(settings):
+    """With neighbors and pointers, of which none are remembered; the val batches come first."""
+    settings = settings.replace(retrieval_prefetch_batches=2, retrieval_cache_gb=0.0, eval_tokens=900)
+
+    def load(workers, count, state=None):
+        loader = Loader(settings.replace(retrieval_workers=workers), stream_of(settings, seed=5, state=state), count,
+                        {})
+        batches = loader.take_val() + list(loader)
+        loader.close()
+        assert all(has_ended(process.pid) for process in loader.processes)
+        return batches
+    alone, together = load(1, 9), load(3, 9)
+    resumed = load(2, 4, together[-5].state)
+    for one, several in [*zip(alone, together, strict=True), *zip(alone[-4:], resumed[-4:], strict=True)]:
+        for name in ('tokens', 'targets', 'doc_ids', 'neighbors', 'neighbor_mask', 'pointers'):
+            assert getattr(one, name).equal(getattr(several, name))
+        assert one.state == several.state and one.counts == several.counts
+        assert (one.hits['id'] == several.hits['id']).all()
+    assert len(alone) == 13 and alone[-1].neighbor_mask.any() and alone[-1].pointers.any()
+
+
+def test_what_several_workers_say_at_once_is_said_once(settings):
+    """Of a collection that was left in the middle of a change, each of them would."""
+    retriever = Retriever(settings, load_tokenizer(settings.tokenizer))
+    retriever.knowledge_base._announce_change()
+    retriever.close()
+    said = []
+    loader = Loader(settings.replace(retrieval_workers=2, retrieval_pointers=0), stream_of(settings), 8,
+                    say=said.append)
+    assert len(list(loader)) == 8
+    loader.close()
+    assert len(said) == 1 and 'no neighbors are cached until' in said[0]
+
+
 def test_no_more_batches_are_kept_ready_than_asked_for():
     """Each is larger than what the pipe holds, so that one is on its way."""
     waiting, is_closed, made = queue.Queue(3), threading.Event(), []
@@ -116,6 +150,19 @@ def test_a_process_that_was_killed_is_named_and_not_waited_for(settings):
         for _ in loader:
             pass
     loader.close()
+
+
+@pytest.mark.parametrize('killed', [0, 1])
+def test_a_worker_of_several_that_was_killed_is_named_and_leaves_none(settings, killed):
+    """Whichever it is, and whoever's turn it is: the others end with the first, who deals to them."""
+    loader = Loader(settings.replace(retrieval_workers=2), stream_of(settings))
+    next(loader)
+    os.kill(loader.processes[killed].pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=f'loader process {killed + 1} of 2 ended with code -9.*retrieval_workers'):
+        for _ in loader:
+            pass
+    loader.close()
+    assert all(has_ended(process.pid) for process in loader.processes)
 
 
 def test_a_caller_can_give_up_waiting(settings):
