@@ -4,14 +4,22 @@ real Milvus server (milvus_server.py), with an empty and a full neighbor cache. 
 batches. Prints a table and one JSON line.
 
     python bench/retrieval.py config/quickstart.py [--quick]
+    python bench/retrieval.py config/quickstart.py --workers=1,2,4 --dimensions=192,384,768 [--keep=FOLDER] [--quick]
+
+With --workers: chunks/s of the loader that a run has, by the number of its processes (retrieval_workers), for pointers
+alone, both, and neighbors alone by the dimension of the vectors; and the processor's milliseconds per batch of these
+processes and of the database, which say how many cores keep which GPU fed. More dimensions are the static embedding's,
+turned into a larger space: same cosines, same neighbors, so the cost of the dimension alone. Nothing is remembered.
+FOLDER keeps the filled databases for another call.
 """
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -22,14 +30,19 @@ from system import pick_device
 import numpy as np
 
 from bench.milvus_server import MilvusServer, why_not
-from configurator import load_settings, user_errors_as_one_line
+from configurator import UserError, load_settings, user_errors_as_one_line
 from data.chunk_store import open_datasets
 from data.documents import as_dataset_configs
 from data.fingerprint import describe_corpus
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
+from retrieval.embedding import Embedder
+from retrieval.knowledge_base import is_local
+from retrieval.loader import Loader
+from retrieval.local_server import join_server
 from retrieval.populate import populate
-from retrieval.retriever import Retriever
+from retrieval.retriever import STALE, Retriever
+from retrieval.static_embedding import is_static_embedding, save
 
 STAGES = ('read', 'recall', 'stored embeddings', 'embed', 'search', 'search again', 'rows', 'pointers', 'remember',
           'rest')
@@ -86,9 +99,127 @@ def measure(settings, is_remembered, tokenizer, datasets, rounds, together):
                    sum(int((~batch.is_last_chunk).sum()) for batch in batches) / whole)
 
 
+def cpu_seconds(root, name=''):
+    """The processor's seconds of process `root` and all below it whose names begin with `name`."""
+    children, seconds = defaultdict(list), {}
+    for path in Path('/proc').glob('[0-9]*/stat'):
+        with suppress(OSError):  # it has ended
+            head, _, tail = path.read_text().rpartition(')')
+            fields = tail.split()
+            children[int(fields[1])].append(int(path.parent.name))
+            used = (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+            seconds[int(path.parent.name)] = used if head.partition('(')[2].startswith(name) else 0.0
+    found, total = [root], 0.0
+    for process in found:
+        total += seconds.get(process, 0.0)
+        found += children[process]
+    return total
+
+
+def widen(settings, dimension, folder):
+    """The settings with vectors of `dimension` dimensions."""
+    if not is_static_embedding(settings.retrieval_embedding_model):
+        raise UserError(f'--dimensions needs a static embedding, and retrieval_embedding_model is '
+                        f'{settings.retrieval_embedding_model!r}: use config/quickstart.py')
+    weight = Embedder(settings.retrieval_embedding_model).model[0].embedding.weight.detach().numpy()
+    if dimension < weight.shape[1]:
+        raise UserError(f'--dimensions: the static embedding has {weight.shape[1]}, and {dimension} is less')
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(dimension, weight.shape[1])))[0].T
+    path = f'{folder}/embedding-{dimension}'
+    save((weight @ turn).astype(np.float32), settings.tokenizer, path)
+    return settings.replace(retrieval_embedding_model=path, retrieval_collection=f'chunks_{dimension}')
+
+
+def measure_loader(settings, server_cpu, runs, together):
+    """A dict of rates and milliseconds per batch, of a loader with an empty cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        settings = settings.replace(retrieval_cache_dir=cache, retrieval_prefetch_batches=together)
+        loader = Loader(settings, dict(batch_size=settings.batch_size, seed=settings.seed))
+        with closing(loader):
+            def workers_cpu():
+                return sum(cpu_seconds(process.pid) for process in loader.processes)
+            list(islice(loader, 2 * together - 1 + settings.retrieval_workers * together))  # all have begun
+            ready = time.monotonic() + (0 if is_local(settings.retrieval_milvus_uri) else STALE)
+            while time.monotonic() < ready:  # a server's answers take longer at first
+                list(islice(loader, settings.retrieval_workers * together))
+            start, cpu, chunks = time.perf_counter(), (workers_cpu(), server_cpu()), 0
+            for batch in islice(loader, runs * together):
+                chunks += int((~batch.is_last_chunk).sum())
+            seconds, batches = time.perf_counter() - start, runs * together
+            workers, server = (1e3 * (after - before) / batches for before, after in
+                               zip(cpu, (workers_cpu(), server_cpu()), strict=True))
+    return dict(chunks_per_s=round(chunks / seconds),
+                tokens_per_s=round(batches * settings.batch_size * settings.block_size / seconds),
+                ms=round(1e3 * seconds / batches, 2), workers_cpu_ms=round(workers, 2),
+                database_cpu_ms=round(server, 2))
+
+
+def compare_workers(settings, workers, dimensions, folder, is_quick):
+    """Prints the table and the JSON line of --workers."""
+    together, runs = (4, 8) if is_quick else (settings.retrieval_prefetch_batches, 4 * max(workers))
+    settings = settings.replace(retrieval_matches_dir=f'{folder}/matches', retrieval_cache_gb=4.0)
+    report = dict(corpus=describe_corpus(settings.train_datasets), cores=os.cpu_count(), arms=[])
+    print(f'{"":<40}{"workers":>8}{"chunks/s":>10}{"tokens/s":>10}{"ms":>8}   processor ms: workers, database')
+    with ExitStack() as cleanup:
+        local = settings.replace(retrieval_milvus_uri=f'{folder}/lite.db')
+        databases = {'Milvus Lite': local}
+        if why_not():
+            print(f'no real Milvus server: {why_not()}', file=sys.stderr)
+        else:
+            server = cleanup.enter_context(MilvusServer(f'{folder}/server'))
+            databases['Milvus server'] = settings.replace(retrieval_milvus_uri=server.uri, retrieval_milvus_token='')
+        for number, dimension in enumerate(dimensions):
+            for name, database in databases.items():
+                database = widen(database, dimension, folder)
+                kinds = {'neighbors': dict(retrieval_k_neighbors=settings.retrieval_k_neighbors or 2,
+                                           retrieval_pointers=0)}
+                if number == 0 and name == 'Milvus Lite':
+                    kinds = {'pointers': dict(retrieval_k_neighbors=0), **kinds,
+                             'both': dict(kinds['neighbors'], retrieval_pointers=settings.retrieval_pointers)}
+                fill = kinds.get('both', kinds['neighbors'])
+                populate(database.replace(**fill), show_progress=sys.stderr.isatty())
+                with ExitStack() as arms:
+                    if name == 'Milvus Lite':
+                        lease = arms.enter_context(closing(join_server(database.retrieval_milvus_uri)))
+                    for kind, changes in kinds.items():
+                        for count in workers:
+                            found = measure_loader(
+                                database.replace(**changes, retrieval_workers=count),
+                                lambda: cpu_seconds(lease.pid) if name == 'Milvus Lite' else  # noqa: B023, at once
+                                cpu_seconds(server.process.pid, 'milvus'), runs, together)
+                            arm = f'{kind}, {name}, {dimension} dimensions' if kind != 'pointers' else kind
+                            report['arms'].append(dict(arm=arm, workers=count, **found))
+                            print(f'{arm:<40}{count:>8}{found["chunks_per_s"]:>10,}{found["tokens_per_s"]:>10,}'
+                                  f'{found["ms"]:>8.1f}{found["workers_cpu_ms"]:>17.1f}'
+                                  f'{found["database_cpu_ms"]:>10.1f}', flush=True)
+    print(f'\n{json.dumps(report)}')
+
+
+def numbers(text):
+    try:
+        return [int(number) for number in text.split(',')]
+    except ValueError:
+        raise UserError(f'{text!r} is no list of numbers such as 1,2,4') from None
+
+
 def main():
-    is_quick = '--quick' in sys.argv
-    settings = load_settings([a for a in sys.argv[1:] if a != '--quick'])
+    own, given = {}, []
+    for argument in sys.argv[1:]:
+        key, _, value = argument.partition('=')
+        if key in ('--quick', '--workers', '--dimensions', '--keep'):
+            own[key] = value
+        else:
+            given.append(argument)
+    is_quick, settings = '--quick' in own, load_settings(given)
+    if '--workers' in own:
+        with tempfile.TemporaryDirectory() as folder:
+            if is_quick:
+                settings.train_datasets = settings.val_datasets
+            compare_workers(settings, numbers(own['--workers']), numbers(own.get('--dimensions', '192')),
+                            own.get('--keep') or folder, is_quick)
+        return
+    if len(own) > is_quick:
+        raise UserError('--dimensions and --keep belong to --workers: give that, too')
     tokenizer = load_tokenizer(settings.tokenizer)
     together = 8 if is_quick else settings.retrieval_prefetch_batches
     rounds = 2 if is_quick else max(3, 192 // together)
