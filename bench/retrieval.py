@@ -116,17 +116,21 @@ def cpu_seconds(root, name=''):
     return total
 
 
-def widen(settings, dimension, folder):
-    """The settings with vectors of `dimension` dimensions."""
+def token_vectors(settings):
+    """The vectors (V, D) of the config's static embedding."""
     if not is_static_embedding(settings.retrieval_embedding_model):
-        raise UserError(f'--dimensions needs a static embedding, and retrieval_embedding_model is '
+        raise UserError(f'--workers needs a static embedding, and retrieval_embedding_model is '
                         f'{settings.retrieval_embedding_model!r}: use config/quickstart.py')
-    weight = Embedder(settings.retrieval_embedding_model).model[0].embedding.weight.detach().numpy()
-    if dimension < weight.shape[1]:
-        raise UserError(f'--dimensions: the static embedding has {weight.shape[1]}, and {dimension} is less')
-    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(dimension, weight.shape[1])))[0].T
+    return Embedder(settings.retrieval_embedding_model).model[0].embedding.weight.detach().numpy()
+
+
+def widen(settings, vectors, dimension, folder):
+    """The settings with a static embedding of token vectors (V, D) that are turned into `dimension` dimensions."""
+    if dimension < vectors.shape[1]:
+        raise UserError(f'--dimensions: the static embedding has {vectors.shape[1]}, and {dimension} is less')
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(dimension, vectors.shape[1])))[0].T
     path = f'{folder}/embedding-{dimension}'
-    save((weight @ turn).astype(np.float32), settings.tokenizer, path)
+    save((vectors @ turn).astype(np.float32), settings.tokenizer, path)
     return settings.replace(retrieval_embedding_model=path, retrieval_collection=f'chunks_{dimension}')
 
 
@@ -158,6 +162,7 @@ def compare_workers(settings, workers, dimensions, folder, is_quick):
     """Prints the table and the JSON line of --workers."""
     together, runs = (4, 8) if is_quick else (settings.retrieval_prefetch_batches, 4 * max(workers))
     settings = settings.replace(retrieval_matches_dir=f'{folder}/matches', retrieval_cache_gb=4.0)
+    vectors = token_vectors(settings)
     report = dict(corpus=describe_corpus(settings.train_datasets), cores=os.cpu_count(), arms=[])
     print(f'{"":<40}{"workers":>8}{"chunks/s":>10}{"tokens/s":>10}{"ms":>8}   processor ms: workers, database')
     with ExitStack() as cleanup:
@@ -168,12 +173,12 @@ def compare_workers(settings, workers, dimensions, folder, is_quick):
         else:
             server = cleanup.enter_context(MilvusServer(f'{folder}/server'))
             databases['Milvus server'] = settings.replace(retrieval_milvus_uri=server.uri, retrieval_milvus_token='')
-        for number, dimension in enumerate(dimensions):
+        for dimension in dimensions:
             for name, database in databases.items():
-                database = widen(database, dimension, folder)
+                database = widen(database, vectors, dimension, folder)
                 kinds = {'neighbors': dict(retrieval_k_neighbors=settings.retrieval_k_neighbors or 2,
                                            retrieval_pointers=0)}
-                if number == 0 and name == 'Milvus Lite':
+                if dimension == vectors.shape[1] and name == 'Milvus Lite':
                     kinds = {'pointers': dict(retrieval_k_neighbors=0), **kinds,
                              'both': dict(kinds['neighbors'], retrieval_pointers=settings.retrieval_pointers)}
                 fill = kinds.get('both', kinds['neighbors'])
@@ -215,7 +220,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             if is_quick:
                 settings.train_datasets = settings.val_datasets
-            compare_workers(settings, numbers(own['--workers']), numbers(own.get('--dimensions', '192')),
+            compare_workers(settings, numbers(own['--workers']), numbers(own.get('--dimensions', '192,384,768')),
                             own.get('--keep') or folder, is_quick)
         return
     if len(own) > is_quick:

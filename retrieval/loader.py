@@ -174,8 +174,6 @@ def run(settings, part, device, retrieve, keep_ready, ready, news):
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ignore Ctrl-C: the parent shuts us down
     end_with_parent()
-    gc.freeze()
-    gc.set_threshold(100_000)  # a search's answer is many small objects and no cycles
     outbox, inbox = queue.Queue(max(keep_ready, settings.retrieval_prefetch_batches)), queue.Queue(1)
     is_closed = threading.Event()
     sender = threading.Thread(target=send, args=(outbox, ready, is_closed), daemon=True)
@@ -200,9 +198,13 @@ def run(settings, part, device, retrieve, keep_ready, ready, news):
             retriever = None
             if retrieve:
                 retriever = cleanup.enter_context(closing(Retriever(settings, tokenizer, device, news.send)))
+            gc.freeze()
+            gc.set_threshold(100_000)  # the answer to a search is many small objects and no cycles
             for item in chain(load(inbox, retriever), [None]):
                 if not put(outbox, item, is_closed):
                     break
+            else:
+                feed.join()  # the others have their last, too
         except BaseException as error:  # next() raises it in the parent
             put(outbox, as_failure(error), is_closed)
     sender.join()
