@@ -191,7 +191,7 @@ def main(cleanup):
     if settings.retrofit:
         model.freeze_decoder()
 
-    # the loader process; out_dir is untouched until its first batches arrive
+    # the loader; out_dir is untouched until its first batches arrive
     loader = Loader(settings, *make_streams(settings, ranks, micro_steps, micro_batch, state), ranks.device,
                     retrieve=settings.use_retrieval, keep_ready=micro_steps,
                     say=lambda news: say(news if ranks.is_master else f'rank {ranks.rank}: {news}'))
