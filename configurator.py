@@ -28,12 +28,12 @@ END_OF_SETTINGS = '# end of settings'
 RANGES = {  # of numeric settings: at least, and below
     **dict.fromkeys(('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size',
                      'n_layer', 'n_head', 'n_embd', 'retrieval_chunk_size', 'retrieval_prefetch_batches',
-                     'retrieval_workers'), (1, 2**31)),
+                     'retrieval_workers', 'stream_workers'), (1, 2**31)),
     **dict.fromkeys(('keep_checkpoints', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'retrieval_rerank',
                      'retrieval_k_neighbors', 'retrieval_encoder_layers'), (0, 2**31)),
     **dict.fromkeys(('eval_tokens', 'seed'), (0, 2**62)),
     **dict.fromkeys(('learning_rate', 'weight_decay', 'grad_clip', 'retrieval_cache_gb', 'retrieval_timeout',
-                     'data_cache_gb'),
+                     'data_cache_gb', 'stream_timeout'),
                     (0.0, math.inf)),
     **dict.fromkeys(('dropout', 'beta1', 'beta2'), (0.0, 1.0)),
     'min_lr': (-1.0, math.inf),
@@ -152,15 +152,17 @@ class Settings(SimpleNamespace):
 
 
 def as_plain(value):
-    """Convert dataclasses, enums and tuples to values that JSON can hold."""
+    """Convert dataclasses, enums, tuples and functions, of which the name stays, to values that JSON can hold."""
     if is_dataclass(value):
-        return asdict(value)
+        return as_plain(asdict(value))
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, dict):
         return {key: as_plain(v) for key, v in value.items()}
+    if callable(value):
+        return getattr(value, '__qualname__', type(value).__name__)
     return [as_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -17,15 +17,16 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
 from configurator import NO_ROOM, UserError
 from data.chunking import hash64
-from data.documents import Counts, find_files, look_at, open_with_datasets
+from data.documents import Counts, as_documents, find_files, look_at, open_with_datasets, read_documents
 from data.ingest import DOCUMENT, SORTED_TOGETHER, build, two_documents
-from data.tokenizer import vocabulary_hash
+from data.row_stream import RowStream
+from data.tokenizer import tokenize, vocabulary_hash
 
 VERSION = 1  # of a folder's layout, and of how documents are read
 BLOCK = 2048  # chunks that are read together
@@ -61,6 +62,10 @@ class ChunkedDataset:
         self.names_file = open(f'{folder}/names.jsonl', 'rb')
         fcntl.flock(self.names_file, fcntl.LOCK_SH)  # as long as it is open, nobody removes the folder
         self.kept = None  # numbers of the documents that are not left out, if any are
+
+    def close(self):
+        """Let go of the folder, which may be removed then; nothing can be read any more."""
+        self.names_file.close()
 
     def __len__(self):
         """Documents with text."""
@@ -179,17 +184,22 @@ def release(array):
         base.madvise(mmap.MADV_DONTNEED)
 
 
-def open_datasets(configs, tokenizer, settings, say=None):
+def open_datasets(configs, tokenizer, settings, say=None, head=None):
     """
-    The ChunkedDatasets of DatasetConfigs, read now if they have not been. A document that several of them hold is left
-    to the first. `say` receives news of a reading that takes long. UserError if something cannot be read, if there is
-    no document, or if two different documents have one identity.
+    The ChunkedDatasets of DatasetConfigs, read now if they have not been; of those that are streamed the documents up
+    to `head` tokens. A document that several of them hold is left to the first. `say` receives news of a reading that
+    takes long. UserError if something cannot be read, if there is no document, or if two different documents have one
+    identity.
     """
     say = say or (lambda text: print(text, file=sys.stderr))
     found = [find_files(config) for config in configs]  # all of them, before the first is read
+    for config in configs:
+        if config.streaming and not head:
+            raise UserError(f'{config.path!r} is streamed, and all of it is wanted here: ' + (
+                'leave streaming out' if head is None else 'say how many tokens, by eval_tokens or --max_tokens'))
     opened = []
     for config, files in zip(configs, found, strict=True):
-        dataset = open_dataset(config, files, tokenizer, settings, say)
+        dataset = open_dataset(config, files, tokenizer, settings, say, head if config.streaming else None)
         for other in opened:
             dataset.drop_documents_of(other)
         if not dataset.num_chunks:
@@ -200,26 +210,27 @@ def open_datasets(configs, tokenizer, settings, say=None):
     return opened
 
 
-def open_dataset(config, files, tokenizer, settings, say):
+def open_dataset(config, files, tokenizer, settings, say, head=None):
     """One ChunkedDataset, with its Files. If it has to be read, others are removed to make room for it."""
-    parent, C = os.path.expanduser(settings.data_cache_dir), settings.retrieval_chunk_size
-    place = config.path if files.hub else os.path.abspath(os.path.expanduser(config.path))
-    what = [VERSION, vocabulary_hash(tokenizer), C, {**asdict(config), 'path': place, 'weight': None}]
-    base = os.path.join(parent, f'{hash64(what) & (2**64 - 1):016x}')
-    try:
-        os.makedirs(parent, exist_ok=True)
+    C = settings.retrieval_chunk_size
+    what = [VERSION, vocabulary_hash(tokenizer), C, config.what_is_read(place_of(config, files)), head]
+    with usable_cache(settings) as parent:
+        base = os.path.join(parent, name_of(what))
         with locked(f'{base}.lock', lambda: say(f'waiting for another process, which is reading {config.path}')):
             wait_for_tick(files)
             if files.hub:
                 files.rows = open_with_datasets(config, files)
             state = state_of(files)
-            folder = f'{base}-{state & (2**64 - 1):016x}'
+            folder = f'{base}-{name_of(state)}'
             was_whole = is_whole(folder)
             if not was_whole:
                 if os.path.isdir(folder):
                     say(f'{folder} is damaged: reading {config.path} again')
                 remove_versions(base)
-                build(folder, config, files, tokenizer, C, say)
+                counts = Counts()
+                documents = read_documents(config, counts, files) if head is None else read_head(
+                    config, counts, files, settings, say, tokenizer, head)
+                build(folder, documents, counts, tokenizer, C, say, config.path, is_block=head is not None)
                 if state_of(files) != state:
                     shutil.rmtree(folder)
                     raise UserError(f'{config.path!r} has changed while it was read: start again when it is complete')
@@ -229,6 +240,37 @@ def open_dataset(config, files, tokenizer, settings, say):
             if not was_whole:
                 make_room(parent, settings.data_cache_gb)
             return dataset
+
+
+def read_head(config, counts, files, settings, say, tokenizer, tokens):
+    """Yields the first Documents of a streamed dataset, of about as many tokens, rather more."""
+    rows, length = RowStream(config, files, timeout=settings.stream_timeout, say=say), 0
+    while length < tokens and (some := rows.next()):
+        for document in as_documents(some, config, counts, config.max_documents or 2**62):
+            length += len(tokenize(document.text[:8 * tokens], tokenizer)) + 1
+            yield document
+            if length >= tokens:
+                return
+        if counts.documents >= (config.max_documents or 2**62):
+            return
+
+
+def place_of(config, files):
+    return config.path if files.hub else os.path.abspath(os.path.expanduser(config.path))
+
+
+def name_of(what):
+    """16 hex digits, of which there are others for another value."""
+    return f'{hash64(what) & (2**64 - 1):016x}'
+
+
+@contextmanager
+def usable_cache(settings):
+    """data_cache_dir, made if it is not there. UserError if it cannot be used."""
+    parent = os.path.expanduser(settings.data_cache_dir)
+    try:
+        os.makedirs(parent, exist_ok=True)
+        yield parent
     except OSError as error:
         hint = 'free some space, or name' if error.errno in NO_ROOM else 'name'
         raise UserError(f'data_cache_dir {parent!r} cannot be used ({error.filename or ""} {error.strerror or error}): '
@@ -238,7 +280,7 @@ def open_dataset(config, files, tokenizer, settings, say):
 def state_of(files):
     """A hash of the files' names, sizes and times; ctime is the one that nobody can set back."""
     if files.hub:
-        return hash64(files.rows._fingerprint)
+        return hash64(files.revision or files.rows._fingerprint)
     return hash64([(os.path.basename(path), s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
                    for path, s in zip(files.paths, map(look_at, files.paths), strict=True)])
 

@@ -10,16 +10,19 @@ its file is called, or what else stands there.
 """
 import glob
 import hashlib
+import itertools
 import logging
 import math
 import os
 import re
 import stat
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 
 from configurator import UserError
-from data.formats import BOM, KNOWN, ROWS, BadRow, check_schema, read_rows, rows_of_batches, split_ending
+from data.chunking import document_hash, hash64
+from data.formats import BOM, KNOWN, LEFT_OUT, ROWS, BadRow, check_schema, read_rows, rows_of_batches, split_ending
 
 LEFTOVERS = ('_temporary', '_delta_log', '_spark_metadata')  # folders of programs that write tables
 
@@ -30,27 +33,66 @@ os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
 class DatasetConfig:
     """One dataset, of one weight, whatever the number of its files."""
     path: str  # a file, a folder of files or of `datasets.save_to_disk`, a pattern such as docs/*.jsonl, a hub's name
-    name: str = ''  # configuration of a hub's dataset
+    name: str = ''  # configuration (subset) of a hub's dataset
     split: str = 'train'  # split of a hub's dataset or of a saved folder that has several
-    weight: float = 1.0  # share of the documents drawn, relative to the other datasets of the list
+    revision: str = ''  # commit, branch or tag of a hub's dataset
+    weight: float = 1.0  # share of the documents drawn, relative to the list's others; of tokens, if one is streamed
+    epochs: int = 0  # how often training may read it; after that the others go on without it; 0: without end
     text_field: str = 'text'  # column that holds the text; a path such as 'doc.text' if it is nested
     id_field: str = 'id'  # column that identifies the document; without it, or with '', a hash of its text does
     source: str = ''  # tells documents of the same id apart, of datasets that number theirs alike
     skip_bad: bool = False  # leave out and count rows without a text, instead of ending with an error
+    filter_fn: Callable | None = None  # of a row, a dict of all its columns; rows are left out where it is false
+    max_documents: int = 0  # read the first ones only; 0: all
+    val_fraction: float = 0.0  # share of the documents that an entry of val_datasets reads, and train_datasets do not
+    streaming: bool = False  # read it while training, instead of once to data_cache_dir
+    shuffle_buffer_size: int = 10_000  # documents of a streamed dataset that are shuffled together
+    held_out: bool = False  # read the val_fraction, not the rest: set by as_dataset_configs, by the list it stands in
 
     def __post_init__(self):
         if isinstance(self.path, os.PathLike):
             self.path = os.fspath(self.path)
-        kinds = dict(weight=(int, float), skip_bad=bool)
         for item in fields(self):
-            value, kind = getattr(self, item.name), kinds.get(item.name, str)
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                kind = 'number' if item.name == 'weight' else kind.__name__
-                raise TypeError(f'{item.name} must be a {kind}, but is {value!r}')
+            value, kind = getattr(self, item.name), item.type
+            is_kind = isinstance(value, (int, float) if kind is float else kind)
+            if not is_kind or (isinstance(value, bool) and kind is not bool):
+                name = {float: 'number', int: 'whole number', Callable | None: 'function'}.get(kind) or kind.__name__
+                raise TypeError(f'{item.name} must be a {name}, but is {value!r}' + (
+                    ': a checkpoint keeps its name alone, so give the config file, too' if item.name == 'filter_fn'
+                    and isinstance(value, str) else ''))
         if not self.path:
             raise TypeError('path must not be empty')
         if not 0 < self.weight < math.inf:
             raise TypeError(f'weight must be positive and finite, but is {self.weight}')
+        if not 0 <= self.val_fraction < 1:
+            raise TypeError(f'val_fraction must be at least 0 and below 1, but is {self.val_fraction}')
+        for name, least in (('epochs', 0), ('max_documents', 0), ('shuffle_buffer_size', 1)):
+            if getattr(self, name) < least:
+                raise TypeError(f'{name} must be at least {least}, but is {getattr(self, name)}')
+        if self.shuffle_buffer_size != DatasetConfig.shuffle_buffer_size and not self.streaming:
+            raise TypeError('shuffle_buffer_size is of streamed datasets, and streaming is False: others are shuffled '
+                            'as a whole; leave it out')
+
+    def __getstate__(self):  # a function of a config file cannot be imported by the processes that read
+        import dill
+        return {**vars(self), 'filter_fn': self.filter_fn and dill.dumps(self.filter_fn, recurse=True)}
+
+    def __setstate__(self, state):
+        import dill
+        vars(self).update(state, filter_fn=state['filter_fn'] and dill.loads(state['filter_fn']))
+
+    def what_is_read(self, place):
+        """Plain values that decide which documents are read of the files at `place`, the code of filter_fn included."""
+        read = {name: value for name, value in asdict(self).items() if name not in ('weight', 'epochs')}
+        if self.filter_fn:
+            from datasets.fingerprint import Hasher
+            read['filter_fn'] = Hasher.hash(self.filter_fn)
+        return {**read, 'path': place}
+
+    def holds(self, doc_id):
+        """Whether a document is on this side of val_fraction."""
+        is_held_out = hash64('held out', doc_id) % 2**32 < self.val_fraction * 2**32
+        return is_held_out == self.held_out
 
     @property
     def needs_id(self):
@@ -82,6 +124,8 @@ class Counts:
     duplicates: int = 0  # of the same id and text
     empty: int = 0  # without text
     bad: int = 0  # rows that were left out
+    filtered: int = 0  # rows that filter_fn has left out
+    other_side: int = 0  # documents on the other side of val_fraction
     kinds: dict = field(default_factory=dict)  # {ending: number of files}
 
     def describe(self):
@@ -91,6 +135,7 @@ class Counts:
                  + f' ({kinds})' * (len(self.kinds) > 1)]
         parts += [f'{count:,} {what}' for count, what in (
             (self.duplicates, 'duplicates'), (self.empty, 'empty'), (self.bad, 'bad rows left out'),
+            (self.filtered, 'left out by filter_fn'), (self.other_side, 'on the other side of val_fraction'),
             (self.other_files, 'files of other kinds')) if count]
         return ', '.join(parts)
 
@@ -103,6 +148,7 @@ class Files:
     saved: str = ''  # the folder of a saved dataset, whose files `paths` are
     hub: str = ''  # its name on the hub
     rows: object = None  # of a dataset of the hub, once it is there
+    revision: str = ''  # of a streamed one: the commit that is read
 
 
 def find_files(config):
@@ -190,24 +236,36 @@ def read_documents(config, counts, files=None):
     counts.files, counts.other_files = len(files.paths), files.other
     if not files.saved:
         counts.kinds = dict(Counter(split_ending(path)[0] for path in files.paths).most_common())
-    for path, where, row in read_all_rows(config, files):
+    return as_documents(read_all_rows(config, files), config, counts, config.max_documents or 2**62)
+
+
+def as_documents(rows, config, counts, most=2**62):
+    """Yields the Documents of (path, where, row), up to `most` with text in all that `counts` counts."""
+    for path, where, row in rows:
         if isinstance(row, BadRow):
             if not config.skip_bad:
                 raise UserError(f'{path}, {where}: {row}; correct it, or leave such rows out with '
                                 f'DatasetConfig({config.path!r}, skip_bad=True)')
             counts.bad += 1
             continue
+        if row is LEFT_OUT:
+            counts.filtered += 1
+            continue
         document_id, text = row
         text = as_unicode(text).removeprefix(BOM)
         has_id = document_id is not None
-        if text:
-            counts.documents += 1
-        else:
+        if not text and not has_id:
             counts.empty += 1
-            if not has_id:
-                continue
+            continue
         document_id = as_unicode(document_id) if has_id else text_hash(text)
+        if config.val_fraction and not config.holds(document_hash(config.source, document_id)):
+            counts.other_side += 1
+            continue
+        counts.documents += bool(text)
+        counts.empty += not text
         yield Document(config.source, document_id, text, has_id, f'{path}, {where}')
+        if counts.documents >= most:
+            return
 
 
 def read_all_rows(config, files):
@@ -216,9 +274,10 @@ def read_all_rows(config, files):
         rows = files.rows or open_with_datasets(config, files)
         try:
             names = check_schema(rows.features.arrow_schema, config)
-            rows = rows.select_columns(sorted({name if name in rows.column_names else name.partition('.')[0]
-                                               for name in names})).with_format('arrow')
-            for where, row in rows_of_batches(rows.iter(ROWS), config, names):
+            if not config.filter_fn:  # which looks at all columns
+                rows = rows.select_columns(sorted({name if name in rows.column_names else name.partition('.')[0]
+                                                   for name in names}))
+            for where, row in rows_of_batches(rows.with_format('arrow').iter(ROWS), config, names):
                 yield config.path, where, row
         except (UserError, OSError, ValueError, ArithmeticError) as error:
             raise UserError(f'dataset {config.path!r}: {error}') from error
@@ -229,13 +288,21 @@ def read_all_rows(config, files):
 
 
 def open_with_datasets(config, files):
-    """The rows of a saved dataset, which stay where they lie, or of one of the hub."""
+    """
+    The rows of a saved dataset, which stay where they lie, or of one of the hub: an IterableDataset, if it is streamed,
+    and all of the files.revision that is found first.
+    """
     import datasets  # takes a second to import
     datasets.disable_progress_bars()
     try:
         if files.hub:
             logging.getLogger('huggingface_hub').setLevel(logging.CRITICAL)  # the error below says what happened
-            return datasets.load_dataset(config.path, config.name or None, split=config.split)
+            what = dict(path=config.path, name=config.name or None, revision=files.revision or config.revision or None)
+            if not config.streaming:
+                return datasets.load_dataset(**what, split=config.split)
+            builder = datasets.load_dataset_builder(**what)
+            files.revision = files.revision or builder.hash
+            return builder.as_streaming_dataset(split=config.split)
         rows = datasets.load_from_disk(files.saved)
         if isinstance(rows, dict) and config.split not in rows:
             raise ValueError(f'no split {config.split!r}, but {", ".join(map(repr, rows))}: set split')
@@ -280,7 +347,29 @@ def as_dataset_configs(entries, setting):
         if isinstance(entry, (str, os.PathLike)):
             entry = dict(path=entry)
         try:
-            configs.append(DatasetConfig(**(entry if isinstance(entry, dict) else asdict(entry))))
+            config = DatasetConfig(**(entry if isinstance(entry, dict) else asdict(entry)))
         except TypeError as error:
             raise UserError(f'{setting} holds {entry!r}, which is no path and no DatasetConfig ({error})') from error
+        if setting in ('train_datasets', 'val_datasets'):
+            config.held_out = setting == 'val_datasets' and config.val_fraction > 0
+        configs.append(config)
     return configs
+
+
+def check_sides(train, val):
+    """UserError if a dataset stands in both lists of DatasetConfigs, and they do not share it by its val_fraction."""
+    sides = ('val_fraction', 'text_field', 'id_field', 'source')
+    for one, other in itertools.product(train, val):
+        same = all(getattr(one, name) == getattr(other, name) for name in ('path', 'name', 'split', 'revision'))
+        if same and (one.val_fraction or other.val_fraction):
+            for name in sides:
+                if getattr(one, name) != getattr(other, name):
+                    raise UserError(f'{one.path!r} stands in train_datasets with {name}={getattr(one, name)!r}, and in '
+                                    f'val_datasets with {name}={getattr(other, name)!r}: the two share its documents '
+                                    f'if these are equal')
+
+
+def names_of(configs):
+    """What DatasetConfigs are called in a run's reports, each with a name of its own."""
+    names = [' '.join(filter(None, [config.path, config.name])) for config in configs]
+    return [name if names.count(name) == 1 else f'{name} ({number})' for number, name in enumerate(names, 1)]

@@ -3,8 +3,9 @@ The rows of one file, whatever its format: JSON Lines, JSON, CSV, TSV, Parquet, 
 
     for where, row in read_rows('docs.jsonl.gz', config):  # 'line 1', (id or None, text)
 
-Only the columns of the text and the id are looked at, and both are strings as they were written. A row that holds no
-document is a BadRow in its place: the caller decides whether to go on. A file that cannot be read is a UserError.
+Only the columns of the text and the id are looked at, but by the config's filter_fn, and both are strings as they were
+written. A row that holds no document is a BadRow in its place: the caller decides whether to go on. One that filter_fn
+rejects is LEFT_OUT. A file that cannot be read is a UserError.
 """
 import bz2
 import csv
@@ -38,6 +39,13 @@ class BadRow(Exception):
 class Number(str):
     """A number of a JSON file, as it was written."""
 
+    @property
+    def value(self):
+        return float(self) if set('.eE') & set(self) else int(self)
+
+
+LEFT_OUT = object()  # stands in for a row that filter_fn rejects
+
 
 def split_ending(path):
     """('.jsonl', '.gz') of a path, in lower case; ('', '') for a kind of file that cannot be read."""
@@ -62,7 +70,7 @@ def read_rows(path, config):
             return
         with open_decompressed(path, compression) as file:
             if kind == TEXT:
-                yield 'as a whole', read_text(file)
+                yield 'as a whole', read_text(file, config)
             elif kind == LINES:
                 yield from read_json(file, config, ending)
             else:
@@ -97,10 +105,11 @@ def open_zstd(path, _):
     return pyarrow.CompressedInputStream(pyarrow.OSFile(path), 'zstd')
 
 
-def read_text(file):
+def read_text(file, config):
     """The whole file is one text."""
     try:
-        return None, decode(file.read())
+        text = decode(file.read())
+        return (None, text) if is_wanted(dict(text=text), config) else LEFT_OUT
     except BadRow as error:
         return error
 
@@ -180,7 +189,7 @@ def read_delimited(file, config, delimiter):
                                     f'{delimiter!r}, double quotes or line ends has to stand in double quotes')
                 continue
             row = choose(dict(zip(header, values, strict=True)), config)
-            is_bad = not isinstance(row, BadRow) and any(value and ESCAPED.search(value) for value in row)
+            is_bad = isinstance(row, tuple) and any(value and ESCAPED.search(value) for value in row)
             yield where, BadRow('not UTF-8') if is_bad else row
     except csv.Error as error:
         raise UserError(f'broken quotes in the row that begins in line {last + 1} ({error}): {QUOTES}') from error
@@ -191,7 +200,8 @@ def read_parquet(path, config):
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             fields = check_schema(file.schema_arrow, config)
-            yield from rows_of_batches(file.iter_batches(ROWS, columns=fields), config, fields)
+            columns = None if config.filter_fn else fields  # it looks at all
+            yield from rows_of_batches(file.iter_batches(ROWS, columns=columns), config, fields)
     except pyarrow.ArrowException as error:
         raise ValueError(error) from error
 
@@ -202,9 +212,12 @@ def rows_of_batches(batches, config, fields):
     for batch in batches:
         texts = values_of(batch, config.text_field)
         ids = values_of(batch, config.id_field) if config.id_field in fields else [None] * len(texts)
-        for document_id, text in zip(ids, texts, strict=True):
+        for i, (document_id, text) in enumerate(zip(ids, texts, strict=True)):
             number += 1
-            yield f'row {number}', convert(document_id, text)
+            row = convert(document_id, text)
+            if config.filter_fn and not isinstance(row, BadRow):
+                row = row if is_wanted(batch.slice(i, 1).to_pylist()[0], config) else LEFT_OUT
+            yield f'row {number}', row
 
 
 def values_of(table, name):
@@ -275,12 +288,34 @@ def choose(row, config):
         return row
     if not isinstance(row, dict):
         return BadRow(f'no object with fields, but {describe(row)}')
+    if not is_wanted(row, config):
+        return LEFT_OUT
     text = pick(row, config.text_field)
     document_id = pick(row, config.id_field) if config.id_field else MISSING
     for value, name, setting in ((text, config.text_field, 'text_field'), (document_id, config.id_field, 'id_field')):
         if value is MISSING and (setting == 'text_field' or config.needs_id):
             return BadRow(f'no field {name!r}; its fields are {", ".join(row)}: set {setting}')
     return convert(None if document_id is MISSING else document_id, text)
+
+
+def is_wanted(row, config):
+    """Whether filter_fn, if there is one, keeps a row, a dict. UserError if it fails."""
+    if not config.filter_fn:
+        return True
+    try:
+        return bool(config.filter_fn(with_numbers(row)))
+    except Exception as error:  # whatever the user's code raises
+        raise UserError(f'filter_fn failed ({type(error).__name__}: {str(error)[:200]}) on the row '
+                        f'{str(row)[:200]}: correct it') from error
+
+
+def with_numbers(value):
+    """A value of a JSON file with numbers for Numbers."""
+    if isinstance(value, dict):
+        return {key: with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_numbers(item) for item in value]
+    return value.value if isinstance(value, Number) else value
 
 
 def convert(document_id, text):

@@ -24,7 +24,6 @@ import numpy as np
 
 from configurator import UserError, sync, write_atomically
 from data.chunking import chunk_document, chunk_hashes, document_hash, hash64
-from data.documents import Counts, read_documents
 from data.tokenizer import tokenize
 
 DOCUMENT = np.dtype([('doc_id', np.int64), ('text_hash', np.int64),
@@ -36,18 +35,20 @@ BATCH_BYTES = 1 << 22  # of text that is tokenized together
 SORTED_TOGETHER = 1 << 20  # documents that are sorted in memory
 
 
-def build(folder, config, files, tokenizer, chunk_size, say):
-    """Read a dataset into a new folder, complete or not at all."""
+def build(folder, documents, counts, tokenizer, chunk_size, say, path, is_block=False, more=None):
+    """
+    Read Documents, which are counted in `counts`, into a new folder, complete or not at all. `more`, a dict, goes to
+    its meta.json, as it is when all are read. Of two different documents with one identity a block keeps the first.
+    """
     tmp = f'{folder}.tmp'
     shutil.rmtree(tmp, ignore_errors=True)
     os.makedirs(tmp)
     try:
-        counts = Counts()
         token_type = np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.int32)
-        read_into(tmp, read_documents(config, counts, files), tokenizer, chunk_size, token_type, say, config.path)
-        digest = sort_documents(tmp, counts)
+        read_into(tmp, documents, tokenizer, chunk_size, token_type, say, path)
+        digest = sort_documents(tmp, counts, is_block)
         write_atomically(json.dumps(dict(
-            counts=asdict(counts), hash=digest, chunk_size=chunk_size, token_type=token_type.str,
+            counts=asdict(counts), hash=digest, chunk_size=chunk_size, token_type=token_type.str, **(more or {}),
             sizes={name: os.path.getsize(f'{tmp}/{name}') for name in os.listdir(tmp)})), f'{tmp}/meta.json')
         for name in os.listdir(tmp):
             sync(f'{tmp}/{name}')
@@ -98,10 +99,10 @@ def in_batches(documents):
         yield batch
 
 
-def sort_documents(folder, counts):
+def sort_documents(folder, counts, is_block=False):
     """
     Write the documents by doc_id, each once, and count duplicates. A hash of all of them. UserError if two different
-    ones have one identity.
+    ones have one identity; in a block the later one is a duplicate.
     """
     digest, total = hashlib.blake2b(digest_size=8), 0
     with (open(f'{folder}/documents.bin', 'wb') as documents_file, open(f'{folder}/doc_ids.bin', 'wb') as ids_file,
@@ -111,7 +112,7 @@ def sort_documents(folder, counts):
             is_repeated = np.zeros(len(rows), dtype=bool)
             is_repeated[1:] = rows['doc_id'][1:] == rows['doc_id'][:-1]
             differing = np.flatnonzero(is_repeated[1:] & (rows['text_hash'][1:] != rows['text_hash'][:-1]))
-            if len(differing):
+            if len(differing) and not is_block:
                 with open(f'{folder}/names.jsonl', 'rb') as file:
                     both = []
                     for row in rows[differing[0]:differing[0] + 2]:

@@ -5,12 +5,16 @@ the seed and the documents.
 A dataset's chunks, document after document, form a ring. An epoch enters it somewhere, cuts it into sequences, and
 takes these in a shuffled order: each chunk once, whatever the number of ranks, micro-batches or workers. So the state
 is how many sequences of each dataset are taken, and any sequence can be computed from its number alone.
+
+With a streamed dataset (blocks.py) the sequences of a step are shared by lanes, of which each rank has as many: each
+draws from the datasets and reads its own part of them. Their number stays, so that a run can go on with other ranks.
 """
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from configurator import UserError
+from data.blocks import Lane, StreamedDataset
 
 ROUNDS = 6  # of the Feistel network that shuffles
 
@@ -59,32 +63,67 @@ class Batch:
 
 class SequenceStream:
     """
-    An endless iterator of Batch, of `batch_size` sequences each, from ChunkedDatasets. A training step takes
-    `step_size` sequences over all micro-batches of all ranks; this stream serves `count` of them from `first` on.
+    An endless iterator of Batch, of `batch_size` sequences each, from ChunkedDatasets and StreamedDatasets. A training
+    step takes `step_size` sequences over all micro-batches of all ranks; this stream serves `count` of them from
+    `first` on. `say` receives news of streamed ones. UserError when all datasets have been read as often as their
+    epochs say.
     """
 
-    def __init__(self, datasets, block_size, batch_size, step_size=None, first=0, count=None, seed=0, state=None):
-        self.datasets, self.batch_size, self.seed = datasets, batch_size, seed
-        self.chunks = block_size // datasets[0].chunk_size  # L
+    def __init__(self, datasets, block_size, batch_size, step_size=None, first=0, count=None, seed=0, state=None,
+                 say=print):
+        self.datasets, self.batch_size, self.seed, self.say = datasets, batch_size, seed, say
         self.step_size, self.first = step_size or batch_size, first
         self.count = count or self.step_size
+        self.streamed = {number: d for number, d in enumerate(datasets) if isinstance(d, StreamedDataset)}
+        self.chunks = block_size // datasets[0].chunk_size  # L
         weights = np.array([dataset.config.weight for dataset in datasets], dtype=float)
-        # a weight is a share of documents: as sequences, it grows with their mean length
-        shares = weights / weights.max() * [dataset.num_chunks / len(dataset) for dataset in datasets]
+        shares = weights / weights.max()
+        if not self.streamed:  # a weight is a share of documents: as sequences, it grows with their mean length
+            shares *= [dataset.num_chunks / len(dataset) for dataset in datasets]
         self.shares = shares / shares.sum()
-        self.taken = np.zeros(len(datasets), dtype=np.int64)  # sequences of each dataset, by all ranks
         self.served = 0  # of this step's `count`
-        if state is not None:
-            self.load_state(state)
+        self.load_state(state)
 
     def state(self):
-        """Plain values that load_state() takes, of whole steps."""
-        return dict(taken=self.taken.tolist(), seed=self.seed, datasets=self._describe_datasets())
+        """Plain values that load_state() takes, of whole steps; with streamed datasets of this rank's lanes."""
+        state = dict(taken=sum(self.taken).tolist(), seed=self.seed, datasets=self._describe_datasets())
+        if self.streamed:
+            state |= dict(num_lanes=self.num_lanes, lanes={
+                str(number): dict(taken=taken.tolist(), places=lane.state())
+                for number, taken, lane in zip(self.numbers, self.taken, self.lanes, strict=True)})
+        return state
 
     def _describe_datasets(self):
-        return [[dataset.hash, len(dataset), dataset.config.weight] for dataset in self.datasets]
+        return [[dataset.hash, dataset.counts.documents, dataset.config.weight] for dataset in self.datasets]
 
     def load_state(self, state):
+        """Go on from a state, or begin, if it is None."""
+        if state is not None:
+            self._check_state(state)
+        if not self.streamed:
+            self.numbers, self.width, self.num_lanes, self.lanes = range(1), self.step_size, 1, [None]
+            self.taken = [np.array(state['taken'] if state else [0] * len(self.datasets), dtype=np.int64)]
+            return
+        ranks, wanted = self.step_size // self.count, min(self.streamed.items())[1].settings.stream_workers
+        self.num_lanes = state['num_lanes'] if state else ranks * wanted
+        if self.num_lanes % ranks or self.count % (per_rank := self.num_lanes // ranks):
+            raise UserError(f'{self.num_lanes} readers of streamed datasets cannot be shared by {ranks} processes with '
+                            f'{self.count} sequences a step each: ' + (
+                                'resume with a number of processes that divides both' if state else
+                                f'make gradient_accumulation_steps a multiple of {self.num_lanes}, or lower '
+                                f'stream_workers'))
+        if per_rank != wanted:
+            self.say(f'stream_workers is {wanted}, and the run goes on with the {self.num_lanes} readers that it began '
+                     f'with: {per_rank} a process')
+        self.width = self.step_size // self.num_lanes  # sequences of a step from each lane
+        self.numbers = range(self.first // self.width, (self.first + self.count) // self.width)
+        saved = [state['lanes'][str(number)] if state else dict(taken=[0] * len(self.datasets), places=None)
+                 for number in self.numbers]
+        self.taken = [np.array(lane['taken'], dtype=np.int64) for lane in saved]
+        self.lanes = [Lane(self.streamed, self.chunks, number, self.num_lanes, self.seed, lane['places'],
+                           self.say) for number, lane in zip(self.numbers, saved, strict=True)]
+
+    def _check_state(self, state):
         if 'taken' not in state:
             raise UserError('the checkpoint is of an earlier version of nanoRETRO, which drew documents in another '
                             'order: start a new run from its weights with --init_from=FOLDER')
@@ -94,37 +133,53 @@ class SequenceStream:
         if state['seed'] != self.seed:
             raise UserError(f'the checkpoint was made with seed {state["seed"]}, and the run has {self.seed}: the '
                             f'documents would come in another order; keep the seed when resuming')
-        self.taken = np.array(state['taken'], dtype=np.int64)
 
-    def _next_step(self):
-        """The dataset of each of the step's sequences, and its number among those that are taken of it."""
-        if len(self.datasets) == 1:
-            return np.zeros(self.step_size, dtype=np.int64), self.taken[0] + np.arange(self.step_size)
-        taken, drawn = self.taken.copy(), np.zeros((2, self.step_size), dtype=np.int64)
-        for i in range(self.step_size):  # the one that is furthest behind its share
-            dataset = int((self.shares * (taken.sum() + 1) - taken).argmax())
-            drawn[:, i] = dataset, taken[dataset]
-            taken[dataset] += 1
-        return drawn
+    def _draw(self, lane):
+        """The next sequence of one of the lanes: its ChunkedDataset, its number there, and its part of the seed."""
+        taken, has_ended = self.taken[lane], np.zeros(len(self.datasets), dtype=bool)
+        while not has_ended.all():
+            # the one that is furthest behind its share, whatever the shares of those that have ended
+            number = int(np.where(has_ended, np.inf, (taken + 0.5) / self.shares).argmin())
+            dataset = self.datasets[number]
+            if number in self.streamed:
+                found = self.lanes[lane].next_sequence(number)
+            else:
+                place = int(taken[number]) * self.num_lanes + self.numbers[lane]
+                most = dataset.config.epochs * -(-dataset.num_chunks // self.chunks)
+                found = (dataset, place, [number]) if place < most or not most else None
+            if found:
+                taken[number] += 1
+                return found
+            has_ended[number] = True
+        raise UserError(f'train_datasets are used up, after {taken.sum() * self.num_lanes:,} sequences: all have been '
+                        f'read as often as their epochs say; raise these, leave them at 0, or lower max_iters')
 
     def __iter__(self):
         return self
 
     def __next__(self):
         if self.served == 0:
-            self.drawn = self._next_step()
-        start = self.first + self.served
-        chosen, numbers = (column[start:start + self.batch_size] for column in self.drawn)
-        parts = [read_sequences(self.datasets[d], numbers[chosen == d], self.chunks, [self.seed, d])
-                 for d in np.unique(chosen)]
-        order = np.argsort(np.argsort(chosen, kind='stable'))
+            drawn = [self._draw(lane) for lane in range(len(self.lanes)) for _ in range(self.width)]
+            self.drawn = drawn[self.first:self.first + self.count] if not self.streamed else drawn
+        together = {}  # sequences of the same dataset or block
+        for row, (dataset, number, key) in enumerate(self.drawn[self.served:self.served + self.batch_size]):
+            together.setdefault(tuple(key), []).append((row, number, dataset))
+        parts = [read_sequences(found[0][2], np.array([number for _, number, _ in found]), self.chunks,
+                                [self.seed, *key]) for key, found in together.items()]
+        order = np.argsort([row for found in together.values() for row, _, _ in found])
         batch = Batch(*(np.concatenate(column)[order] for column in zip(*parts, strict=True)))
         self.served += self.batch_size
         if self.served >= self.count:
-            self.taken += np.bincount(self.drawn[0], minlength=len(self.datasets))
             self.served = 0
             batch.state = self.state()
+            for lane in self.lanes if self.streamed else []:
+                lane.drop_used()
         return batch
+
+    def close(self):
+        """End the reading processes."""
+        for lane in self.lanes if self.streamed else []:
+            lane.close()
 
 
 def read_sequences(dataset, numbers, L, seed):

@@ -25,6 +25,7 @@ from system import end_with_parent
 import torch
 
 from configurator import UserError
+from data.blocks import open_all_datasets
 from data.chunk_store import count_known, open_datasets
 from data.corpus import val_batches
 from data.documents import as_dataset_configs
@@ -174,6 +175,7 @@ def run(settings, part, device, retrieve, keep_ready, ready, news):
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ignore Ctrl-C: the parent shuts us down
     end_with_parent()
+    multiprocessing.current_process()._config['daemon'] = False  # we may have children, which end when we do
     outbox, inbox = queue.Queue(max(keep_ready, settings.retrieval_prefetch_batches)), queue.Queue(1)
     is_closed = threading.Event()
     sender = threading.Thread(target=send, args=(outbox, ready, is_closed), daemon=True)
@@ -212,22 +214,26 @@ def run(settings, part, device, retrieve, keep_ready, ready, news):
 
 def open_streams(settings, tokenizer, train, count, val, say):
     """[the val batches, if `val` is given; `count` batches of the training stream, if `train` is]"""
-    def open_setting(name):
-        found = open_datasets(as_dataset_configs(getattr(settings, name), name), tokenizer, settings, say)
-        for dataset in found:
+    def say_counts(datasets):
+        for dataset in datasets:
             if is_first and (dataset.counts.bad or dataset.counts.duplicates):
                 say(f'{dataset.config.path}: {dataset.counts.describe()}')
-        return found
+
     streams, is_first = [], val is None or not val.get('rank')
     if val is not None:
-        val_datasets = open_setting('val_datasets')
+        val_datasets = open_datasets(as_dataset_configs(settings.val_datasets, 'val_datasets'), tokenizer, settings,
+                                     say, head=settings.eval_tokens)
+        say_counts(val_datasets)
         streams.append(val_batches(val_datasets, tokenizer, settings.block_size, settings.batch_size,
                                    settings.eval_tokens, **val))
     if train is not None:
-        datasets = open_setting('train_datasets')
-        streams.append(islice(SequenceStream(datasets, settings.block_size, **train), count))
-        if val is not None and is_first:
-            known, renamed = count_known(val_datasets, datasets)
+        datasets = open_all_datasets(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, settings,
+                                     say)
+        say_counts(datasets)
+        streams.append(islice(SequenceStream(datasets, settings.block_size, **train, say=say), count))
+        on_disk = [dataset for dataset in datasets if not dataset.config.streaming]
+        if val is not None and is_first and on_disk:
+            known, renamed = count_known(val_datasets, on_disk)
             count = sum(map(len, val_datasets))
             if known:
                 say(f'{known:,} of {count:,} val documents stand in train_datasets, too: what they add to the val loss '

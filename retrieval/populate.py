@@ -17,6 +17,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 
 from system import end_with_parent, pick_device
 
@@ -24,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, load_settings, user_errors_as_one_line
+from data.blocks import open_all_datasets
 from data.chunk_store import Chunks, open_datasets
 from data.documents import as_dataset_configs
 from data.tokenizer import load_tokenizer, vocabulary_hash
@@ -71,8 +73,9 @@ class Part:
 
 
 def read_parts(datasets, tokenizer):
-    """Yields the chunks of ChunkedDatasets as Parts; of documents without text only the doc_ids."""
-    for dataset in datasets:
+    """Yields the chunks of ChunkedDatasets, or streamed ones, as Parts; of documents without text only the doc_ids."""
+    parts = (dataset.parts(tokenizer) if dataset.config.streaming else [dataset] for dataset in datasets)
+    for dataset in chain.from_iterable(parts):
         for numbers in dataset.blocks():
             yield as_part(numbers, dataset, tokenizer)
         for doc_ids in dataset.empty_documents():
@@ -116,10 +119,11 @@ def read_into(parts, settings):
     end_with_parent()
     try:
         tokenizer = load_tokenizer(settings.tokenizer)
-        datasets = open_datasets(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, settings,
-                                 parts.put)
+        datasets = open_all_datasets(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, settings,
+                                     parts.put)
         for dataset in datasets:
-            parts.put(f'{dataset.config.path}: {dataset.counts.describe()}')
+            parts.put(f'{dataset.config.path}: ' + (
+                'streamed' if dataset.config.streaming else dataset.counts.describe()))
         parts.put([(dataset.hash, dataset.num_chunks) for dataset in datasets])
         reading, part = read_parts(datasets, tokenizer), None
         while True:
@@ -213,7 +217,10 @@ def populate(settings, show_progress, sync=False, say=print):
     spent on reading. `say` receives what was read.
     """
     tokenizer = load_tokenizer(settings.tokenizer)
-    as_dataset_configs(settings.train_datasets, 'train_datasets')  # validate before loading a model
+    configs = as_dataset_configs(settings.train_datasets, 'train_datasets')  # validate before loading a model
+    if sync and (streamed := [config.path for config in configs if config.streaming]):
+        raise UserError(f'--sync=True has to know all documents, and {streamed[0]!r} is streamed: leave out --sync, or '
+                        f'fill another retrieval_collection')
     context = multiprocessing.get_context('spawn')
     parts = context.Queue(maxsize=AHEAD)
     reader = context.Process(target=read_into, name='reader', args=(parts, settings), daemon=True)
@@ -226,7 +233,7 @@ def populate(settings, show_progress, sync=False, say=print):
         while isinstance(item := receive(parts, reader), str):  # report what cannot be read before making a collection
             say(item)
         held, part = item, receive(parts, reader)
-        progress.total = sum(count for _, count in held)
+        progress.total = None if None in (counts := [count for _, count in held]) else sum(counts)
         info = embedders.submit(load_embedder, settings.retrieval_embedding_model,
                                 pick_device(settings.device)).result()
         if cut := embedders.submit(describe_cut, part.rows.text).result():
