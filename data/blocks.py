@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -229,9 +230,9 @@ class Lane:
 
     def close(self):
         """End the process; blocks that were not used stay, and are found when the run is resumed."""
-        self.pipe.close()
         self.process.kill()
         self.process.join()
+        self.pipe.close()
         self.drop_used()
         for place in self.places.values():
             if place.block:
@@ -247,11 +248,11 @@ def read_blocks(datasets, lane, lanes, seed, pipe: Connection):
         readers = {number: BlockReader(dataset, tokenizer, lane, lanes, seed, pipe.send)
                    for number, dataset in datasets.items()}
         while True:
-            number, position = pipe.recv()
+            try:
+                number, position = pipe.recv()
+            except (EOFError, OSError):
+                return  # nobody asks any more
             pipe.send((number, *readers[number].read(position)))
-    except (EOFError, BrokenPipeError):
-        pass  # nobody asks any more
-    except UserError as error:
-        pipe.send(error)
-    except BaseException as error:  # what it was is lost when it cannot be pickled
-        pipe.send(RuntimeError(f'{type(error).__name__}: {error}\n{traceback.format_exc()}'))
+    except BaseException as error:  # whose class others may lack
+        with suppress(OSError):
+            pipe.send(error if isinstance(error, UserError) else RuntimeError(traceback.format_exc()))

@@ -15,7 +15,6 @@ import os
 import sys
 import time
 from contextlib import ExitStack, closing
-from dataclasses import asdict
 
 from system import autocast, keep_freed_memory, pick_dtype
 
@@ -93,7 +92,8 @@ def main(cleanup):
         raise UserError(f'--results {results!r} cannot be written ({error.strerror}): name another folder') from error
     if not os.access(results, os.W_OK):
         raise UserError(f'--results {results!r} cannot be written: name another folder')
-    corpus = read_corpus(open_datasets(configs, tokenizer, settings), tokenizer, arguments.max_tokens)
+    corpus = read_corpus(open_datasets(configs, tokenizer, settings, head=arguments.max_tokens), tokenizer,
+                         arguments.max_tokens)
     retriever = None
     if use_retrieval:
         retriever = cleanup.enter_context(closing(Retriever(
@@ -146,8 +146,8 @@ def configs_of_data(arguments, settings):
     if not arguments.data:
         return as_dataset_configs(settings.val_datasets, 'val_datasets')
     train = as_dataset_configs(settings.train_datasets, 'train_datasets')
-    known = {resolve(config.path): config for config in [*as_dataset_configs(settings.val_datasets, 'val_datasets'),
-                                                         *train]}
+    known = {resolve(config.path): config for config in [*train,
+                                                         *as_dataset_configs(settings.val_datasets, 'val_datasets')]}
     like = [config for config in train if arguments.like is None or arguments.like in (config.source, config.name)
             or resolve(arguments.like) == resolve(config.path)]
     choices = ', '.join(' '.join(filter(None, [config.path, config.name, config.source])) for config in train)
@@ -158,7 +158,7 @@ def configs_of_data(arguments, settings):
             resolve(path) in known for path in arguments.data):
         raise UserError(f'the train_datasets of the run have several columns or sources ({choices}): name one that has '
                         f'those of --data by its path, name or source in --like, so that documents are recognized')
-    unknown = {**asdict(like[0]), 'name': '', 'split': 'train', 'weight': 1.0}
+    unknown = {name: getattr(like[0], name) for name in ('text_field', 'id_field', 'source', 'skip_bad')}
     return as_dataset_configs([known.get(resolve(path), {**unknown, 'path': path}) for path in arguments.data],
                               '--data')
 

@@ -98,7 +98,8 @@ def fit_embedding(settings):
                         f'folder')
     start = time.time()
     tokenizer = load_tokenizer(settings.tokenizer)
-    datasets = open_datasets(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, settings)
+    datasets = open_datasets(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, settings,
+                             head=FIT_CHUNKS * settings.retrieval_chunk_size)
     chunks, documents = read_some(datasets, FIT_CHUNKS)
     if len(chunks) < 3:
         raise UserError(f'{len(chunks)} chunks are too few to fit an embedding on: train_datasets need more text')

@@ -115,6 +115,9 @@ class Checkpoint:
                 saved = torch.load(os.path.join(self.folder, f'rank-{0 if is_new else rank}.pt'), weights_only=True)
                 for name in RANK_STATE:
                     setattr(state, name, saved[name])
+                if 'lanes' in (state.stream or {}):  # those of other ranks may be ours now
+                    for path in glob.glob(f'{glob.escape(self.folder)}/rank-*.pt'):
+                        state.stream['lanes'] |= torch.load(path, weights_only=True)['stream']['lanes']
             state.rng = None if is_new else state.rng
             state.saved_steps = [step for step in list_steps(os.path.dirname(self.folder)) if step <= self.step]
         return state

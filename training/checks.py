@@ -6,6 +6,7 @@ import json
 import math
 
 from configurator import UserError
+from data.documents import as_dataset_configs, check_sides
 
 MIN_CHUNKS = 64  # to judge by
 OF_TRAINING = {'continued', 'found_themselves'}  # counts that are not of the val text
@@ -47,6 +48,8 @@ def check_settings(settings):
     if settings.use_retrieval and not settings.retrieval_k_neighbors and not settings.retrieval_pointers:
         raise UserError('use_retrieval is True, but retrieval_k_neighbors and retrieval_pointers are both 0: set one '
                         'of them, or use_retrieval to False')
+    if settings.train_datasets and settings.val_datasets and not settings.eval_only:
+        check_sides(*(as_dataset_configs(getattr(settings, name), name) for name in ('train_datasets', 'val_datasets')))
     for key, value in settings.without_secrets().items():  # checkpoints hold them
         try:
             json.dumps(value)

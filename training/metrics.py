@@ -13,6 +13,7 @@ from system import peak_flops, say
 import torch
 
 from configurator import UserError, save_atomically, to_json, write_atomically
+from data.documents import as_dataset_configs, names_of
 from training.out_dir import set_earlier_run_aside
 
 
@@ -74,13 +75,17 @@ class Metrics:
         seconds = time.perf_counter() - interval.started - interval.paused
         counts = self.ranks.sum(torch.tensor(list(interval.counts.values()))).tolist()
         counts = dict(zip(interval.counts, counts, strict=True))
+        taken = self.ranks.sum(torch.tensor(state.stream['taken']))  # sequences so far, by dataset
         if not self.ranks.is_master:
             return counts
+        shares = {}
+        if len(names := names_of(as_dataset_configs(self.settings.train_datasets, 'train_datasets'))) > 1:
+            shares = dict(shares=dict(zip(names, (taken / taken.sum()).tolist(), strict=True)))
         loss = math.fsum(state.losses) / state.targets if state.targets else math.nan
         rate = tokens_per_step(self.settings) * (state.step - interval.first_step) / seconds
         waited, mfu = waited - interval.waited_before, self.model.flops_per_token() * rate / self.peak_flops
         self.log(state.step, loss=loss, lr=lr, tokens_per_s=rate, retrieval_wait_s=waited, mfu=mfu,
-                 **{f'chunks_{name}': count for name, count in counts.items()})
+                 **{f'chunks_{name}': count for name, count in counts.items()}, **shares)
         self.bar.set_postfix_str(f'loss {loss:.3f}, {rate:,.0f} tokens/s, waited {waited:.1f} s')
         if self.bar.disable:
             say(f'step {state.step}: loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tokens/s, mfu {mfu:.1%}, waited for '
@@ -173,6 +178,7 @@ def summary(path, corpus):
     if steps:
         rows += [('training rate, tokens/s', f'{sorted(s["tokens_per_s"] for s in steps)[len(steps) // 2]:,.0f}'),
                  ('waited for retrieval, s', f'{sum(s["retrieval_wait_s"] for s in steps):.1f}')]
+        rows += [(f'share of {name}', f'{share:.2%}') for name, share in steps[-1].get('shares', {}).items()]
     return '\n'.join(f'{name:<26} {value:>12}' for name, value in rows)
 
 
