@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 
+import fsspec
 import numpy as np
 
 from configurator import UserError
@@ -54,8 +55,11 @@ class RowStream:
                     self.say(f'{self.config.path} can be read again')
                 return rows
             except Exception as error:  # of many libraries
-                if not self.files.hub or not is_of_network(error):
+                if isinstance(error, UserError) or not self.files.hub:
                     raise
+                if not is_of_network(error):
+                    raise UserError(f'the dataset {self.config.path!r} cannot be read ({type(error).__name__}: '
+                                    f'{" ".join(str(error).split())[:300]}): name another') from error
                 self.batches = None  # begin again after the last rows that were read
                 failed_since = failed_since or time.monotonic()
                 waited = time.monotonic() - failed_since
@@ -99,6 +103,8 @@ def open_stream(config, files):
     import datasets
     datasets.logging.set_verbosity_error()  # next() says what happens
     logging.getLogger('huggingface_hub').setLevel(logging.CRITICAL)
+    if 'zstd' not in fsspec.available_compressions():  # which needs one more package, where pyarrow does
+        fsspec.compression.register_compression('zstd', open_zstd, 'zst')
     if files.paths and not files.saved:
         return datasets.IterableDataset.from_generator(rows_of_files, gen_kwargs=dict(paths=files.paths, config=config))
     rows = open_with_datasets(config, files)
@@ -112,6 +118,12 @@ def rows_of_files(paths, config):
     for path in paths:
         for where, row in read_rows(path, config):
             yield dict(row=(path, where, row))
+
+
+def open_zstd(file, **_):
+    """A file of fsspec, decompressed."""
+    import pyarrow
+    return pyarrow.CompressedInputStream(file, 'zstd')
 
 
 def is_of_network(error):

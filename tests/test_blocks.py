@@ -1,0 +1,223 @@
+"""Streamed datasets: read in blocks, in several processes, and resumed exactly."""
+import itertools
+import json
+import os
+import shutil
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from configurator import UserError
+from data.blocks import START, open_all_datasets
+from data.chunk_store import open_datasets
+from data.documents import Counts, DatasetConfig, Files, as_documents, find_files
+from data.row_stream import RowStream
+from data.stream import SequenceStream
+from data.tokenizer import load_tokenizer
+from retrieval.populate import read_parts
+from tests.conftest import CHUNK
+
+BLOCK = 4 * CHUNK
+STREAMED = dict(source='stdlib', streaming=True, shuffle_buffer_size=4)
+
+
+@pytest.fixture
+def tokenizer(settings):
+    return load_tokenizer(settings.tokenizer)
+
+
+@pytest.fixture
+def open_stream(settings, tokenizer):
+    """Opens a SequenceStream of DatasetConfigs for a rank; all are closed at the end."""
+    opened = []
+
+    def open_stream(*configs, ranks=1, rank=0, workers=2, **options):
+        datasets = open_all_datasets(configs, tokenizer, settings.replace(stream_workers=workers), print)
+        share = 8 // ranks
+        opened.append(SequenceStream(datasets, BLOCK, 4, step_size=8, first=rank * share, count=share, **options))
+        return opened[-1]
+    yield open_stream
+    for stream in opened:
+        stream.close()
+
+
+def step(stream):
+    """The chunk ids and targets of a step's sequences, and the state after it, which went through JSON."""
+    batches = [next(stream) for _ in range(stream.count // stream.batch_size)]
+    return (np.concatenate([batch.chunk_ids for batch in batches]).tolist(),
+            np.concatenate([batch.targets for batch in batches]).tolist(), json.loads(json.dumps(batches[-1].state)))
+
+
+def split_file(path, count):
+    """Write a Parquet file's rows to the files of a folder; its name."""
+    rows = pq.read_table(path)
+    os.makedirs(f'{path}.{count}')
+    for number in range(count):
+        pq.write_table(rows.take(range(number, len(rows), count)), f'{path}.{count}/{number}.parquet')
+    return f'{path}.{count}'
+
+
+@pytest.mark.parametrize('files', [1, 4])
+def test_an_epoch_of_two_readers_holds_each_chunk_of_the_dataset_on_disk_once(settings, tokenizer, open_stream, files):
+    """Whether the files can be dealt out to them or each has to leave out the rows of the other."""
+    path = split_file('train.parquet', files)
+    stream = open_stream(DatasetConfig(path, epochs=1, **STREAMED))
+    expected, = open_datasets([DatasetConfig('train.parquet', source='stdlib')], tokenizer, settings)
+    chunks = expected.read(np.arange(expected.num_chunks))
+    seen, targets = Counter(), {}
+    with pytest.raises(UserError, match='train_datasets are used up'):
+        while True:
+            batch = next(stream)
+            seen.update(batch.chunk_ids[batch.doc_ids != 0].tolist())
+            targets |= zip(batch.chunk_ids.reshape(-1).tolist(), batch.targets.reshape(-1, CHUNK).tolist(), strict=True)
+    # the readers end at different times, and the last step is not whole
+    assert max(seen.values()) == 1 and seen.keys() <= set(chunks.ids.tolist())
+    assert len(seen) > 0.7 * len(chunks.ids)
+    for chunk, expected_targets in zip(chunks.ids.tolist(), chunks.targets.tolist(), strict=True):
+        assert targets.get(chunk, expected_targets) == expected_targets
+
+
+def test_a_killed_mixture_goes_on_with_its_next_sequences_on_two_ranks_with_two_readers_each(open_stream, settings):
+    """Shuffled, over epochs; with blocks that are still there, and without; and on one rank, which has four readers."""
+    mixture = [DatasetConfig('train.parquet', weight=3.0, **STREAMED), DatasetConfig('val.parquet', source='stdlib'),
+               DatasetConfig(split_file('val.parquet', 4), streaming=True)]
+    ranks = [open_stream(*mixture, ranks=2, rank=rank) for rank in (0, 1)]
+    steps = [[step(rank) for rank in ranks] for _ in range(60)]
+    assert max(place[0]['epoch'] for _, _, state in steps[-1] for lane in state['lanes'].values()
+               for place in lane['places'].values()) >= 1
+    for rank in ranks:
+        rank.close()
+    for number, is_empty in ((0, False), (13, True), (41, True), (55, False)):
+        if is_empty:
+            shutil.rmtree(settings.data_cache_dir)
+        resumed = [open_stream(*mixture, ranks=2, rank=rank, state=steps[number][rank][2]) for rank in (0, 1)]
+        for expected in steps[number + 1:number + 5]:
+            assert [step(rank) for rank in resumed] == expected
+    states = [state for _, _, state in steps[20]]
+    alone = open_stream(*mixture, state=dict(states[0], lanes=states[0]['lanes'] | states[1]['lanes']))
+    for expected in steps[21:25]:
+        assert step(alone)[0] == [row for chunk_ids, _, _ in expected for row in chunk_ids]
+    with pytest.raises(UserError, match='4 readers of streamed datasets cannot be shared by 8 processes'):
+        open_stream(*mixture, ranks=8, state=states[0])
+
+
+def test_blocks_are_shuffled_by_the_seed_and_used_ones_are_removed(open_stream, settings):
+    config = DatasetConfig('train.parquet', **STREAMED)
+    orders = []
+    for seed in (0, 1):
+        stream = open_stream(config, seed=seed, workers=1)
+        orders.append([row for _ in range(100) for row in step(stream)[0]])
+        assert sum(entry.is_dir() for entry in os.scandir(settings.data_cache_dir)) <= 4  # of two streams
+    documents = [chunk for row in orders[0] for chunk in row], [chunk for row in orders[1] for chunk in row]
+    assert documents[0] != documents[1] and len(set(documents[0]) & set(documents[1])) > 100
+
+
+def test_a_dataset_that_runs_out_leaves_the_others_their_proportions(open_stream, tokenizer, settings):
+    with open('short.jsonl', 'w') as file:
+        file.write(json.dumps(dict(text='word ' * 400)) + '\n')
+    parts = [DatasetConfig('short.jsonl', weight=2.0, epochs=2), DatasetConfig('train.parquet', weight=3.0, **STREAMED),
+             DatasetConfig('val.parquet', weight=1.0, source='stdlib')]
+    stream = open_stream(*parts, workers=1)
+    states = [step(stream)[2]['taken'] for _ in range(50)]
+    short, = open_datasets(parts[:1], tokenizer, settings)
+    assert states[-1][0] == 2 * -(-short.num_chunks // 4) and sum(states[-1]) == 400
+    assert states[-1][1] / sum(states[-1][1:]) == pytest.approx(0.75, abs=0.01)
+    with pytest.raises(UserError, match=r'used up, after \d+ sequences'):
+        only = open_stream(parts[0])
+        while True:
+            step(only)
+
+
+def test_populate_reads_the_rows_of_a_stream_that_it_reads_on_disk(settings, tokenizer):
+    config = DatasetConfig('train.parquet', source='stdlib', id_field='id')
+    streamed = DatasetConfig('train.parquet', **STREAMED)
+
+    def rows_of(datasets):
+        return {row_id: rest for part in read_parts(datasets, tokenizer)
+                for row_id, *rest in zip(part.rows.id.tolist(), part.rows.document, part.rows.text,
+                                         part.rows.tokens.tolist(), part.rows.length.tolist(), strict=True)}
+    rows = rows_of(open_all_datasets([streamed], tokenizer, settings, print))
+    assert rows == rows_of(open_datasets([config], tokenizer, settings)) and len(rows) > 1000
+
+
+def test_val_text_of_a_stream_is_its_first_tokens(settings, tokenizer):
+    head, = open_datasets([DatasetConfig('train.parquet', **STREAMED)], tokenizer, settings, head=5000)
+    whole, = open_datasets([DatasetConfig('train.parquet', source='stdlib')], tokenizer, settings)
+    assert 5000 <= head.num_chunks * CHUNK < whole.num_chunks * CHUNK
+    assert (whole.find(np.array(head.doc_ids)) >= 0).all()
+    with pytest.raises(UserError, match='is streamed.*eval_tokens'):
+        open_datasets([DatasetConfig('train.parquet', **STREAMED)], tokenizer, settings, head=0)
+    with pytest.raises(UserError, match='leave streaming out'):
+        open_datasets([DatasetConfig('train.parquet', **STREAMED)], tokenizer, settings)
+
+
+@pytest.mark.parametrize('kind', ['parquet', 'jsonl', 'saved', 'hub'])
+def test_rows_go_on_from_any_state_of_the_library_in_every_kind_of_source(tmp_path, kind):
+    """A dataset of the hub is a folder here, which the library reads as it reads one of the hub."""
+    import datasets
+    rows = [dict(id=f'{number}', text=f'text {number}') for number in range(300)]
+    folder = tmp_path / 'data'
+    folder.mkdir()
+    if kind == 'saved':
+        datasets.Dataset.from_list(rows).save_to_disk(str(folder), num_shards=3)
+    else:
+        for part in range(3):
+            some = rows[part::3]
+            if kind == 'jsonl':
+                (folder / f'{part}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in some))
+            else:
+                pq.write_table(pa.Table.from_pylist(some), folder / f'{part}.parquet', row_group_size=7)
+    config = DatasetConfig(str(folder), streaming=True, shuffle_buffer_size=32)
+    files = Files(hub=str(folder)) if kind == 'hub' else find_files(config)
+
+    def read(lane, lanes, state=None, epoch=0, seed=5):
+        stream, found = RowStream(config, files, lane, lanes, seed), []
+        stream.seek(epoch, state)
+        while some := stream.next():
+            documents = as_documents(some, config, Counts())
+            found.append(([(d.id, d.text) for d in documents], json.loads(json.dumps(stream.state))))
+        return found
+    for lanes in (1, 2, 3):
+        together = []
+        for lane in range(lanes):
+            whole = read(lane, lanes)
+            together += [document for some, _ in whole for document in some]
+            for number, (_, state) in itertools.islice(enumerate(whole), 0, None, 2):
+                assert [some for some, _ in read(lane, lanes, state)] == [some for some, _ in whole[number + 1:]]
+        assert sorted(together) == sorted((row['id'], row['text']) for row in rows)
+    orders = {tuple(d for some, _ in read(0, 1, epoch=epoch, seed=seed) for d in some)
+              for epoch, seed in ((0, 5), (1, 5), (2, 5), (3, 5), (0, 6), (0, 7))}
+    assert len(orders) > 1  # of the files
+
+
+def test_a_reader_without_documents_is_said(open_stream):
+    with open('one.jsonl', 'w') as file:
+        file.write('{"text": "alone"}\n')
+    with pytest.raises(UserError, match="'one.jsonl' has no documents with text .* for reader 2 of 2: name another, or "
+                                        'leave streaming out'):
+        next(open_stream(DatasetConfig('one.jsonl', streaming=True)))
+
+
+def test_a_stream_whose_files_are_others_is_not_resumed(open_stream):
+    config = DatasetConfig('train.parquet', **STREAMED)
+    stream = open_stream(config, workers=1)
+    state = step(stream)[2]
+    shutil.copy('val.parquet', 'train.parquet')
+    with pytest.raises(UserError, match='made with other train_datasets'):
+        open_stream(config, workers=1, state=state)
+
+
+def test_a_block_that_was_removed_to_make_room_is_read_again(open_stream, settings):
+    stream = open_stream(DatasetConfig('train.parquet', **STREAMED), workers=1)
+    expected = [step(stream)[0] for _ in range(30)]
+    again = open_stream(DatasetConfig('train.parquet', **STREAMED), workers=1)
+    found = []
+    for _ in range(30):
+        for entry in os.scandir(settings.data_cache_dir):
+            if entry.is_dir() and not entry.name.endswith('.tmp'):
+                shutil.rmtree(entry, ignore_errors=True)
+        found.append(step(again)[0])
+    assert found == expected and START['block'] == 0
