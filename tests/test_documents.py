@@ -5,6 +5,7 @@ import io
 import json
 import lzma
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from configurator import UserError, load_settings
-from data.documents import Counts, DatasetConfig, as_dataset_configs, load_documents, read_documents
-from tests.conftest import SHARED, open_all, run
+from data.documents import Counts, DatasetConfig, as_dataset_configs, check_sides, load_documents, read_documents
+from data.fingerprint import describe_corpus
+from data.ingest import build
+from tests.conftest import ROOT, SHARED, open_all, run
 
 
 def read(path, **options):
@@ -377,3 +380,167 @@ def test_only_datasets_are_removed_to_make_room_and_what_killed_readers_left(set
     Path('cache/photos/a.bin').write_bytes(b'x' * 100_000)
     open_all(settings.replace(data_cache_dir='cache', data_cache_gb=0.0))
     assert Path('cache/photos/a.bin').exists() and not list(Path('cache').glob('*.tmp'))
+
+
+TABLE = [dict(id=f'd{number}', text=f'text {number}', score=number / 2, lang='en' if number % 3 else 'de')
+         for number in range(30)]
+
+
+@pytest.mark.parametrize('name', ['d.jsonl', 'd.json', 'd.csv', 'd.parquet', 'saved'])
+def test_filter_fn_sees_all_columns_of_a_row_in_every_format_and_what_it_leaves_out_is_counted(folder, name):
+    import csv
+
+    import datasets
+    if name == 'saved':
+        datasets.Dataset.from_list(TABLE).save_to_disk(name)
+    elif name == 'd.parquet':
+        pq.write_table(pa.Table.from_pylist(TABLE), name)
+    elif name == 'd.csv':
+        with open(name, 'w', newline='') as file:
+            writer = csv.DictWriter(file, TABLE[0])
+            writer.writeheader()
+            writer.writerows(TABLE)
+    else:
+        lines = [json.dumps(row) for row in TABLE]
+        Path(name).write_text('\n'.join(lines) if name == 'd.jsonl' else f'[{",".join(lines)}]')
+    counts = Counts()
+    config = DatasetConfig(name, filter_fn=lambda row: row['lang'] == 'en' and float(row['score']) >= 5)
+    found = [document.id for document in read_documents(config, counts)]
+    assert found == [row['id'] for row in TABLE if row['lang'] == 'en' and row['score'] >= 5]
+    assert counts.filtered == 30 - len(found) and 'left out by filter_fn' in counts.describe()
+    with pytest.raises(UserError, match="filter_fn failed .KeyError: 'stars'. on the row .*'id': 'd0'.*: correct it"):
+        read(name, filter_fn=lambda row: row['stars'] > 3)
+
+
+def test_a_filter_fn_that_changes_reads_anew_and_one_that_does_not_reads_once(settings, monkeypatch):
+    read_anew = []
+    monkeypatch.setattr('data.chunk_store.build', lambda *a, **k: read_anew.append(1) or build(*a, **k))
+
+    def documents(least):
+        return len(open_all(settings.replace(train_datasets=[DatasetConfig(
+            'train.parquet', source='stdlib', filter_fn=lambda row: len(row['text']) > least)]))[0])
+    assert documents(20_000) < documents(10_000) < documents(100) and len(read_anew) == 3
+    assert documents(10_000) > 0 and len(read_anew) == 3  # the value that the function refers to is part of it
+    answer = run('-c', FILTERED, folder=Path.cwd())  # what another process makes of a function of a config file
+    assert answer.stdout.split() == [str(documents(20_000)), 'wanted']
+
+
+FILTERED = '''
+import json, multiprocessing, pickle
+from configurator import load_settings
+from data.chunk_store import open_datasets
+from data.tokenizer import load_tokenizer
+open('mine.py', 'a').write("""
+from data.documents import DatasetConfig
+least = 20_000
+
+def wanted(row):
+    return len(row['text']) > least
+
+train_datasets = [DatasetConfig('train.parquet', source='stdlib', filter_fn=wanted)]
+""")
+settings = pickle.loads(pickle.dumps(load_settings(['config.py', 'mine.py'])))
+print(len(open_datasets(settings.train_datasets, load_tokenizer(settings.tokenizer), settings)[0]))
+print(json.loads(json.dumps(settings.without_secrets()))['train_datasets'][0]['filter_fn'])
+'''
+
+
+def test_val_fraction_shares_a_dataset_by_the_identity_of_its_documents(folder):
+    rows = [dict(id=f'd{number}', text=f'text {number}') for number in range(2000)]
+    Path('d.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    Path('moved.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows[::-1]))
+
+    def ids(setting, path='d.jsonl', **options):
+        configs = as_dataset_configs([DatasetConfig(path, val_fraction=0.1, **options)], setting)
+        return {document.id for document in load_documents(configs)}
+    train, val = ids('train_datasets'), ids('val_datasets')
+    assert not train & val and len(train | val) == 2000 and 150 < len(val) < 250
+    assert val == ids('val_datasets', 'moved.jsonl') and val != ids('val_datasets', source='other')
+    assert ids('val_datasets', streaming=True) == val
+    counts = Counts()
+    found = list(read_documents(DatasetConfig('d.jsonl', val_fraction=0.1), counts))
+    assert len(found) == counts.documents == len(train)
+    assert counts.other_side == len(val) and f'{len(val)} on the other side of val_fraction' in counts.describe()
+
+
+@pytest.mark.parametrize('train, val, said', [
+    (dict(val_fraction=0.1), dict(), 'val_fraction=0.1, and in val_datasets with val_fraction=0.0'),
+    (dict(), dict(val_fraction=0.1), 'val_fraction=0.0, and in val_datasets with val_fraction=0.1'),
+    (dict(val_fraction=0.1), dict(val_fraction=0.1, id_field=''), "id_field='id', and in val_datasets with id_field="),
+])
+def test_a_dataset_of_both_lists_has_to_be_shared_by_both_alike(train, val, said):
+    with pytest.raises(UserError, match=said):
+        check_sides([DatasetConfig('d.jsonl', **train)], [DatasetConfig('d.jsonl', **val)])
+    check_sides([DatasetConfig('d.jsonl', **train)], [DatasetConfig('d.jsonl', **train), DatasetConfig('e', **val)])
+
+
+def test_max_documents_reads_the_first_with_text(folder):
+    rows = [dict(text='x' * (number % 2 * number)) for number in range(40)]
+    Path('d.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    assert [len(text) for _, text in read('d.jsonl', max_documents=3)] == [1, 3, 5]
+    assert len(read('d.jsonl', max_documents=100)) == 20
+
+
+@pytest.mark.parametrize('options, said', [
+    (dict(epochs=-1), 'epochs must be at least 0'),
+    (dict(val_fraction=1.0), 'val_fraction must be at least 0 and below 1'),
+    (dict(shuffle_buffer_size=5), 'shuffle_buffer_size is of streamed datasets, and streaming is False'),
+    (dict(shuffle_buffer_size=0, streaming=True), 'shuffle_buffer_size must be at least 1'),
+    (dict(filter_fn='wanted'), "filter_fn must be a function, but is 'wanted': a checkpoint keeps its name alone"),
+    (dict(max_documents=1.5), 'max_documents must be a whole number'), (dict(streaming=1), 'streaming must be a bool'),
+])
+def test_an_option_that_cannot_be_is_refused_by_name(options, said):
+    with pytest.raises(UserError, match=said):
+        as_dataset_configs([dict(path='d.jsonl', **options)], 'train_datasets')
+
+
+@pytest.mark.parametrize('name', ['openwebtext', 'wikitext103'])
+def test_prepare_makes_the_splits_of_a_local_copy(tmp_path, name):
+    """A copy of the hub's repository, and for WikiText the original files; what is written is read back."""
+    script, source = tmp_path / f'data/{name}/prepare.py', tmp_path / 'copy'
+    script.parent.mkdir(parents=True)
+    shutil.copy(ROOT / f'data/{name}/prepare.py', script)
+    if name == 'openwebtext':
+        source.mkdir()
+        pq.write_table(pa.table({'text': [f'page {number}' for number in range(3000)]}), source / 'train-0.parquet')
+        options = ['--val_fraction=0.01']
+    else:
+        lines = ['', ' = One = ', '', ' The first . ', '', ' = = Part = = ', '', ' x = y ', '', ' = Two = ', '', ' Next']
+        (source / 'wikitext-103-raw-v1').mkdir(parents=True)
+        (tmp_path / 'raw').mkdir()
+        for split in ('train', 'validation', 'test'):
+            pq.write_table(pa.table({'text': [f'{line}\n' if line else '' for line in lines]}),
+                           source / f'wikitext-103-raw-v1/{split}-00000-of-00001.parquet')
+            file = tmp_path / f'raw/wiki.{split.replace("validation", "valid")}.raw'
+            file.write_text(''.join(f'{line or " "}\n' for line in lines))
+        (source / 'README.md').write_text(CARD)
+        options = []
+    answer = run(script, f'--from={source}', *options, folder=tmp_path)
+    first, paths = answer.stdout, {path.stem: path for path in script.parent.glob('*.parquet')}
+    splits = {split: read(path) for split, path in paths.items()}
+    if name == 'openwebtext':
+        assert not set(splits['train']) & set(splits['val']) and 10 < len(splits['val']) < 60
+        assert sorted(text for split in splits.values() for _, text in split) == sorted(
+            f'page {number}' for number in range(3000))
+    else:
+        expected = [('One', '= One =\n\n The first .\n\n = = Part = =\n\n x = y'), ('Two', '= Two =\n\n Next')]
+        assert splits == dict(train=expected, val=expected, test=expected)
+        assert run(script, f'--from={tmp_path}/raw', folder=tmp_path).stdout == first
+    assert describe_corpus([str(paths['train'])]) in f'{name} {first.split()[-1]}' and not list(tmp_path.rglob('*.tmp'))
+    (tmp_path / 'none').mkdir()
+    answer = run(script, f'--from={tmp_path}/none', folder=tmp_path, check=False)
+    assert answer.returncode == 2 and answer.stderr.startswith('error: ') and answer.stderr.count('\n') == 1
+
+
+CARD = '''---
+configs:
+- config_name: wikitext-103-raw-v1
+  data_files:
+  - split: train
+    path: wikitext-103-raw-v1/train-*
+  - split: validation
+    path: wikitext-103-raw-v1/validation-*
+  - split: test
+    path: wikitext-103-raw-v1/test-*
+---
+'''
