@@ -102,6 +102,7 @@ def open_stream(config, files):
     """An IterableDataset, with a shard a file: examples with a 'row' if it is of local files, else Arrow tables."""
     import datasets
     datasets.logging.set_verbosity_error()  # next() says what happens
+    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 3  # and tries for longer
     logging.getLogger('huggingface_hub').setLevel(logging.CRITICAL)
     if 'zstd' not in fsspec.available_compressions():  # which needs one more package, where pyarrow does
         fsspec.compression.register_compression('zstd', open_zstd, 'zst')

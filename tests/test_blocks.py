@@ -18,7 +18,9 @@ from data.row_stream import RowStream
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
 from retrieval.populate import read_parts
-from tests.conftest import CHUNK
+from tests.conftest import CHUNK, ROOT, run
+from tests.hub import COMMIT, serve_hub
+from tests.test_train import losses, metrics
 
 BLOCK = 4 * CHUNK
 STREAMED = dict(source='stdlib', streaming=True, shuffle_buffer_size=4)
@@ -221,3 +223,81 @@ def test_a_block_that_was_removed_to_make_room_is_read_again(open_stream, settin
                 shutil.rmtree(entry, ignore_errors=True)
         found.append(step(again)[0])
     assert found == expected and START['block'] == 0
+
+
+READ = '''
+import datasets, json, sys
+datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0.01
+from configurator import user_errors_as_one_line
+from data.documents import DatasetConfig, find_files
+from data.row_stream import RowStream
+config = DatasetConfig("someone/things", streaming=True)
+with user_errors_as_one_line():
+    rows, stream = [], RowStream(config, find_files(config), timeout=float(sys.argv[1]),
+                                 say=lambda news: print(news, file=sys.stderr))
+    while some := stream.next():
+        rows += [row for _, _, row in some]
+    print(json.dumps([rows, stream.files.revision]))
+'''
+
+
+def test_a_stream_of_the_hub_goes_on_where_the_network_broke_and_gives_up_in_one_line(tmp_path):
+    """The libraries' own clients, of a hub that breaks its connections for a while, then for good."""
+    rows = [dict(id=f'{number}', text=f'text {number}') for number in range(1000)]
+    for part in range(2):
+        (tmp_path / 'files').mkdir(exist_ok=True)
+        some = rows[500 * part:500 * part + 500]
+        pq.write_table(pa.Table.from_pylist(some), tmp_path / f'files/train-{part}.parquet')
+    asked, broken = Counter(), range(0)
+
+    def fail(name):
+        asked[name] += 1
+        return 'drop' if name == 'train-1.parquet' and asked[name] in broken else None
+    with serve_hub(tmp_path / 'files', fail) as hub:
+        env = dict(HF_ENDPOINT=f'http://127.0.0.1:{hub.server_port}', HF_HOME=str(tmp_path), HF_HUB_OFFLINE='0')
+        broken = range(1, 8)
+        answer = run('-c', READ, '60', folder=tmp_path, env=env)
+        assert json.loads(answer.stdout) == [[[row['id'], row['text']] for row in rows], COMMIT]
+        assert answer.stderr.startswith('waiting for the dataset someone/things: 0 s of at most 60 s (')
+        assert answer.stderr.endswith('someone/things can be read again\n')
+        broken = range(10**6)
+        answer = run('-c', READ, '2', folder=tmp_path, env=env, check=False)
+        assert answer.returncode == 3 and "for the dataset 'someone/things', and stream_timeout is 2 (" in answer.stderr
+        assert answer.stderr.splitlines()[-1].startswith('error: waited 2 s')
+
+
+def test_a_run_on_a_streamed_mixture_says_the_shares_and_ends_with_a_checkpoint_when_it_is_used_up(workspace):
+    """One command: two readers, a filter of the config file, a share held out for val."""
+    (workspace / 'stream.py').write_text(STREAM)
+    answer = run(ROOT / 'train.py', 'config.py', 'stream.py', folder=workspace, check=False)
+    assert answer.returncode == 2, answer.stderr
+    assert 'error: train_datasets are used up, after' in answer.stderr and 'newest checkpoint is out/' in answer.stdout
+    lines = [line for line in metrics(workspace) if 'shares' in line]
+    assert lines[0]['shares'].keys() == {'train.parquet', 'val.parquet'}
+    assert lines[3]['shares']['train.parquet'] == pytest.approx(0.75, abs=0.04)
+    assert (workspace / f'out/checkpoints/step-{lines[-1]["iter"]}').is_dir()
+    answer = run(ROOT / 'train.py', 'config.py', 'stream.py', '--max_iters=4', '--out_dir=short', folder=workspace)
+    assert answer.stdout.splitlines()[-1].split()[:3] == ['share', 'of', 'val.parquet']
+    assert losses(workspace, 'short')[0].items() <= losses(workspace)[0].items()
+
+
+STREAM = '''
+from data.documents import DatasetConfig
+
+least = 2000
+
+
+def long_enough(row):
+    return len(row['text']) > least
+
+
+train_datasets = [
+    DatasetConfig('train.parquet', source='stdlib', weight=3.0, val_fraction=0.2, streaming=True,
+                  shuffle_buffer_size=4, filter_fn=long_enough, epochs=1),
+    DatasetConfig('val.parquet', source='stdlib', epochs=1)]
+val_datasets = [DatasetConfig('train.parquet', source='stdlib', val_fraction=0.2, streaming=True)]
+stream_workers = 2
+max_iters = 10000
+eval_interval = 5000
+lr_decay_iters = 100
+'''

@@ -505,7 +505,7 @@ def test_prepare_makes_the_splits_of_a_local_copy(tmp_path, name):
         pq.write_table(pa.table({'text': [f'page {number}' for number in range(3000)]}), source / 'train-0.parquet')
         options = ['--val_fraction=0.01']
     else:
-        lines = ['', ' = One = ', '', ' The first . ', '', ' = = Part = = ', '', ' x = y ', '', ' = Two = ', '', ' Next']
+        lines = ['', ' = One = ', '', ' A first ', '', ' = = Part = = ', '', ' x = y ', '', ' = Two = ', '', ' Next']
         (source / 'wikitext-103-raw-v1').mkdir(parents=True)
         (tmp_path / 'raw').mkdir()
         for split in ('train', 'validation', 'test'):
@@ -523,7 +523,7 @@ def test_prepare_makes_the_splits_of_a_local_copy(tmp_path, name):
         assert sorted(text for split in splits.values() for _, text in split) == sorted(
             f'page {number}' for number in range(3000))
     else:
-        expected = [('One', '= One =\n\n The first .\n\n = = Part = =\n\n x = y'), ('Two', '= Two =\n\n Next')]
+        expected = [('One', '= One =\n\n A first\n\n = = Part = =\n\n x = y'), ('Two', '= Two =\n\n Next')]
         assert splits == dict(train=expected, val=expected, test=expected)
         assert run(script, f'--from={tmp_path}/raw', folder=tmp_path).stdout == first
     assert describe_corpus([str(paths['train'])]) in f'{name} {first.split()[-1]}' and not list(tmp_path.rglob('*.tmp'))

@@ -19,6 +19,7 @@ from bench.milvus_server import MilvusServer, why_not
 from retrieval.knowledge_base import connect
 from retrieval.local_server import join_server
 from tests.conftest import ROOT, SHARED, has_server, run, spawn, wait_until
+from tests.test_blocks import STREAM
 from tests.test_faults import LONG, Run
 from tests.test_server import START, serve
 from tests.test_train import losses, metrics
@@ -45,6 +46,30 @@ def test_a_run_killed_eight_times_has_the_losses_of_an_unbroken_one(workspace):
     run(ROOT / 'train.py', *options, '--out_dir=broken', '--init_from=resume', folder=workspace)
     assert losses(workspace, 'broken') == losses(workspace, 'whole')
     assert not list((workspace / 'broken').rglob('*.tmp*'))
+
+
+def test_a_run_on_a_streamed_mixture_killed_five_times_has_the_losses_of_an_unbroken_one(workspace):
+    """Weighted, shuffled, two readers, over epochs; its blocks are once left as they are and once lost with the disk."""
+    (workspace / 'stream.py').write_text(STREAM.replace('epochs=1', 'epochs=0'))
+    options = ['config.py', 'stream.py', '--max_iters=700', '--eval_interval=10', '--dropout=0.1']
+    run(ROOT / 'train.py', *options, '--out_dir=whole', folder=workspace)
+    dice, latest = random.Random(3), workspace / 'broken/checkpoints/latest'
+    for number in range(5):
+        before = latest.read_text() if number else ''
+        process = spawn(ROOT / 'train.py', *options, '--out_dir=broken', *['--init_from=resume'] * bool(number),
+                        folder=workspace, **SILENT)
+        wait_until(lambda b=before: latest.exists() and latest.read_text() != b, seconds=100)
+        time.sleep(1.5 * dice.random())
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        if number % 2:
+            time.sleep(1)  # its readers end with it
+            shutil.rmtree(workspace / 'out/datasets')
+    run(ROOT / 'train.py', *options, '--out_dir=broken', '--init_from=resume', folder=workspace)
+    assert losses(workspace, 'broken') == losses(workspace, 'whole')
+    last = [line['shares']['train.parquet'] for line in metrics(workspace, 'broken') if 'shares' in line][-1]
+    assert last == pytest.approx(0.75, abs=0.001)
 
 
 BUILD = '''
