@@ -293,7 +293,7 @@ def long_enough(row):
 
 train_datasets = [
     DatasetConfig('train.parquet', source='stdlib', weight=3.0, val_fraction=0.2, streaming=True,
-                  shuffle_buffer_size=4, filter_fn=long_enough, epochs=1),
+                  shuffle_buffer_size=4, filter_fn=long_enough, max_documents=12, epochs=1),
     DatasetConfig('val.parquet', source='stdlib', epochs=1)]
 val_datasets = [DatasetConfig('train.parquet', source='stdlib', val_fraction=0.2, streaming=True)]
 stream_workers = 2
