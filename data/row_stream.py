@@ -54,16 +54,17 @@ class RowStream:
                 if failed_since:
                     self.say(f'{self.config.path} can be read again')
                 return rows
-            except Exception as error:  # of many libraries
-                if isinstance(error, UserError) or not self.files.hub:
-                    raise
-                if not is_of_network(error):
-                    raise UserError(f'the dataset {self.config.path!r} cannot be read ({type(error).__name__}: '
-                                    f'{" ".join(str(error).split())[:300]}): name another') from error
+            except Exception as error:  # of many libraries, or a UserError of one, when the dataset is opened again
+                reason = error.__cause__ or error if isinstance(error, UserError) else error
+                what = f'{type(reason).__name__}: {" ".join(str(reason).split())[:200]}'
+                if not self.files.hub or not is_of_network(reason):
+                    if isinstance(error, UserError) or not self.files.hub:
+                        raise
+                    raise UserError(f'the dataset {self.config.path!r} cannot be read ({what}): name another, or a '
+                                    f'revision of it that can') from error
                 self.batches = None  # begin again after the last rows that were read
                 failed_since = failed_since or time.monotonic()
                 waited = time.monotonic() - failed_since
-                what = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
                 if waited >= self.timeout:
                     raise StreamTimeout(f'waited {waited:.0f} s for the dataset {self.config.path!r}, and '
                                         f'stream_timeout is {self.timeout:.0f} ({what})') from error
