@@ -18,7 +18,7 @@ import pytest
 from bench.milvus_server import MilvusServer, why_not
 from retrieval.knowledge_base import connect
 from retrieval.local_server import join_server
-from tests.conftest import ROOT, SHARED, has_server, run, spawn, wait_until
+from tests.conftest import ROOT, SHARED, has_server, run, run_ranks, spawn, wait_until
 from tests.test_blocks import STREAM
 from tests.test_faults import LONG, Run
 from tests.test_server import START, serve
@@ -70,6 +70,19 @@ def test_a_run_on_a_streamed_mixture_killed_five_times_has_the_losses_of_an_unbr
     assert losses(workspace, 'broken') == losses(workspace, 'whole')
     last = [line['shares']['train.parquet'] for line in metrics(workspace, 'broken') if 'shares' in line][-1]
     assert last == pytest.approx(0.75, abs=0.001)
+
+
+def test_two_ranks_with_a_reader_each_train_on_the_stream_of_one_with_two_and_either_resumes_the_other(workspace):
+    (workspace / 'stream.py').write_text(STREAM.replace('epochs=1', 'epochs=0'))
+    train, options = ROOT / 'train.py', ['config.py', 'stream.py', '--lr_decay_iters=30']
+    run(train, *options, '--max_iters=30', '--out_dir=one', folder=workspace)
+    run_ranks(2, train, *options, '--stream_workers=1', '--max_iters=10', '--out_dir=two', folder=workspace)
+    answer = run(train, *options, '--max_iters=20', '--init_from=resume', '--out_dir=two', folder=workspace)
+    assert 'resuming on 1 processes' in answer.stdout
+    answer = run_ranks(2, train, *options, '--max_iters=30', '--init_from=resume', '--out_dir=two', folder=workspace)
+    assert 'stream_workers is 2, and the run goes on with the 2 readers that it began with: 1 a' in answer.stdout
+    one, two = losses(workspace, 'one')[0], losses(workspace, 'two')[0]
+    assert one.keys() == two.keys() and list(one.values()) == pytest.approx(list(two.values()), rel=1e-4)
 
 
 BUILD = '''
