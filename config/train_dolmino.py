@@ -4,7 +4,7 @@
 # It has not been run here: no machine of ours reaches the hub.
 from data.documents import DatasetConfig
 
-SHARES = dict(dclm=47.2, flan=16.6, pes2o=5.85, wiki=7.11, stackexchange=2.45)  # of the tokens; its math is left out
+_SHARES = dict(dclm=47.2, flan=16.6, pes2o=5.85, wiki=7.11, stackexchange=2.45)  # of the tokens; its math is left out
 
 
 def part(name, **options):
@@ -13,8 +13,8 @@ def part(name, **options):
 
 
 out_dir = 'out/dolmino'
-train_datasets = [part(name, weight=share, val_fraction=0.001) for name, share in SHARES.items()]
-val_datasets = [part(name, val_fraction=0.001) for name in SHARES]
+train_datasets = [part(name, weight=share, val_fraction=0.001) for name, share in _SHARES.items()]
+val_datasets = [part(name, val_fraction=0.001) for name in _SHARES]
 stream_workers = 2
 eval_interval = 1000
 

@@ -432,10 +432,10 @@ from data.chunk_store import open_datasets
 from data.tokenizer import load_tokenizer
 open('mine.py', 'a').write("""
 from data.documents import DatasetConfig
-least = 20_000
+_least = 20_000
 
 def wanted(row):
-    return len(row['text']) > least
+    return len(row['text']) > _least
 
 train_datasets = [DatasetConfig('train.parquet', source='stdlib', filter_fn=wanted)]
 """)
