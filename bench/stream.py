@@ -57,23 +57,22 @@ def memory(process):
 
 
 def stream_all(path, settings, tokenizer):
-    """Read a dataset once, by one worker. Documents' sequences, seconds, and peak bytes of the reader and of us."""
+    """Read a dataset once, by one worker. Tokens without padding, seconds, and peak bytes of the reader and of us."""
     config = DatasetConfig(path, streaming=True, epochs=1)
     stream = SequenceStream(open_all_datasets([config], tokenizer, settings, print), 1024, 8)
     next(stream)  # imports and the first block
-    start, sequences, peaks = time.perf_counter(), 0, [0, 0]
+    start, tokens, steps, peaks = time.perf_counter(), 0, 0, [0, 0]
     worker = stream.lanes[0].process.pid
     try:
         while True:
-            next(stream)
-            sequences += 8
-            if sequences % 800 == 0:
+            tokens, steps = tokens + int((next(stream).targets >= 0).sum()), steps + 1
+            if steps % 50 == 0:
                 peaks = [max(peak, memory(process)) for peak, process in zip(peaks, (worker, os.getpid()), strict=True)]
     except Exception as error:  # the documents are used up
         if 'used up' not in str(error):
             raise
     stream.close()
-    return sequences, time.perf_counter() - start, peaks
+    return tokens, time.perf_counter() - start, peaks
 
 
 def measure(kind, amount):
@@ -83,15 +82,15 @@ def measure(kind, amount):
         tokenizer = load_tokenizer(settings.tokenizer)
         path = f'{folder}/documents.parquet'
         (write_source if kind == 'source' else write_small)(path, amount)
-        sequences, seconds, (worker, own) = stream_all(path, settings, tokenizer)
-    print(json.dumps({kind: amount, 'tokens': sequences * 1024, 'tokens_per_s': round(sequences * 1024 / seconds),
+        tokens, seconds, (worker, own) = stream_all(path, settings, tokenizer)
+    print(json.dumps({kind: amount, 'tokens': tokens, 'tokens_per_s': round(tokens / seconds),
                       'seconds': round(seconds, 1), 'worker_mb': round(worker / 1e6), 'own_mb': round(own / 1e6),
                       'cpus': os.cpu_count()}), flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--megabytes', type=int, default=200, help='of source, for the rate (default: %(default)s)')
+    parser.add_argument('--megabytes', type=int, default=100, help='of source code, for the rate (default: %(default)s)')
     parser.add_argument('--documents', default='200000,2000000', help='small ones, for memory (default: %(default)s)')
     parser.add_argument('--quick', action='store_true', help='little of each')
     arguments = parser.parse_args()
