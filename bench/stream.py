@@ -90,7 +90,7 @@ def measure(kind, amount):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--megabytes', type=int, default=100, help='of source code, for the rate (default: %(default)s)')
+    parser.add_argument('--megabytes', type=int, default=100, help='of source, for the rate (default: %(default)s)')
     parser.add_argument('--documents', default='200000,2000000', help='small ones, for memory (default: %(default)s)')
     parser.add_argument('--quick', action='store_true', help='little of each')
     arguments = parser.parse_args()
