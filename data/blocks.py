@@ -96,8 +96,7 @@ class BlockReader:
     def __init__(self, dataset, tokenizer, lane=0, lanes=1, seed=None, say=print):
         self.config, self.settings, self.tokenizer, self.say = dataset.config, dataset.settings, tokenizer, say
         self.base = name_of([dataset.name, lane, lanes, seed])
-        self.rows = RowStream(self.config, dataset.files, lane, lanes, seed, self.settings.stream_timeout,
-                              say)
+        self.rows = RowStream(self.config, dataset.files, lane, lanes, seed, self.settings.stream_timeout, say)
         self.lane, self.lanes = lane, lanes
         share = -(-(self.config.max_documents - lane) // lanes)
         self.most = max(0, share) if self.config.max_documents else math.inf
@@ -110,8 +109,9 @@ class BlockReader:
                         lambda: self.say(f'waiting for another process, which is reading {self.config.path}')):
                 if not is_whole(folder):
                     counts, more = Counts(), {}
+                    say = self.say if not position['block'] else lambda news: None  # later ones are read meanwhile
                     build(folder, self._documents(position, counts, more), counts, self.tokenizer,
-                          self.settings.retrieval_chunk_size, self.say, self.config.path, is_block=True, more=more)
+                          self.settings.retrieval_chunk_size, say, self.config.path, is_block=True, more=more)
                     make_room(parent, self.settings.data_cache_gb)
                 return folder, read_meta(folder)['following']
 
