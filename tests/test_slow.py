@@ -51,7 +51,7 @@ def test_a_run_killed_eight_times_has_the_losses_of_an_unbroken_one(workspace):
 def test_a_run_on_a_streamed_mixture_killed_five_times_has_the_losses_of_an_unbroken_one(workspace):
     """Weighted, shuffled, two readers, over epochs; its blocks are left as they are, or lost with the disk."""
     (workspace / 'stream.py').write_text(STREAM.replace('epochs=1', 'epochs=0'))
-    options = ['config.py', 'stream.py', '--max_iters=700', '--eval_interval=10', '--dropout=0.1']
+    options = ['config.py', 'stream.py', '--max_iters=400', '--eval_interval=10', '--dropout=0.1']
     run(ROOT / 'train.py', *options, '--out_dir=whole', folder=workspace)
     dice, latest = random.Random(3), workspace / 'broken/checkpoints/latest'
     for number in range(5):
