@@ -12,6 +12,7 @@ Reads a dataset onto the chunk grid, into a folder that chunk_store.py opens:
 Nothing here grows with the number of documents but these files: the table of documents is sorted in parts, and so it is
 found out whether two of them have one identity.
 """
+import functools
 import hashlib
 import json
 import os
@@ -63,11 +64,10 @@ def read_into(folder, documents, tokenizer, chunk_size, token_type, say, path):
     """Write tokens, chunk ids, names, and DOCUMENTs in the order in which they are read."""
     placed, said = 0, time.monotonic()
     with (open(f'{folder}/tokens.bin', 'wb') as tokens_file, open(f'{folder}/chunk_ids.bin', 'wb') as ids_file,
-          open(f'{folder}/read.bin', 'wb') as read_file, open(f'{folder}/names.jsonl', 'wb') as names_file,
-          ThreadPoolExecutor(os.cpu_count()) as pool):
+          open(f'{folder}/read.bin', 'wb') as read_file, open(f'{folder}/names.jsonl', 'wb') as names_file):
         for batch in in_batches(documents):
             records = np.zeros(len(batch), DOCUMENT)
-            encoded = pool.map(lambda document: tokenize(document.text, tokenizer), batch)
+            encoded = threads().map(lambda document: tokenize(document.text, tokenizer), batch)
             for record, document, tokens in zip(records, batch, encoded, strict=True):
                 chunks, lengths = chunk_document(tokens, chunk_size, tokenizer.eot_token)
                 count = len(chunks) if len(tokens) else 0
@@ -84,6 +84,12 @@ def read_into(folder, documents, tokenizer, chunk_size, token_type, say, path):
             if time.monotonic() - said > 10:
                 said = time.monotonic()
                 say(f'reading {path}: {read_file.tell() // DOCUMENT.itemsize:,} documents, {placed:,} chunks')
+
+
+@functools.cache
+def threads():
+    """Those that tokenize, always the same: tiktoken keeps memory for each that it has seen."""
+    return ThreadPoolExecutor(os.cpu_count())
 
 
 def in_batches(documents):
