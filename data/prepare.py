@@ -145,6 +145,18 @@ def write_corpus(documents, folder, source, tokenizer=None, advice='ask for more
     return written
 
 
+def write_splits(documents, folder, splits):
+    """Write documents, (split, id, title, text), as write_corpus does, but without a tokenizer of their own."""
+    with writing(documents, folder, splits) as written:
+        for split in splits:
+            if not written[split].documents:
+                raise UserError(f'the {split} split has no documents: name another source, or another share')
+            print(f'{split:6} {written[split].documents:12,} documents {written[split].bytes:16,} bytes')
+        found = fingerprint({split: written[split].read() for split in splits})
+    write_fingerprint(found, folder)
+    print(f'fingerprint {found["hash"]}')
+
+
 def some_texts(written):
     """
     The first texts, of FIT_BYTES together. Runs without or of white space are cut, as the fit takes time that is

@@ -1,8 +1,8 @@
 """
 WikiText-103: 28,595 good and featured articles of Wikipedia, 100 million words, on which RETRO's paper reports
-perplexities. Writes train.parquet, val.parquet and test.parquet (columns id, text; a document is an article, its id the
-title) and corpus.json, the fingerprint, beside this file. It is downloaded from the Hugging Face Hub, or read from a
-folder: of the files wiki.train.raw, wiki.valid.raw and wiki.test.raw, or a copy of the hub's repository.
+perplexities. Writes train.parquet, val.parquet and test.parquet (columns id, title, text; a document is an article,
+its id the title) and corpus.json, the fingerprint, beside this file. It is downloaded from the Hugging Face Hub, or read
+from a folder: of the files wiki.train.raw, wiki.valid.raw and wiki.test.raw, or a copy of the hub's repository.
 
     python data/wikitext103/prepare.py [--from=FOLDER]
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configurator import UserError, user_errors_as_one_line
-from data.fingerprint import write_splits
+from data.prepare import write_splits
 
 FOLDER = Path(__file__).resolve().parent
 HUB, SUBSET = 'Salesforce/wikitext', 'wikitext-103-raw-v1'
@@ -27,7 +27,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--from', dest='source', default=HUB, help='a folder (default: %(default)s of the hub)')
     arguments = parser.parse_args()
-    write_splits({split: as_articles(read_lines(arguments.source, name)) for split, name in SPLITS.items()}, FOLDER)
+    write_splits(((split, title, title, text) for split, name in SPLITS.items()
+                  for title, text in as_articles(read_lines(arguments.source, name))), FOLDER, tuple(SPLITS))
 
 
 def read_lines(source, split):
