@@ -1,8 +1,8 @@
 """
 WikiText-103: 28,595 good and featured articles of Wikipedia, 100 million words, on which RETRO's paper reports
 perplexities. Writes train.parquet, val.parquet and test.parquet (columns id, title, text; a document is an article,
-its id the title) and corpus.json, the fingerprint, beside this file. It is downloaded from the Hugging Face Hub, or read
-from a folder: of the files wiki.train.raw, wiki.valid.raw and wiki.test.raw, or a copy of the hub's repository.
+its id the title) and corpus.json, the fingerprint, beside this file. It is downloaded from the Hugging Face Hub, or
+read from a folder: of the files wiki.train.raw, wiki.valid.raw and wiki.test.raw, or a copy of the hub's repository.
 
     python data/wikitext103/prepare.py [--from=FOLDER]
 """
