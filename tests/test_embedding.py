@@ -166,3 +166,16 @@ def test_the_share_of_texts_that_are_longer_than_the_model_reads_is_told(minilm)
     said = embedder.describe_cut(['word ' * 30, 'short', 'short', 'short'])
     assert said.startswith('25% of the first 4 chunks are longer than the 16 tokens that')
     assert embedder.describe_cut(['short'] * 9) == embedder.describe_cut([]) == ''
+
+
+def test_the_machines_precision_changes_neither_the_fingerprint_nor_the_cosine_nor_the_order_of_texts(minilm):
+    texts = ['word ' * (i * 37 % 70 + 1) + str(i) for i in range(75)]  # of several batches
+    exact = Embedder(str(minilm), dtype='float32')
+    one_by_one = np.concatenate([exact.embed([text]) for text in texts])
+    np.testing.assert_allclose(exact.embed(texts), one_by_one, atol=1e-5)
+    fast = Embedder(str(minilm), dtype='bfloat16')
+    vectors = fast.embed(texts)
+    assert fast.fingerprint == exact.fingerprint and vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    cosine = (vectors * one_by_one).sum(1)
+    assert 0.999 < cosine.min() < cosine.max() and not np.array_equal(vectors, one_by_one)
