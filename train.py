@@ -108,7 +108,10 @@ retrieval_embedding_model = 'sentence-transformers/all-mpnet-base-v2'  # Sentenc
 retrieval_milvus_uri = 'out/milvus.db'  # a local file ending in .db (Milvus Lite), or a server's http(s) address
 retrieval_milvus_token = os.environ.get('MILVUS_TOKEN', '')  # user:password or API key; never printed, logged or saved
 retrieval_collection = 'chunks'  # name of the collection
-retrieval_index = 'IVF_FLAT'  # FLAT (exact), IVF_FLAT, HNSW (large collections on a server) or AUTOINDEX
+retrieval_index = 'auto'  # such as 'FLAT' (exact) or 'HNSW M=32' (docs/scaling.md); 'auto' by database and size
+retrieval_search_params = {}  # of the index, in place of its defaults, such as {'nprobe': 64} or {'ef': 256}
+retrieval_vectors = 'float32'  # or 'float16', which takes half the memory, on servers from version 2.4 on
+retrieval_bulk_dir = ''  # for populate --bulk=True: a folder that the server reads, too, or s3://BUCKET/FOLDER
 retrieval_workers = 1  # processes per rank that retrieve ahead of the step; beside a GPU a quarter of the rank's cores
 retrieval_prefetch_batches = 8  # batches that each of them keeps ready, and the most that one search serves
 retrieval_cache_dir = 'out/neighbors'  # cache of fetched neighbors, shared by all runs; on a local disk

@@ -3,14 +3,16 @@ The Milvus collection that a model retrieves from. A row is whole: a chunk's id,
 and its tokens with those of its continuation. The collection's properties say what made it, and name its revision.
 The only file that talks to Milvus: to a local file through Milvus Lite, or to any server by its URI.
 """
+import ast
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import uuid
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -25,12 +27,21 @@ REVISION = 'nanoretro.state'  # property, named so in existing collections: a ne
 CHANGING = 'changing'  # its value while they change
 FIELDS = ('id', 'doc_id', 'position', 'document', 'text', 'tokens')
 HIT = np.dtype([('id', np.int64), ('doc_id', np.int64), ('score', np.float32)])  # the score is the cosine
-INDEXES = {  # parameters of the build, of a search, and of a filtered search, which has to look further
-    'FLAT': ({}, {}, {}),
-    'IVF_FLAT': ({'nlist': 1024}, {'nprobe': 16}, {'nprobe': 1024}),
-    'HNSW': ({'M': 16, 'efConstruction': 200}, {'ef': 128}, {'ef': 1024}),
-    'AUTOINDEX': ({}, {}, {}),
+HNSW = {'M': 16, 'efConstruction': 200}
+INDEXES = {  # parameters of the build beside those that follow the size, and the first version of a server that has it
+    'FLAT': ({}, None),
+    'IVF_FLAT': ({}, None),
+    'IVF_SQ8': ({}, None),
+    'HNSW': (HNSW, None),
+    'AUTOINDEX': ({}, None),
+    'HNSW_SQ': (HNSW | {'sq_type': 'SQ8'}, (2, 5)),
+    'DISKANN': ({}, (2, 2)),
+    'IVF_RABITQ': ({'refine': True, 'refine_type': 'SQ8'}, (2, 6)),
 }
+IN_LITE = {'FLAT', 'IVF_FLAT', 'IVF_SQ8', 'HNSW', 'HNSW_SQ', 'AUTOINDEX'}  # it takes others and searches row by row
+FLOAT16 = (2, 4)  # version of the first server that has such vectors
+SEGMENT = 100_000  # rows that have an index of their own: of Milvus Lite at most, of a server about as many
+OUTGROWN = 2  # times as many lists as it has suit a collection now: its index is made anew
 MAX_TEXT = 65535  # bytes of a row's text, Milvus' limit
 MOST = 16384  # rows that Milvus returns for a query
 REQUEST = 2048  # rows, ids or queries per request: servers accept no message over 64 MB
@@ -39,6 +50,9 @@ PASSING = ('not (yet )?(ready|available|loaded|fully loaded|serving|healthy|shar
            'rate limit|too many requests|time ?out|timed out|deadline|connection|recovering|initializing|'
            'no available|node not (found|match)')  # in the text of an answer
 ANSWER_TIMEOUT = 10  # seconds that a server may take to answer the first call
+IMPORT_STATES = {'Completed': 'done', 'Failed': 'failed', 'Failed and cleaned': 'failed'}  # the others are running
+GRPC = {  # pymilvus pings every 10 s, also between two requests, for which gRPC's servers and proxies hang up
+    'grpc.keepalive_permit_without_calls': 0, 'grpc.keepalive_time_ms': 60_000, 'grpc.keepalive_timeout_ms': 20_000}
 RETRIES = 1  # by pymilvus, which retries in silence; we wait ourselves, and say so (waiting.py)
 
 
@@ -51,16 +65,51 @@ class Metadata:
     embedding_model: str
     embedding_hash: str
     dimension: int
-    index: str
+    index: str | None  # its type, and the parameters that were set
     version: int = VERSION
+    vectors: str | None = 'float32'
 
 
-def open_knowledge_base(settings, vocabulary_hash, embedder, create=False):
-    """The collection that the settings name, filled or read with their tokenizer, chunk size and embedding model."""
+def open_knowledge_base(settings, vocabulary_hash, embedder, create=False, expected=0):
+    """
+    The collection that the settings name, filled or read with their tokenizer, chunk size and embedding model. One that
+    is made gets an index for the `expected` number of rows.
+    """
     metadata = Metadata(settings.tokenizer, vocabulary_hash, settings.retrieval_chunk_size, embedder.name,
-                        embedder.fingerprint, embedder.dimension, settings.retrieval_index)
-    return KnowledgeBase(settings.retrieval_milvus_uri, settings.retrieval_milvus_token,
-                         settings.retrieval_collection, metadata, create)
+                        embedder.fingerprint, embedder.dimension, settings.retrieval_index,
+                        vectors=settings.retrieval_vectors)
+    return KnowledgeBase(settings.retrieval_milvus_uri, settings.retrieval_milvus_token, settings.retrieval_collection,
+                         metadata, create, expected, settings.retrieval_search_params)
+
+
+def parse_index(name):
+    """Type and parameters of a retrieval_index such as 'HNSW M=32 efConstruction=400'. UserError if it is none."""
+    kind, *rest = name.split() or ['']
+    if kind not in INDEXES:
+        raise UserError(f'retrieval_index {name!r} is not one of auto, {", ".join(INDEXES)}')
+    parameters = {}
+    for item in rest:
+        key, is_set, value = item.partition('=')
+        if not (is_set and key.isidentifier() and value):
+            raise UserError(f"retrieval_index {name!r}: {item!r} is no parameter; write it as in 'HNSW M=32 "
+                            f"efConstruction=400'")
+        try:
+            parameters[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parameters[key] = value
+    return kind, parameters
+
+
+def build_parameters(kind, rows):
+    """
+    Those of an index of a number of rows. A search reads all of an IVF index's list heads and some of the lists: about
+    4 sqrt(n) lists for n rows balance that, and k-means needs 39 rows for each. Every segment has an index of its own.
+    """
+    parameters = dict(INDEXES[kind][0])
+    if kind.startswith('IVF'):
+        rows = min(rows, SEGMENT)
+        parameters['nlist'] = max(16, int(min(4 * rows ** 0.5, rows / 39)))
+    return parameters
 
 
 def is_local(uri):
@@ -71,17 +120,24 @@ def is_local(uri):
 class KnowledgeBase:
     """
     One collection. `uri` is a path that ends in .db (Milvus Lite) or a server's http(s) address; the token is used
-    and never shown. `create` makes a missing collection, which is a UserError otherwise. A local database is served by
-    a process that all share (local_server.py).
+    and never shown. `create` makes a missing collection, which is a UserError otherwise, with an index for the
+    `expected` number of rows. `search_params` override those of the index. A local database is served by a process that
+    all share (local_server.py).
     """
 
-    def __init__(self, uri, token, collection, metadata, create=False):
+    def __init__(self, uri, token, collection, metadata, create=False, expected=0, search_params=None):
         check_uri(uri)
         if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]{0,254}', collection):  # Milvus Lite takes others, a server does not
             raise UserError(f'retrieval_collection {collection!r} cannot be the name of one: use letters, digits and '
                             f'underscores, 255 at most, and no digit at the beginning')
-        if metadata.index not in INDEXES:
-            raise UserError(f'retrieval_index {metadata.index!r} is not one of {", ".join(INDEXES)}')
+        if metadata.vectors not in ('float32', 'float16'):
+            raise UserError(f"retrieval_vectors {metadata.vectors!r} is neither 'float32' nor 'float16'")
+        index = metadata.index if metadata.index != 'auto' else 'IVF_FLAT' if is_local(uri) else 'HNSW'
+        parse_index(index)
+        self.new_index, self.expected, self.search_params = index, expected, search_params or {}
+        if metadata.index == 'auto':
+            metadata = replace(metadata, index=None)
+        self.lists = 0  # of an IVF index
         uri = os.path.expanduser(uri) if is_local(uri) else uri
         self.uri, self.token, self.collection, self.metadata = uri, token, collection, metadata
         self.client = self.lease = None
@@ -99,13 +155,15 @@ class KnowledgeBase:
             address = self.lease.address if self.lease else self.uri
             self.client = connect(address, self.uri, self.token, min(timeout or longest, longest))
             with self._errors():
-                if self.client.has_collection(self.collection, retry_times=RETRIES):
-                    self._check_metadata()
-                elif create:
+                if not self.client.has_collection(self.collection, retry_times=RETRIES):
+                    if not create:
+                        raise no_collection(self.uri, self.collection)
                     self._create()
-                else:
-                    raise no_collection(self.uri, self.collection)
+                self._check_metadata()  # also of one just made: somebody else may have made it at the same time
+                if create and not self.client.list_indexes(self.collection):  # making one was interrupted
+                    self._create_index(self.metadata.index, self.expected)
                 self.client.load_collection(self.collection, timeout=timeout)
+                self._look_at_index()
         except BaseException:
             self.close()
             raise
@@ -115,6 +173,8 @@ class KnowledgeBase:
 
     def _create(self):
         from pymilvus import DataType, MilvusClient
+        self._check_version()
+        metadata = replace(self.metadata, index=self.new_index)
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field('id', DataType.INT64, is_primary=True)
         schema.add_field('doc_id', DataType.INT64)
@@ -123,12 +183,65 @@ class KnowledgeBase:
         schema.add_field('text', DataType.VARCHAR, max_length=MAX_TEXT)
         schema.add_field('tokens', DataType.ARRAY, element_type=DataType.INT32,
                          max_capacity=2 * self.metadata.chunk_size)
-        schema.add_field('embedding', DataType.FLOAT_VECTOR, dim=self.metadata.dimension)
+        schema.add_field('embedding', DataType.FLOAT16_VECTOR if metadata.vectors == 'float16' else
+                         DataType.FLOAT_VECTOR, dim=metadata.dimension)
+        properties = {PROPERTY: json.dumps(asdict(metadata)), REVISION: new_revision()}
+        self.client.create_collection(self.collection, schema=schema, properties=properties)
+        self._create_index(metadata.index, self.expected)
+
+    def _create_index(self, name, rows):
+        """Make the index of that type and parameters, for a number of rows. It is built when there are as many."""
+        kind, parameters = parse_index(name)
         index = self.client.prepare_index_params()
-        index.add_index('embedding', index_type=self.metadata.index, metric_type='IP',
-                        params={'params': INDEXES[self.metadata.index][0]})  # Milvus Lite reads only nested ones
-        properties = {PROPERTY: json.dumps(asdict(self.metadata)), REVISION: new_revision()}
-        self.client.create_collection(self.collection, schema=schema, index_params=index, properties=properties)
+        index.add_index('embedding', index_type=kind, metric_type='IP', params={
+            'params': build_parameters(kind, rows) | parameters})  # Milvus Lite reads only nested ones
+        self.client.create_index(self.collection, index)
+
+    def _look_at_index(self):
+        """Find out how many lists an IVF index has, which says how many of them a search has to read."""
+        found = self.client.describe_index(self.collection, 'embedding') or {}
+        found = found.get('params') or found  # of older servers
+        self.lists = int((json.loads(found) if isinstance(found, str) else found).get('nlist', 0))
+
+    def fit_index(self, say):
+        """Make the index anew if the collection has outgrown it. Whether it had. Until then searches are refused."""
+        kind, parameters = parse_index(self.metadata.index)
+        rows = self.count()
+        wanted = build_parameters(kind, rows).get('nlist', 0)
+        if 'nlist' in parameters or wanted <= OUTGROWN * self.lists:
+            return False
+        say(f'making the index anew: {wanted:,} lists suit the rows that there are now, and it has {self.lists:,}')
+        with self._errors():
+            self.client.release_collection(self.collection)
+            self.client.drop_index(self.collection, 'embedding')
+            self._create_index(self.metadata.index, rows)
+            self.client.load_collection(self.collection)
+            self._look_at_index()
+        return True
+
+    def _check_version(self):
+        """UserError if the server lacks what the new collection needs. Milvus Lite would take it, and do without."""
+        kind, _ = parse_index(self.new_index)
+        version = self.server_version()
+        if is_local(self.uri):
+            if kind not in IN_LITE:
+                raise UserError(f'retrieval_index {kind!r} is none of Milvus Lite, which would look at every row: use '
+                                f'{", ".join(sorted(IN_LITE))}, or a Milvus server')
+            if self.metadata.vectors == 'float16':
+                raise UserError("retrieval_vectors 'float16' are none of Milvus Lite: use 'float32', or a Milvus "
+                                'server from version 2.4 on')
+        since, old = INDEXES[kind][1], f'and {self.uri} is version {".".join(map(str, version))}'
+        if since and not is_local(self.uri) and version < since:
+            raise UserError(f'retrieval_index {kind!r} needs a Milvus server from version {since[0]}.{since[1]} on, '
+                            f'{old}: use HNSW or IVF_SQ8, or a newer server')
+        if self.metadata.vectors == 'float16' and version < FLOAT16:
+            raise UserError(f"retrieval_vectors 'float16' need a Milvus server from version 2.4 on, {old}: use "
+                            f"'float32', or a newer server")
+
+    def server_version(self):
+        """As a tuple of numbers; that of services which do not tell is above all."""
+        found = re.search(r'(\d+)\.(\d+)(?:\.(\d+))?', self.client.get_server_version())
+        return tuple(int(number or 0) for number in found.groups()) if found else (99,)
 
     def _properties(self):
         return self.client.describe_collection(self.collection, retry_times=RETRIES).get('properties', {})
@@ -157,7 +270,10 @@ class KnowledgeBase:
             raise UserError(f'collection {self.collection!r} in {self.uri} was not made by nanoRETRO: choose another '
                             f'name in retrieval_collection')
         found, wanted = json.loads(found), asdict(self.metadata)
+        found.setdefault('vectors', 'float32')
         names = {'tokenizer', 'embedding_model'}  # they may differ where the hashes agree
+        if wanted['index'] in (None, found['index'].split()[0]):  # no parameters of its own
+            wanted['index'] = found['index']
         wrong = [key for key in wanted if key not in names and wanted[key] not in (None, found.get(key))]
         if wrong:
             named = {'vocabulary_hash': 'tokenizer', 'embedding_hash': 'embedding_model'}
@@ -166,6 +282,7 @@ class KnowledgeBase:
             raise UserError(f'collection {self.collection!r} in {self.uri} was made by something else ({both}): use '
                             f'the settings that made it, or fill another retrieval_collection with python -m '
                             f'retrieval.populate CONFIG')
+        self.metadata = replace(self.metadata, index=found['index'], vectors=found['vectors'])
 
     def count(self):
         """Number of rows."""
@@ -185,10 +302,15 @@ class KnowledgeBase:
                 rows = self.client.get(self.collection, ids=ids[start:start + REQUEST].tolist(),
                                        output_fields=['id', *fields], retry_times=RETRIES, **options)
             found |= {row['id']: row for row in rows}
+        if self.metadata.vectors == 'float16' and 'embedding' in fields:
+            for row in found.values():  # the client gives its bytes
+                row['embedding'] = np.frombuffer(bytes(row['embedding']), dtype=np.float16)
         return found
 
     def upsert(self, rows):
         """Add rows, dicts of the collection's fields; rows with the same id are replaced. Call flush() at the end."""
+        if self.metadata.vectors == 'float16':
+            rows = [row | {'embedding': row['embedding'].astype(np.float16)} for row in rows]
         for start in range(0, len(rows), REQUEST):
             self._announce_change()
             with self._errors():
@@ -262,6 +384,29 @@ class KnowledgeBase:
             self.client.flush(self.collection)
         self._set_revision(new_revision())
 
+    def start_import(self, path):
+        """Have the server import a file of rows. The id of its task."""
+        self._announce_change()
+        with self._errors():
+            return self.client._get_connection().do_bulk_insert(self.collection, '', [path])
+
+    def import_state(self, task):
+        """'running', 'done' or 'failed', and why."""
+        with self._errors():
+            found = self.client._get_connection().get_bulk_insert_state(task)
+        return IMPORT_STATES.get(found.state_name, 'running'), found.infos.get('failed_reason', '')
+
+    def is_importing(self):
+        """Whether the server is importing a file into the collection."""
+        with self._errors():
+            tasks = self.client._get_connection().list_bulk_insert_tasks(0, self.collection)
+        return any(IMPORT_STATES.get(task.state_name, 'running') == 'running' for task in tasks)
+
+    def refresh(self):
+        """Load what was imported."""
+        with self._errors():
+            self.client.refresh_load(self.collection)
+
     def search(self, vectors, limit, excluded=(), latest=False):
         """
         Up to `limit` rows nearest to each of the vectors (n, D): (n, limit) of HIT, nearest first, of equally near
@@ -271,13 +416,11 @@ class KnowledgeBase:
         options = {'consistency_level': 'Strong'} if latest else {}
         is_filtered = len(excluded) > 0
         expression = f'doc_id not in {sorted(int(d) for d in excluded)}' if is_filtered else ''
-        params = dict(INDEXES[self.metadata.index][1 + is_filtered])
-        if 'ef' in params:
-            params['ef'] = max(params['ef'], limit)  # Milvus refuses a limit above ef
+        params = self._search_parameters(limit, is_filtered)
         found = np.zeros((len(vectors), limit), dtype=HIT)
         found['score'] = -np.inf
         for start in range(0, len(vectors), REQUEST):
-            data = list(np.asarray(vectors[start:start + REQUEST], dtype=np.float32))
+            data = list(np.asarray(vectors[start:start + REQUEST], dtype=self.metadata.vectors))
             with self._errors():
                 answer = self.client.search(self.collection, data=data, anns_field='embedding', limit=limit,
                                             filter=expression, output_fields=['doc_id'],
@@ -289,6 +432,21 @@ class KnowledgeBase:
         # equal texts have equal scores but for rounding, whose order depends on the server and the index
         order = np.lexsort((found['id'], -found['score'].round(5)))  # by score, then by id
         return np.take_along_axis(found, order, axis=1)
+
+    def _search_parameters(self, limit, is_filtered):
+        """Of a search for `limit` rows. A filtered one has to look further."""
+        kind, _ = parse_index(self.metadata.index)
+        if kind.startswith('IVF'):  # of the lists, as many as find 97 % of the two nearest (docs/scaling.md)
+            params = {'nprobe': self.lists if is_filtered else min(self.lists, max(16, math.ceil(self.lists ** 0.5)))}
+            params |= {'refine_k': 4} if kind == 'IVF_RABITQ' else {}
+        elif kind.startswith('HNSW'):
+            params = {'ef': 1024 if is_filtered else 128}
+        else:
+            params = {'search_list': 1024 if is_filtered else 128} if kind == 'DISKANN' else {}
+        params |= {} if is_filtered else self.search_params
+        for name in {'ef', 'search_list'} & params.keys():
+            params[name] = max(params[name], limit)  # Milvus refuses a limit above them
+        return params
 
     def close(self):
         if self.client is not None:
@@ -311,7 +469,7 @@ def connect(address, uri, token, timeout):
     from pymilvus import MilvusClient  # takes a second to import
     logging.getLogger('pymilvus').setLevel(logging.CRITICAL)  # no tracebacks: our error gives the reason
     with milvus_errors(uri, bool(token)):
-        client = MilvusClient(address, token=token, timeout=timeout)
+        client = MilvusClient(address, token=token, timeout=timeout, grpc_options=GRPC)
         client.list_collections(timeout=timeout)
         return client
 

@@ -2,13 +2,18 @@
 Fills a collection with the chunks of the train documents:
 
     python -m retrieval.populate config/quickstart.py
-    python -m retrieval.populate config/quickstart.py --sync=True    # also remove what the documents no longer hold
+    python -m retrieval.populate config/quickstart.py --sync=True       # also remove what the documents no longer hold
+    python -m retrieval.populate config/quickstart.py --dry_run=True    # how much that would be, and how long it takes
+    torchrun --standalone --nproc_per_node=4 -m retrieval.populate config/my_run.py    # a GPU for each process
 
 Reading, embedding and inserting run at the same time, the first two in processes of their own. Chunks that the
 collection already has are left as they are, so a second run adds none, and completes one that was interrupted. The
 chunks of a document that has changed since, or has become empty, are replaced. Those of documents that are gone stay,
 unless --sync=True. A chunk without text of its own, or that the embedding model maps to zero, is no row. At the end the
-exact-match index is brought up to date (match_index.py).
+exact-match index is brought up to date (match_index.py). While Milvus cannot be reached it waits.
+
+Several processes deal the chunks among themselves. With --bulk=True, for tens of millions of chunks, a server imports
+files of the rows in place of inserting them (bulk.py).
 """
 import multiprocessing
 import queue
@@ -17,7 +22,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 
 from system import end_with_parent, pick_device
 
@@ -29,11 +34,21 @@ from data.blocks import open_all_datasets
 from data.chunk_store import Chunks, open_datasets
 from data.documents import as_dataset_configs
 from data.tokenizer import load_tokenizer, vocabulary_hash
+from retrieval.bulk import Imports
 from retrieval.embedding import Embedder, EmbedderInfo
-from retrieval.knowledge_base import MAX_TEXT, open_knowledge_base
+from retrieval.knowledge_base import MAX_TEXT, SEGMENT, is_local, open_knowledge_base
 from retrieval.match_index import open_match_index
+from retrieval.ranks import Ranks
+from retrieval.sizes import describe_sizes
+from retrieval.waiting import wait_for_milvus
 
 AHEAD = 4  # Parts that may queue before a stage
+SAMPLE = 10  # seconds of embedding, to estimate all of it
+OPTIONS = {
+    'sync': 'remove the rows of documents that train_datasets no longer hold',
+    'dry_run': 'print how many chunks there are, what they take, and how long; insert nothing',
+    'bulk': 'have a server import files of the rows, in retrieval_bulk_dir, in place of inserting them',
+}
 
 
 @dataclass
@@ -72,13 +87,20 @@ class Part:
     ended: float = 0.0
 
 
-def read_parts(datasets, tokenizer):
-    """Yields the chunks of ChunkedDatasets, or streamed ones, as Parts; of documents without text only the doc_ids."""
+def read_parts(datasets, tokenizer, rank=0, world_size=1):
+    """
+    Yields the chunks of ChunkedDatasets, or streamed ones, as Parts; of documents without text only the doc_ids.
+    Of several ranks' each gets its own, dealt in turn.
+    """
+    turn = count()
     parts = (dataset.parts(tokenizer) if dataset.config.streaming else [dataset] for dataset in datasets)
     for dataset in chain.from_iterable(parts):
         for numbers in dataset.blocks():
-            yield as_part(numbers, dataset, tokenizer)
+            if next(turn) % world_size == rank:
+                yield as_part(numbers, dataset, tokenizer)
         for doc_ids in dataset.empty_documents():
+            if next(turn) % world_size != rank:
+                continue
             nothing = as_part(np.arange(1), dataset, tokenizer)
             yield Part(nothing.rows.take([]), {}, set(doc_ids.tolist()), nothing.textless[:0], doc_ids)
 
@@ -111,7 +133,7 @@ def as_part(numbers, dataset, tokenizer):
                 np.setdiff1d(doc_ids[held == ends], chunks.doc_ids[has_text]))
 
 
-def read_into(parts, settings):
+def read_into(parts, settings, rank, world_size):
     """
     The reading process: puts news (texts), the (hash, number of chunks) of each dataset, the Parts, and at the end None
     or the exception.
@@ -125,7 +147,7 @@ def read_into(parts, settings):
             parts.put(f'{dataset.config.path}: ' + (
                 'streamed' if dataset.config.streaming else dataset.counts.describe()))
         parts.put([(dataset.hash, dataset.num_chunks) for dataset in datasets])
-        reading, part = read_parts(datasets, tokenizer), None
+        reading, part = read_parts(datasets, tokenizer, rank, world_size), None
         while True:
             began = time.monotonic()
             part = next(reading, None)
@@ -211,11 +233,14 @@ def remove_others(knowledge_base, settings, tokenizer, held):
     return len(documents), removed
 
 
-def populate(settings, show_progress, sync=False, say=print):
+def populate(settings, show_progress, sync=False, say=print, ranks=None, bulk=False):
     """
-    Fill the collection. Returns counts, and seconds by stage of the time that they ran together, beside all that were
-    spent on reading. `say` receives what was read.
+    Fill the collection, with the other Ranks, if there are any. Returns counts, of all of them, and seconds by stage of
+    the time that they ran together, beside all that were spent on reading; of a rank that is not the first, of its own.
+    `say` receives what was read.
     """
+    ranks = ranks or Ranks()
+    say, show_progress = say if ranks.is_master else lambda text: None, show_progress and ranks.is_master
     tokenizer = load_tokenizer(settings.tokenizer)
     configs = as_dataset_configs(settings.train_datasets, 'train_datasets')  # validate before loading a model
     if sync and (streamed := [config.path for config in configs if config.streaming]):
@@ -223,26 +248,44 @@ def populate(settings, show_progress, sync=False, say=print):
                         f'fill another retrieval_collection')
     context = multiprocessing.get_context('spawn')
     parts = context.Queue(maxsize=AHEAD)
-    reader = context.Process(target=read_into, name='reader', args=(parts, settings), daemon=True)
+    reader = context.Process(target=read_into, name='reader', daemon=True,
+                             args=(parts, settings, ranks.rank, ranks.world_size))
     reader.start()
     embedders = ProcessPoolExecutor(1, mp_context=context)
     seconds, done, changed = Counter(), Counter(), set()
     progress = tqdm(desc='chunks', unit=' chunks', unit_scale=True, disable=not show_progress)
-    knowledge_base = None
+    knowledge_base = imports = None
+
+    def wait(work):
+        return wait_for_milvus(work, knowledge_base.open, settings.retrieval_timeout, say)
     try:
         while isinstance(item := receive(parts, reader), str):  # report what cannot be read before making a collection
             say(item)
         held, part = item, receive(parts, reader)
-        progress.total = None if None in (counts := [count for _, count in held]) else sum(counts)
+        check_same(ranks, held)
+        progress.total = None if None in (counts := [size for _, size in held]) else sum(counts)
         info = embedders.submit(load_embedder, settings.retrieval_embedding_model,
-                                pick_device(settings.device)).result()
-        if cut := embedders.submit(describe_cut, part.rows.text).result():
+                                pick_device(ranks.device(settings.device))).result()
+        if part and (cut := embedders.submit(describe_cut, part.rows.text).result()):
             say(cut)
-        knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), info, create=True)
-        done['before'] = knowledge_base.count()
+
+        def open_it(create):
+            return open_knowledge_base(settings, vocabulary_hash(tokenizer), info, create,
+                                       expected=progress.total or SEGMENT)
+        if ranks.is_master:  # the others wait until there is a collection
+            knowledge_base = open_it(create=True)
+            imports = Imports(knowledge_base, settings, progress.total) if bulk else None
+            if imports:
+                imports.finish_earlier(say)
+            done['before'] = knowledge_base.count()
+        done['before'] = ranks.gather('before', done['before'])[0]
+        if not ranks.is_master:
+            knowledge_base = open_it(create=False)
+            imports = Imports(knowledge_base, settings, progress.total) if bulk else None
         start, waiting = time.monotonic(), deque()
         progress.reset()  # its rate excludes the start-up
         while part or waiting:
+            ranks.check()
             while part and len(waiting) < AHEAD:
                 seconds['reading'] += part.ended - part.began
                 seconds['read'] += max(0.0, part.ended - max(part.began, start))
@@ -250,7 +293,7 @@ def populate(settings, show_progress, sync=False, say=print):
                 done['textless'] += len(part.textless)
                 size, rows = len(part.rows.id) + len(part.textless), part.rows
                 if done['before']:
-                    rows, found = missing_rows(knowledge_base, part)
+                    rows, found = wait(lambda part=part: missing_rows(knowledge_base, part))
                     changed |= found
                 waiting.append((size, rows, embedders.submit(embed, rows.text)))
                 part = receive(parts, reader)
@@ -259,25 +302,42 @@ def populate(settings, show_progress, sync=False, say=print):
             seconds['embed'] += took
             began = time.monotonic()
             has_vector = vectors.any(axis=1)
-            if has_vector.any():
-                knowledge_base.upsert(rows.take(np.flatnonzero(has_vector)).to_dicts(vectors[has_vector]))
+            if imports:
+                imports.add(rows.take(np.flatnonzero(has_vector)), vectors[has_vector], is_new=not done['before'])
+            elif has_vector.any():
+                chosen = rows.take(np.flatnonzero(has_vector)).to_dicts(vectors[has_vector])
+                wait(lambda chosen=chosen: knowledge_base.upsert(chosen))
             if done['before'] and not has_vector.all():  # what they had before they changed
-                knowledge_base.delete(list(knowledge_base.rows(rows.id[~has_vector], [], latest=True)))
+                without = rows.id[~has_vector]
+                wait(lambda without=without: knowledge_base.delete(list(knowledge_base.rows(without, [], latest=True))))
             seconds['insert'] += time.monotonic() - began
             done['added'] += int(has_vector.sum())
             done['without_vector'] += int((~has_vector).sum())
-            progress.update(size)
+            progress.update(ranks.add('progress', size) - progress.n if ranks.world_size > 1 else size)
         began = time.monotonic()
+        if imports:
+            imports.finish()
+        totals = ranks.gather('done', [dict(done), [str(doc_id) for doc_id in changed]])
+        if not ranks.is_master:
+            return done, seconds
+        for other, _ in totals[1:]:
+            done.update({key: value for key, value in other.items() if key != 'before'})
+        done['changed'] = len(set().union(*(names for _, names in totals)))
         if sync and done['before']:
-            done['removed_documents'], done['removed'] = remove_others(knowledge_base, settings, tokenizer, held)
-        if knowledge_base.revision() is None or done['added']:  # it changed, now or in a run that was interrupted
-            knowledge_base.flush()
+            done['removed_documents'], done['removed'] = wait(
+                lambda: remove_others(knowledge_base, settings, tokenizer, held))
+        # it changed, now or in a run that was interrupted
+        has_changed = wait(lambda: knowledge_base.revision() is None or done['added'])
+        if has_changed:
+            wait(lambda: knowledge_base.fit_index(say))
+            wait(knowledge_base.flush)
         seconds['insert'] += time.monotonic() - began
         seconds['all'] = time.monotonic() - start
-        done['changed'], done['after'] = len(changed), knowledge_base.count()
+        done['after'] = wait(knowledge_base.count)
         if settings.retrieval_pointers and done['after']:
             progress.close()
-            open_match_index(settings, tokenizer, say, show_progress).follow(knowledge_base)
+            index = open_match_index(settings, tokenizer, say, show_progress)
+            wait(lambda: index.follow(knowledge_base))
         return done, seconds
     finally:
         progress.close()
@@ -285,6 +345,12 @@ def populate(settings, show_progress, sync=False, say=print):
             knowledge_base.close()
         reader.terminate()
         embedders.shutdown(cancel_futures=True)
+
+
+def check_same(ranks, held):
+    """UserError if ranks on several nodes read different datasets."""
+    if any(other != [list(pair) for pair in held] for other in ranks.gather('held', held)) and ranks.world_size > 1:
+        raise UserError('the processes read different train_datasets: give all nodes the same files')
 
 
 def receive(parts, reader):
@@ -301,19 +367,81 @@ def receive(parts, reader):
         return item
 
 
+def dry_run(settings):
+    """Print what populate would do to an empty collection, what it takes, and how long, by embedding some chunks."""
+    tokenizer = load_tokenizer(settings.tokenizer)
+    configs = as_dataset_configs(settings.train_datasets, 'train_datasets')
+    if any(config.streaming for config in configs):
+        raise UserError('--dry_run=True counts chunks, and nobody knows how many a streamed dataset has: set '
+                        'streaming=False')
+    datasets = open_datasets(configs, tokenizer, settings)
+    embedder = Embedder(settings.retrieval_embedding_model, pick_device(settings.device))
+    chunks = sum(dataset.num_chunks for dataset in datasets)
+    rows = sample_rows(datasets, tokenizer)
+    embedder.embed(rows.text[:64])  # what is allocated and compiled once
+    start, embedded, vectors = time.perf_counter(), 0, []
+    while embedded < len(rows.text) and time.perf_counter() - start < SAMPLE:
+        vectors.append(embedder.embed(rows.text[embedded:embedded + 256]))
+        embedded += len(vectors[-1])
+    rate = embedded / (time.perf_counter() - start)
+    for dataset in datasets:
+        print(f'{dataset.config.path}: {dataset.num_chunks:,} chunks of {dataset.counts.describe()}')
+    print(describe_sizes(settings, rows.take(range(embedded)), np.concatenate(vectors), chunks, rate))
+
+
+def sample_rows(datasets, tokenizer, blocks=8):
+    """Rows of some blocks of the datasets, in a random order, and of no more than that."""
+    dice, found = np.random.default_rng(0), []
+    sizes = np.array([dataset.num_chunks for dataset in datasets], dtype=float)
+    for number in dice.choice(len(datasets), size=blocks, p=sizes / sizes.sum()):
+        start = int(dice.integers(datasets[number].num_chunks))
+        chosen = np.arange(start, min(start + 512, datasets[number].num_chunks))
+        found.append(as_part(chosen, datasets[number], tokenizer).rows)
+    joined = Rows(*(np.concatenate([getattr(rows, name) for rows in found]) if isinstance(value, np.ndarray) else
+                    [item for rows in found for item in getattr(rows, name)]
+                    for name, value in vars(found[0]).items()))
+    return joined.take(dice.permutation(len(joined.id)))
+
+
+def read_options(arguments):
+    """{option: whether it is on} of populate's own, and the other arguments. UserError if a value is none."""
+    options, others = dict.fromkeys(OPTIONS, False), []
+    for argument in arguments:
+        name, has_value, value = argument.removeprefix('--').partition('=')
+        if name not in OPTIONS or not argument.startswith('--'):
+            others.append(argument)
+        elif has_value and value not in ('True', 'False'):
+            raise UserError(f'{argument!r} is none of --{name}=True and --{name}=False: choose one')
+        else:
+            options[name] = value != 'False'
+    return options, others
+
+
 def main():
-    arguments, sync = sys.argv[1:], False
+    options, arguments = read_options(sys.argv[1:])
     if '--help' in arguments or '-h' in arguments:
-        print(f'{__doc__}\n  --sync=False\n        remove the rows of documents that train_datasets no longer hold\n')
-    for argument in [a for a in arguments if a.partition('=')[0] == '--sync']:
-        if argument not in ('--sync', '--sync=True', '--sync=False'):
-            raise UserError(f'{argument!r} is none of --sync=True and --sync=False: choose one')
-        arguments.remove(argument)
-        sync = argument != '--sync=False'
+        print(__doc__, *(f'  --{name}=False\n        {text}' for name, text in OPTIONS.items()), '', sep='\n')
     settings = load_settings(arguments)
+    if options['bulk'] and is_local(settings.retrieval_milvus_uri):
+        raise UserError('--bulk=True is of no use to Milvus Lite, which imports no files: leave it out, or name a '
+                        'server in retrieval_milvus_uri')
+    with Ranks() as ranks:
+        if options['dry_run']:
+            if ranks.world_size > 1 or options['sync'] or options['bulk']:
+                raise UserError('--dry_run=True inserts and removes nothing, in one process: start it without '
+                                'torchrun, --sync and --bulk')
+            dry_run(settings)
+            return
+        if ranks.is_master:
+            print(f'filling collection {settings.retrieval_collection!r}', flush=True)
+        done, seconds = populate(settings, sys.stderr.isatty(), options['sync'], print, ranks, options['bulk'])
+        if ranks.is_master:
+            report(settings, done, seconds, options['sync'], ranks.world_size)
+
+
+def report(settings, done, seconds, sync, world_size):
+    """Print what was done."""
     name = settings.retrieval_collection
-    print(f'filling collection {name!r}', flush=True)
-    done, seconds = populate(settings, sys.stderr.isatty(), sync)
     print(f'collection {name!r} in {settings.retrieval_milvus_uri}: {done["after"]:,} chunks, {done["added"]:,} of '
           f'them written now, {done["changed"]:,} changed documents')
     if done['textless'] or done['without_vector']:
@@ -329,6 +457,9 @@ def main():
         rates = {stage: done['added'] / max(seconds[stage], 1e-9) for stage in ('embed', 'insert', 'all')}
         rates['read'] = done['chunks'] / max(seconds['reading'], 1e-9)
         slowest = max(('read', 'embed', 'insert'), key=seconds.get)
+        if world_size > 1:
+            print(f'{rates["all"]:,.0f} chunks/s in {seconds["all"]:.0f} s, by {world_size} processes')
+            return
         print(f'{rates["all"]:,.0f} chunks/s in {seconds["all"]:.0f} s | while running: read {rates["read"]:,.0f}, '
               f'embed {rates["embed"]:,.0f}, insert {rates["insert"]:,.0f} chunks/s | the slowest, {slowest}, was busy '
               f'{seconds[slowest] / seconds["all"]:.0%} of the time')
