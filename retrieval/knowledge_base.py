@@ -169,7 +169,7 @@ class KnowledgeBase:
             raise
 
     def _errors(self):
-        return milvus_errors(self.uri, bool(self.token))
+        return milvus_errors(self.uri, bool(self.token), self.collection)
 
     def _create(self):
         from pymilvus import DataType, MilvusClient
@@ -494,7 +494,7 @@ def check_local_path(uri, collection, create):
 
 
 @contextmanager
-def milvus_errors(uri, has_token):
+def milvus_errors(uri, has_token, collection=None):
     """Turn the errors that a user can correct into UserErrors; let the others through."""
     try:
         yield
@@ -515,12 +515,21 @@ def milvus_errors(uri, has_token):
                 or (isinstance(error, ValueError) and 'URL' in str(error))):
             raise Unreachable(f'no Milvus answers at {uri} ({status or type(error).__name__}): start it, e.g. with '
                               f'docker compose up -d, or correct retrieval_milvus_uri') from error
+        if collection and is_gone(collection, text):
+            raise UserError(f'collection {collection!r} in {uri} was dropped while it was used: fill it again with '
+                            f'python -m retrieval.populate CONFIG') from error
         if isinstance(error, MilvusException) or status:
             reason = f'Milvus at {uri} refuses: {" ".join(text.split())[:500] or status}'
             if may_pass(error, status, text):
                 raise Unreachable(reason) from error
             raise UserError(f'{reason}; waiting would not help, see what the message names') from error
         raise
+
+
+def is_gone(collection, text):
+    """Whether an answer says that there is no such collection, by its name or by its number."""
+    return bool(re.search("collection.* not (found|exist)|collection.* does not exist|(can't|cannot) find collection|not found.*collection", text,
+                          re.IGNORECASE) and (collection in text or re.search(r'collection(ID)?=\d+', text)))
 
 
 def may_pass(error, status, text):

@@ -34,7 +34,7 @@ from data.blocks import open_all_datasets
 from data.chunk_store import Chunks, open_datasets
 from data.documents import as_dataset_configs
 from data.tokenizer import load_tokenizer, vocabulary_hash
-from retrieval.bulk import Imports
+from retrieval.bulk import Imports, open_folder
 from retrieval.embedding import Embedder, EmbedderInfo
 from retrieval.knowledge_base import MAX_TEXT, SEGMENT, is_local, open_knowledge_base
 from retrieval.match_index import open_match_index
@@ -425,6 +425,8 @@ def main():
     if options['bulk'] and is_local(settings.retrieval_milvus_uri):
         raise UserError('--bulk=True is of no use to Milvus Lite, which imports no files: leave it out, or name a '
                         'server in retrieval_milvus_uri')
+    if options['bulk']:
+        open_folder(settings.retrieval_bulk_dir)
     with Ranks() as ranks:
         if options['dry_run']:
             if ranks.world_size > 1 or options['sync'] or options['bulk']:

@@ -14,10 +14,12 @@ import termios
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from bench.milvus_server import MilvusServer, why_not
 from configurator import load_settings
+from retrieval.knowledge_base import connect
 from retrieval.loader import Loader
 from tests.conftest import ROOT, has_server, run, spawn, wait_until
 from tests.test_train import losses, metrics
@@ -381,3 +383,45 @@ def test_filling_follows_changed_emptied_and_removed_documents_on_a_server_too(s
     assert '2 of them written now, 2 changed documents' in said and 'chunks of 1 documents that train_dat' in said
     said = fill(dict(id='e', text='new'), dict(id='b', text='short'), dict(id='a', text=text + 'a'))
     assert ', 0 of them written now, 0 changed' in said and 'removed: 0 chunks' in said
+
+
+def test_populate_on_a_server_refuses_what_its_version_lacks_and_imports_files(server, prepared, tmp_path):
+    folder = tmp_path / 'run'
+    shutil.copytree(prepared, folder)
+    fill = ['-m', 'retrieval.populate', 'config.py', f'--retrieval_milvus_uri={server.uri}']
+    for option, said in (('--retrieval_index=IVF_RABITQ', "'IVF_RABITQ' needs a Milvus server from version 2.6 on, "),
+                         ('--retrieval_vectors=float16', "'float16' need a Milvus server from version 2.4 on, and"),
+                         ('--bulk=True', '--bulk=True needs retrieval_bulk_dir: a folder that the server reads')):
+        answer = run(*fill, '--retrieval_collection=new', option, folder=folder, check=False)
+        assert answer.returncode == 2 and said in answer.stderr and answer.stderr.count('\n') == 1
+    said = [run(*fill, f'--retrieval_collection={name}', *options, folder=folder).stdout for name, options in (
+        ('inserted', []), ('imported', ['--bulk=True', f'--retrieval_bulk_dir={folder}/bulk']))]
+    counts = [re.search(r'([\d,]+) chunks, ([\d,]+) of them written now', text).groups() for text in said]
+    assert counts[0] == counts[1] and counts[0][0] == counts[0][1]
+    assert not list((folder / 'bulk').iterdir())
+    again = run(*fill, '--retrieval_collection=imported', '--bulk=True', f'--retrieval_bulk_dir={folder}/bulk',
+                folder=folder).stdout
+    assert f'{counts[0][0]} chunks, 0 of them written now' in again
+    client = connect(server.uri, server.uri, '', 60)
+    rows, vectors = {}, {}
+    for name in ('inserted', 'imported'):
+        found = sorted(client.query(name, 'position >= 0', ['*'], limit=16384), key=lambda row: row['id'])
+        vectors[name] = np.array([row.pop('embedding') for row in found])
+        rows[name] = [{**row, 'tokens': list(row['tokens'])} for row in found]
+    client.close()
+    assert len(rows['inserted']) == int(counts[0][0].replace(',', '')) and rows['inserted'] == rows['imported']
+    np.testing.assert_allclose(vectors['inserted'], vectors['imported'], atol=1e-5)
+
+
+def test_a_collection_that_is_dropped_while_it_is_filled_is_one_clear_line(server, prepared, tmp_path):
+    folder = tmp_path / 'run'
+    shutil.copytree(prepared, folder)
+    process = spawn('-m', 'retrieval.populate', 'config.py', f'--retrieval_milvus_uri={server.uri}',
+                    '--retrieval_collection=dropped', folder=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    client = connect(server.uri, server.uri, '', 60)
+    wait_until(lambda: client.has_collection('dropped'), 60)
+    client.drop_collection('dropped')
+    _, said = process.communicate(timeout=60)
+    client.close()
+    assert process.returncode == 2 and said.startswith('error: ') and said.count('\n') == 1
+    assert "collection 'dropped'" in said and 'was dropped' in said

@@ -2,14 +2,17 @@
 import json
 import re
 import shutil
+import socket
 import subprocess
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from configurator import UserError, load_settings
 from data.chunking import chunk_hashes, document_hash
 from data.documents import DatasetConfig, load_documents
 from data.tokenizer import load_tokenizer, tokenize, vocabulary_hash
@@ -17,7 +20,7 @@ from retrieval.embedding import Embedder
 from retrieval.knowledge_base import FIELDS, open_knowledge_base
 from retrieval.local_server import join_server
 from retrieval.populate import read_parts
-from tests.conftest import CHUNK, open_all, run, spawn
+from tests.conftest import CHUNK, open_all, run, run_ranks, spawn
 
 
 def rows_of(settings, tokenizer):
@@ -261,3 +264,101 @@ def test_a_document_that_is_cut_within_a_run_of_spaces_loses_what_stood_beyond(w
     assert 'gone' not in documents_of(settings)['a']
     said = fill(workspace, [('a', LONG + spaces), ('b', 'other')])
     assert ', 0 of them written now, 0 changed' in said and '--sync' not in said
+
+
+def test_several_ranks_leave_the_rows_and_the_index_of_exact_matches_of_one(prepared, populated, tmp_path, monkeypatch):
+    folder, alone = tmp_path / 'run', tmp_path / 'alone'
+    shutil.copytree(prepared, folder)
+    shutil.copytree(populated, alone)
+    said = run_ranks(2, '-m', 'retrieval.populate', 'config.py', folder=folder).stdout
+    rows = {}
+    for place in (folder, alone):
+        monkeypatch.chdir(place)
+        rows[place] = rows_of(load_settings(['config.py']), load_tokenizer('tokenizer.json'))
+    assert f'{len(rows[alone]):,} chunks, {len(rows[alone]):,} of them written now' in said and 'by 2 processes' in said
+    assert rows[folder] == rows[alone]
+    assert segments(folder) == segments(alone)
+    with open(folder / 'more.py', 'w') as file:  # the second rank has nothing to do, and changes are counted once
+        file.write("train_datasets = ['docs.jsonl']\nretrieval_collection = 'own'\n")
+    fill(folder, [('a', LONG), ('b', LONG + 'b')])
+    (folder / 'docs.jsonl').write_text(json.dumps(dict(id='a', text=LONG[:50])) + '\n')
+    said = run_ranks(2, '-m', 'retrieval.populate', 'config.py', 'more.py', '--sync=True', folder=folder).stdout
+    assert ', 1 changed documents' in said and 'chunks of 1 documents that train_datasets do not hold' in said
+
+
+def segments(folder):
+    """The files of its index of exact matches."""
+    return {path.relative_to(folder): path.read_bytes() for path in (folder / 'out/matches').rglob('*.bin')}
+
+
+@pytest.mark.parametrize('broken', [0, 1])
+def test_a_rank_that_fails_ends_the_others_and_is_the_one_that_says_why(workspace, broken):
+    with socket.socket() as found:
+        found.bind(('127.0.0.1', 0))
+        port = found.getsockname()[1]
+
+    def run_rank(rank):
+        return run('-m', 'retrieval.populate', 'config.py', *['--retrieval_embedding_model=nowhere'] * (rank == broken),
+                   folder=workspace, check=False, env=dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2',
+                                                           MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)))
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(run_rank, range(2)))
+    assert [answer.returncode for answer in answers] == [2, 2]
+    assert answers[broken].stderr.startswith("error: no embedding model 'nowhere'")
+    assert answers[1 - broken].stderr == ''
+
+
+def test_a_dry_run_tells_what_a_collection_takes_and_makes_none(prepared, tmp_path):
+    folder = tmp_path / 'run'
+    shutil.copytree(prepared, folder)
+    said = run('-m', 'retrieval.populate', 'config.py', '--dry_run=True', folder=folder).stdout
+    chunks = int(re.search(r'([\d,]+) chunks of 16 tokens', said).group(1).replace(',', ''))
+    assert chunks > 1000 and f'vectors: {chunks * 192 * 4 / 1e9:,.2f} GB' in said
+    assert 'index: IVF_FLAT nlist=' in said and 'exact-match index: ' in said
+    assert re.search(r'time: \d+ s on this machine, by a process that embeds [\d,]+ chunks/s', said)
+    assert not (folder / 'milvus.db').exists()
+
+
+@pytest.mark.parametrize('options, said', [
+    (['--bulk=True'], '--bulk=True is of no use to Milvus Lite'),
+    (['--bulk=yes'], "'--bulk=yes' is none of --bulk=True and --bulk=False"),
+    (['--dry_run=True', '--sync=True'], '--dry_run=True inserts and removes nothing, in one process'),
+    (['--retrieval_index=IVF_RABITQ', '--retrieval_collection=new'], "'IVF_RABITQ' is none of Milvus Lite, which "),
+    (['--retrieval_index=DISKANN', '--retrieval_collection=new'], "'DISKANN' is none of Milvus Lite, which "),
+    (['--retrieval_vectors=float16', '--retrieval_collection=new'], "'float16' are none of Milvus Lite: use 'float32'"),
+    (['--retrieval_vectors=float8'], "retrieval_vectors 'float8' is neither 'float32' nor 'float16'"),
+    (['--retrieval_index=HNSW M', '--retrieval_collection=new'], "'M' is no parameter; write it as in 'HNSW M=32"),
+])
+def test_what_this_database_lacks_is_refused_by_name(workspace, options, said):
+    answer = run('-m', 'retrieval.populate', 'config.py', *options, folder=workspace, check=False)
+    assert answer.returncode == 2 and said in answer.stderr and answer.stderr.count('\n') == 1
+
+
+def test_the_index_follows_the_size_and_the_parameters_that_are_set(workspace, settings):
+    vocabulary, embedder = vocabulary_hash(load_tokenizer('tokenizer.json')), Embedder('embedding')
+
+    def lists(**changes):
+        own = settings.replace(**{'retrieval_collection': 'own', **changes})
+        knowledge_base = open_knowledge_base(own, vocabulary, embedder)
+        knowledge_base.close()
+        return knowledge_base.lists, knowledge_base._search_parameters(8, False), knowledge_base.metadata.index
+    documents = [('a', LONG)]
+    fill(workspace, documents)
+    assert lists() == (16, {'nprobe': 16}, 'IVF_FLAT')
+    documents += [(f'd{i}', f'{i} ' * 2000) for i in range(25)]
+    assert 'making the index anew: ' in fill(workspace, documents)  # from a size that was not expected
+    count = open_all(settings.replace(train_datasets=['docs.jsonl']))[0].num_chunks
+    found, params, _ = lists(retrieval_search_params={'nprobe': 3})
+    assert 32 < found <= count / 39 + 1 and params == {'nprobe': 3}
+    assert 'anew' not in fill(workspace, documents[:2])
+    (workspace / 'docs.jsonl').write_text(json.dumps(dict(id='a', text=LONG)) + '\n')
+    run('-m', 'retrieval.populate', 'config.py', '--retrieval_collection=set', '--train_datasets=["docs.jsonl"]',
+        '--retrieval_index=IVF_SQ8 nlist=20', folder=workspace)
+    for index, fits in (('auto', True), ('IVF_SQ8', True), ('IVF_SQ8 nlist=20', True), ('IVF_SQ8 nlist=9', False),
+                        ('HNSW', False)):
+        changes = dict(retrieval_collection='set', retrieval_index=index)
+        if fits:
+            assert lists(**changes) == (20, {'nprobe': 16}, 'IVF_SQ8 nlist=20')
+        else:
+            with pytest.raises(UserError, match=f"index: it has 'IVF_SQ8 nlist=20', the run '{index}'"):
+                lists(**changes)

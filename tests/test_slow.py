@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -21,6 +22,7 @@ from retrieval.local_server import join_server
 from tests.conftest import ROOT, SHARED, has_server, run, run_ranks, spawn, wait_until
 from tests.test_blocks import STREAM
 from tests.test_faults import LONG, Run
+from tests.test_populate import segments
 from tests.test_server import START, serve
 from tests.test_train import losses, metrics
 
@@ -144,6 +146,34 @@ def test_populate_killed_twelve_times_leaves_the_rows_of_one_that_was_not(prepar
             run('-m', 'retrieval.populate', 'config.py', folder=folder)
             assert rows_of(folder) == rows_of(populated)
     assert kills >= 8
+
+
+def test_populate_with_two_ranks_killed_twenty_times_leaves_the_rows_and_the_index_of_one_that_was_not(
+        prepared, populated, tmp_path):
+    folder = tmp_path / 'run'
+    shutil.copytree(prepared, folder)
+    command = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'retrieval.populate',
+               'config.py']
+    dice, kills = random.Random(3), 0
+    for number in range(20):  # of 4 fillings, each killed 5 times, from the start of the processes to the index
+        if number % 5 == 0:
+            shutil.rmtree(folder / 'milvus.db', ignore_errors=True)
+            shutil.rmtree(folder / 'out', ignore_errors=True)
+        process = spawn(*command, folder=folder, start_new_session=True, **SILENT)
+        if number % 5 == 0:
+            wait_until(lambda: (folder / 'milvus.db/collections/chunks').exists(), 60)
+            time.sleep(2 * dice.random())
+        else:
+            time.sleep(4 + 12 * dice.random())
+        kills += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        wait_until(lambda: not has_server(folder / 'milvus.db'), 60)
+        if number % 5 == 4:
+            run(*command, folder=folder)
+            assert rows_of(folder) == rows_of(populated)
+            assert segments(folder) == segments(populated)
+    assert kills >= 12
 
 
 def test_a_local_file_is_shared_through_many_kills(workspace):
