@@ -528,8 +528,9 @@ def milvus_errors(uri, has_token, collection=None):
 
 def is_gone(collection, text):
     """Whether an answer says that there is no such collection, by its name or by its number."""
-    return bool(re.search("collection.* not (found|exist)|collection.* does not exist|(can't|cannot) find collection|not found.*collection", text,
-                          re.IGNORECASE) and (collection in text or re.search(r'collection(ID)?=\d+', text)))
+    says_so = re.search("collection.* (not (found|exist)|does not exist)|(can't|cannot) find collection", text,
+                        re.IGNORECASE)
+    return bool(says_so and (collection in text or re.search(r'collection(ID)?=\d+', text)))
 
 
 def may_pass(error, status, text):
