@@ -42,7 +42,8 @@ def stages_alone(settings):
     read = time.perf_counter()
     vectors = [embedder.embed(part.rows.text) for part in parts]
     embedded = time.perf_counter()
-    knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), embedder, create=True)
+    knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), embedder, create=True,
+                                         expected=sum(len(part.rows.id) for part in parts))
     opened = time.perf_counter()
     for part, embeddings in zip(parts, vectors, strict=True):
         if len(part.rows.id):

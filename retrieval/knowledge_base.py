@@ -48,7 +48,7 @@ REQUEST = 2048  # rows, ids or queries per request: servers accept no message ov
 RATE_LIMIT = 8  # code of Milvus' answer
 PASSING = ('not (yet )?(ready|available|loaded|fully loaded|serving|healthy|shard leader)|unavailable|offline|'
            'rate limit|too many requests|time ?out|timed out|deadline|connection|recovering|initializing|'
-           'no available|node not (found|match)')  # in the text of an answer
+           'no available|node not (found|match)|index not found|no vector index')  # in the text of an answer
 ANSWER_TIMEOUT = 10  # seconds that a server may take to answer the first call
 IMPORT_STATES = {'Completed': 'done', 'Failed': 'failed', 'Failed and cleaned': 'failed'}  # the others are running
 GRPC = {  # pymilvus pings every 10 s, also between two requests, for which gRPC's servers and proxies hang up
@@ -70,7 +70,7 @@ class Metadata:
     vectors: str | None = 'float32'
 
 
-def open_knowledge_base(settings, vocabulary_hash, embedder, create=False, expected=0):
+def open_knowledge_base(settings, vocabulary_hash, embedder, create=False, expected=SEGMENT):
     """
     The collection that the settings name, filled or read with their tokenizer, chunk size and embedding model. One that
     is made gets an index for the `expected` number of rows.
@@ -125,7 +125,7 @@ class KnowledgeBase:
     all share (local_server.py).
     """
 
-    def __init__(self, uri, token, collection, metadata, create=False, expected=0, search_params=None):
+    def __init__(self, uri, token, collection, metadata, create=False, expected=SEGMENT, search_params=None):
         check_uri(uri)
         if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]{0,254}', collection):  # Milvus Lite takes others, a server does not
             raise UserError(f'retrieval_collection {collection!r} cannot be the name of one: use letters, digits and '

@@ -378,6 +378,8 @@ def dry_run(settings):
     embedder = Embedder(settings.retrieval_embedding_model, pick_device(settings.device))
     chunks = sum(dataset.num_chunks for dataset in datasets)
     rows = sample_rows(datasets, tokenizer)
+    if not rows.text:
+        raise UserError('none of the chunks that were looked at has a text: nothing can be said of the others')
     embedder.embed(rows.text[:64])  # what is allocated and compiled once
     start, embedded, vectors = time.perf_counter(), 0, []
     while embedded < len(rows.text) and time.perf_counter() - start < SAMPLE:

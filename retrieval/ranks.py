@@ -19,7 +19,7 @@ LOST = 'the first process of the run has ended, or cannot be reached: start the 
 
 
 class Ranks:
-    """This process among them. Leaving the context by an exception ends the others, too, which then say nothing."""
+    """This process among them. Leaving the context by an exception ends the others, too; the first one says why."""
 
     def __init__(self):
         found = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
@@ -86,9 +86,11 @@ class Ranks:
     def __exit__(self, kind, error, _):
         if not self.store:
             return
+        is_told, code = False, getattr(error, 'exit_code', 1)
         try:
             if kind and kind is not SystemExit:
-                self.store.set('failed', str(getattr(error, 'exit_code', 1)))
+                is_told = self.store.add('failures', 1) > 1  # by another rank
+                self.store.set('failed', str(code))
             # the first rank may hold the store: it leaves last
             self.store.set(f'left {self.rank}', '')
             deadline = time.monotonic() + 30
@@ -97,6 +99,8 @@ class Ranks:
                 time.sleep(POLL)
         except (RuntimeError, OSError):
             pass  # it is gone
+        if is_told:
+            sys.exit(code)
 
 
 @contextmanager

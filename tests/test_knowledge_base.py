@@ -103,7 +103,7 @@ def test_the_index_is_built_with_our_parameters_also_by_milvus_lite(uri, tmp_pat
     import glob
 
     import faiss
-    made = KnowledgeBase(uri, '', 'chunks', dataclasses.replace(METADATA, index='IVF_FLAT'), create=True)
+    made = KnowledgeBase(uri, '', 'chunks', dataclasses.replace(METADATA, index='IVF_FLAT'), create=True, expected=1100)
     made.upsert(make_rows(1100))
     made.flush()
     deadline = time.time() + 20  # it is built in the background
@@ -111,7 +111,7 @@ def test_the_index_is_built_with_our_parameters_also_by_milvus_lite(uri, tmp_pat
         time.sleep(0.1)
     made.close()
     index, = indexes
-    assert faiss.read_index(index).nlist == 1024
+    assert faiss.read_index(index).nlist == 1100 // 39
 
 
 def test_what_was_added_is_there_when_it_is_opened_again(uri):
