@@ -23,7 +23,7 @@ POLL = 0.5  # seconds
 class Imports:
     """Files of rows that a server imports into the collection."""
 
-    def __init__(self, knowledge_base, settings, expected):
+    def __init__(self, knowledge_base, settings):
         version = knowledge_base.server_version()
         if version < SINCE:
             raise UserError(f'--bulk=True needs a Milvus server from version 2.3.4 on, which imports Parquet, and '
@@ -31,7 +31,6 @@ class Imports:
                             f'newer server')
         self.system, self.folder = open_folder(settings.retrieval_bulk_dir)
         self.knowledge_base, self.prefix = knowledge_base, f'{settings.retrieval_collection}-'
-        self.timeout = settings.retrieval_timeout
         self.tables, self.size, self.files = [], 0, {}  # {id of a task: path}
 
     def add(self, rows, vectors, is_new):

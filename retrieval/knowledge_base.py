@@ -303,8 +303,8 @@ class KnowledgeBase:
                                        output_fields=['id', *fields], retry_times=RETRIES, **options)
             found |= {row['id']: row for row in rows}
         if self.metadata.vectors == 'float16' and 'embedding' in fields:
-            for row in found.values():  # the client gives its bytes
-                row['embedding'] = np.frombuffer(bytes(row['embedding']), dtype=np.float16)
+            for row in found.values():  # the client gives a list of one string of bytes
+                row['embedding'] = np.frombuffer(b''.join(row['embedding']), dtype=np.float16)
         return found
 
     def upsert(self, rows):

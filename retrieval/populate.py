@@ -274,14 +274,14 @@ def populate(settings, show_progress, sync=False, say=print, ranks=None, bulk=Fa
                                        expected=progress.total or SEGMENT)
         if ranks.is_master:  # the others wait until there is a collection
             knowledge_base = open_it(create=True)
-            imports = Imports(knowledge_base, settings, progress.total) if bulk else None
+            imports = Imports(knowledge_base, settings) if bulk else None
             if imports:
                 imports.finish_earlier(say)
             done['before'] = knowledge_base.count()
         done['before'] = ranks.gather('before', done['before'])[0]
         if not ranks.is_master:
             knowledge_base = open_it(create=False)
-            imports = Imports(knowledge_base, settings, progress.total) if bulk else None
+            imports = Imports(knowledge_base, settings) if bulk else None
         start, waiting = time.monotonic(), deque()
         progress.reset()  # its rate excludes the start-up
         while part or waiting:
@@ -349,7 +349,7 @@ def populate(settings, show_progress, sync=False, say=print, ranks=None, bulk=Fa
 
 def check_same(ranks, held):
     """UserError if ranks on several nodes read different datasets."""
-    if any(other != [list(pair) for pair in held] for other in ranks.gather('held', held)) and ranks.world_size > 1:
+    if len(set(map(str, ranks.gather('held', held)))) > 1:
         raise UserError('the processes read different train_datasets: give all nodes the same files')
 
 
