@@ -4,6 +4,7 @@ command itself; and whether it keeps its rate and its memory over many small doc
 
     python bench/populate.py config/quickstart.py [--quick]
     python bench/populate.py config/quickstart.py --documents=1000000    # small ones, in place of the config's
+    python bench/populate.py config/my_run.py --embedding    # its embedding model in float32 and as it is used here
 """
 import json
 import multiprocessing
@@ -26,7 +27,7 @@ from data.fingerprint import describe_corpus
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from retrieval.embedding import Embedder
 from retrieval.knowledge_base import KnowledgeBase, open_knowledge_base
-from retrieval.populate import populate, read_parts
+from retrieval.populate import populate, read_parts, sample_rows
 
 CHARACTERS = 160  # of a small document
 
@@ -139,10 +140,32 @@ def measure_small_documents(settings, count):
                           first_mb=round(tenths[0][1]), last_mb=round(tenths[-1][1]))))
 
 
+def compare_precisions(settings, count=512):
+    """Chunks/s of the embedding model on chunks of the val text, and the lowest cosine to its vectors in float32."""
+    tokenizer = load_tokenizer(settings.tokenizer)
+    rows = sample_rows(open_datasets(as_dataset_configs(settings.val_datasets, 'val_datasets'), tokenizer, settings),
+                       tokenizer)
+    texts, report, exact = rows.text[:count], dict(model=settings.retrieval_embedding_model), None
+    for name in ('float32', 'auto'):
+        embedder = Embedder(settings.retrieval_embedding_model, pick_device(settings.device), name)
+        embedder.embed(texts[:64])
+        start = time.perf_counter()
+        vectors = embedder.embed(texts)
+        exact = vectors if exact is None else exact
+        report[name] = dict(dtype=str(next(embedder.model.parameters()).dtype).removeprefix('torch.'),
+                            chunks_per_s=round(len(texts) / (time.perf_counter() - start), 1),
+                            lowest_cosine=round(float((vectors * exact).sum(1).min()), 5))
+        print(name, report[name], flush=True)
+    print(json.dumps(report | dict(chunks=len(texts))))
+
+
 def main():
-    own = [a for a in sys.argv[1:] if a == '--quick' or a.startswith('--documents=')]
+    own = [a for a in sys.argv[1:] if a in ('--quick', '--embedding') or a.startswith('--documents=')]
     settings = load_settings([a for a in sys.argv[1:] if a not in own])
-    counts = [int(a.partition('=')[2].replace('_', '')) for a in own if a != '--quick']
+    counts = [int(a.partition('=')[2].replace('_', '')) for a in own if '=' in a]
+    if '--embedding' in own:
+        compare_precisions(settings)
+        return
     if counts:
         measure_small_documents(settings, counts[0])
         return
