@@ -518,6 +518,9 @@ def milvus_errors(uri, has_token, collection=None):
         if collection and is_gone(collection, text):
             raise UserError(f'collection {collection!r} in {uri} was dropped while it was used: fill it again with '
                             f'python -m retrieval.populate CONFIG') from error
+        if 'No space left' in text:
+            raise UserError(f'Milvus at {uri} has no space left on its disk: free some, and start again; what is there '
+                            f'stays') from error
         if isinstance(error, MilvusException) or status:
             reason = f'Milvus at {uri} refuses: {" ".join(text.split())[:500] or status}'
             if may_pass(error, status, text):
