@@ -173,6 +173,34 @@ def test_populate_with_two_ranks_killed_twenty_times_leaves_the_rows_and_the_ind
     assert kills >= 3
 
 
+STRICT = """
+import os, sys, time
+from concurrent.futures import ThreadPoolExecutor
+import grpc
+from milvus_lite.adapter.grpc.servicer import MilvusServicer
+from milvus_lite.db import MilvusLite
+from pymilvus.grpc_gen.milvus_pb2_grpc import add_MilvusServiceServicer_to_server
+from retrieval.knowledge_base import connect
+os.mkdir('kb.db')
+server = grpc.server(ThreadPoolExecutor(2))
+add_MilvusServiceServicer_to_server(MilvusServicer(MilvusLite('kb.db')), server)
+server.add_insecure_port('unix:socket')
+server.start()
+client, states = connect('unix:socket', 'kb.db', '', 10), []
+client._get_connection()._channel.subscribe(lambda state: states.append(state.name))
+time.sleep(170)
+assert client.list_collections() == []
+print(states, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_client_that_embeds_for_minutes_is_not_sent_away_by_a_server_that_counts_pings(tmp_path):
+    """As gRPC's servers do by default: pymilvus' client was told too_many_pings after 140 s."""
+    answer = run('-c', STRICT, folder=tmp_path, env=dict(GRPC_VERBOSITY='error'))
+    assert answer.stdout == "['READY']\n" and 'too_many_pings' not in answer.stderr
+
+
 def test_a_local_file_is_shared_through_many_kills(workspace):
     """Trainings come and are killed, at any time, also those that started the server; one goes on through all of it."""
     options = [*LONG, '--max_iters=4000', '--eval_interval=4000']
