@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 
 from bench.milvus_server import MilvusServer, why_not
-from configurator import load_settings
-from retrieval.knowledge_base import connect
+from configurator import UserError, load_settings
+from data.tokenizer import load_tokenizer
+from retrieval.knowledge_base import KnowledgeBase, Metadata, connect
 from retrieval.loader import Loader
 from tests.conftest import ROOT, has_server, run, spawn, wait_until
+from tests.test_populate import rows_of
 from tests.test_train import losses, metrics
 from training.checkpoint import load_checkpoint
 
@@ -385,32 +387,29 @@ def test_filling_follows_changed_emptied_and_removed_documents_on_a_server_too(s
     assert ', 0 of them written now, 0 changed' in said and 'removed: 0 chunks' in said
 
 
-def test_populate_on_a_server_refuses_what_its_version_lacks_and_imports_files(server, prepared, tmp_path):
-    folder = tmp_path / 'run'
-    shutil.copytree(prepared, folder)
-    fill = ['-m', 'retrieval.populate', 'config.py', f'--retrieval_milvus_uri={server.uri}']
-    for option, said in (('--retrieval_index=IVF_RABITQ', "'IVF_RABITQ' needs a Milvus server from version 2.6 on, "),
-                         ('--retrieval_vectors=float16', "'float16' need a Milvus server from version 2.4 on, and"),
-                         ('--bulk=True', '--bulk=True needs retrieval_bulk_dir: a folder that the server reads')):
-        answer = run(*fill, '--retrieval_collection=new', option, folder=folder, check=False)
-        assert answer.returncode == 2 and said in answer.stderr and answer.stderr.count('\n') == 1
-    said = [run(*fill, f'--retrieval_collection={name}', *options, folder=folder).stdout for name, options in (
-        ('inserted', []), ('imported', ['--bulk=True', f'--retrieval_bulk_dir={folder}/bulk']))]
-    counts = [re.search(r'([\d,]+) chunks, ([\d,]+) of them written now', text).groups() for text in said]
-    assert counts[0] == counts[1] and counts[0][0] == counts[0][1]
-    assert not list((folder / 'bulk').iterdir())
-    again = run(*fill, '--retrieval_collection=imported', '--bulk=True', f'--retrieval_bulk_dir={folder}/bulk',
-                folder=folder).stdout
-    assert f'{counts[0][0]} chunks, 0 of them written now' in again
-    client = connect(server.uri, server.uri, '', 60)
-    rows, vectors = {}, {}
-    for name in ('inserted', 'imported'):
-        found = sorted(client.query(name, 'position >= 0', ['*'], limit=16384), key=lambda row: row['id'])
-        vectors[name] = np.array([row.pop('embedding') for row in found])
-        rows[name] = [{**row, 'tokens': list(row['tokens'])} for row in found]
-    client.close()
-    assert len(rows['inserted']) == int(counts[0][0].replace(',', '')) and rows['inserted'] == rows['imported']
-    np.testing.assert_allclose(vectors['inserted'], vectors['imported'], atol=1e-5)
+def test_a_server_imports_the_rows_that_a_local_file_holds_and_is_not_asked_for_what_its_version_lacks(
+        server, workspace, settings):
+    for change, said in ((dict(index='IVF_RABITQ'), "'IVF_RABITQ' needs a Milvus server from version 2.6 on, and"),
+                         (dict(vectors='float16'), "'float16' need a Milvus server from version 2.4 on, and")):
+        metadata = Metadata(**dict(tokenizer='t', vocabulary_hash='v', chunk_size=4, embedding_model='m',
+                                   embedding_hash='e', dimension=8, index='auto') | change)
+        with pytest.raises(UserError, match=said):
+            KnowledgeBase(server.uri, '', 'new', metadata, create=True)
+    fill = ['-m', 'retrieval.populate', 'config.py', f'--retrieval_milvus_uri={server.uri}', '--bulk=True',
+            '--retrieval_collection=imported']
+    answer = run(*fill, folder=workspace, check=False)
+    assert answer.returncode == 2 and '--bulk=True needs retrieval_bulk_dir: a folder that' in answer.stderr
+    fill.append(f'--retrieval_bulk_dir={workspace}/bulk')
+    tokenizer = load_tokenizer(settings.tokenizer)
+    expected = rows_of(settings, tokenizer)
+    assert f'{len(expected):,} chunks, {len(expected):,} of them' in run(*fill, folder=workspace).stdout
+    assert not list((workspace / 'bulk').iterdir())
+    assert f'{len(expected):,} chunks, 0 of them' in run(*fill, folder=workspace).stdout
+    found = rows_of(settings.replace(retrieval_milvus_uri=server.uri, retrieval_collection='imported'), tokenizer)
+    for rows in (expected, found):
+        for row in rows.values():
+            row['tokens'], row['embedding'] = list(row['tokens']), np.round(row['embedding'], 4).tolist()
+    assert found == expected
 
 
 def test_a_collection_that_is_dropped_while_it_is_filled_is_one_clear_line(server, prepared, tmp_path):
