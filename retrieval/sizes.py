@@ -34,8 +34,8 @@ def describe_sizes(settings, rows, vectors, chunks, rate):
         rows.text) + 24
     in_memory, on_disk = index_bytes(kind, dimension, vector_bytes, parameters)
 
-    def gigabytes(each):
-        return f'{chunks * each / 1e9:,.2f} GB'
+    def size(each):
+        return f'{chunks * each / 1e9:,.1f} GB' if chunks * each >= 1e9 else f'{chunks * each / 1e6:,.1f} MB'
     slowest = min(rate, INSERTS)
     seconds = chunks / slowest
     shown = f'{seconds:,.0f} s' if seconds < 600 else f'{seconds / 60:,.0f} min' if seconds < 36_000 else (
@@ -43,14 +43,14 @@ def describe_sizes(settings, rows, vectors, chunks, rate):
     lines = [
         f'{chunks:,} chunks of {settings.retrieval_chunk_size} tokens, {dimension} dimensions of '
         f'{settings.retrieval_vectors}',
-        f'vectors: {gigabytes(vector_bytes)}',
+        f'vectors: {size(vector_bytes)}',
         f'index: {kind} {" ".join(f"{key}={value}" for key, value in parameters.items())}'.rstrip()
-        + f', {gigabytes(in_memory)} in memory, {gigabytes(on_disk)} on disk; one for each segment of about '
+        + f', {size(in_memory)} in memory, {size(on_disk)} on disk; one for each segment of about '
           f'{SEGMENT:,} rows',
-        f'rows: {gigabytes(plain)} in memory beside the index, {gigabytes(stored)} on disk with their vectors',
+        f'rows: {size(plain)} in memory beside the index, {size(stored)} on disk with their vectors',
     ]
     if settings.retrieval_pointers:
-        lines.append(f'exact-match index: {gigabytes(MATCHES * settings.retrieval_chunk_size)} on each machine, in '
+        lines.append(f'exact-match index: {size(MATCHES * settings.retrieval_chunk_size)} on each machine, in '
                      f'{settings.retrieval_matches_dir}')
     lines.append(f'time: {shown} on this machine, by a process that embeds {rate:,.0f} chunks/s'
                  + (f' and a database that takes {INSERTS:,} rows/s, the slower of the two' if rate > INSERTS else

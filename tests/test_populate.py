@@ -306,7 +306,7 @@ def test_a_dry_run_tells_what_a_collection_takes_and_makes_none(prepared, tmp_pa
     shutil.copytree(prepared, folder)
     said = run('-m', 'retrieval.populate', 'config.py', '--dry_run=True', folder=folder).stdout
     chunks = int(re.search(r'([\d,]+) chunks of 16 tokens', said).group(1).replace(',', ''))
-    assert chunks > 1000 and f'vectors: {chunks * 192 * 4 / 1e9:,.2f} GB' in said
+    assert chunks > 1000 and f'vectors: {chunks * 192 * 4 / 1e6:,.1f} MB' in said
     assert 'index: IVF_FLAT nlist=' in said and 'exact-match index: ' in said
     assert re.search(r'time: \d+ s on this machine, by a process that embeds [\d,]+ chunks/s', said)
     assert not (folder / 'milvus.db').exists()
