@@ -3,19 +3,24 @@ The Milvus collection that a model retrieves from. A row is whole: a chunk's id,
 and its tokens with those of its continuation. The collection's properties say what made it, and name its revision.
 The only file that talks to Milvus: to a local file through Milvus Lite, or to any server by its URI.
 """
+import fcntl
+import glob
 import itertools
 import json
 import logging
 import os
 import re
+import tempfile
 import uuid
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields
 
 import numpy as np
 
 from configurator import UserError
+from data.chunking import hash64
 from retrieval.local_server import Unreachable, forget_server, join_server
+from retrieval.offline import open_cache, read_records
 
 os.environ.setdefault('GRPC_VERBOSITY', 'NONE')  # its errors come as exceptions, too
 
@@ -34,7 +39,7 @@ INDEXES = {  # parameters of the build, of a search, and of a filtered search, w
 MAX_TEXT = 65535  # bytes of a row's text, Milvus' limit
 MOST = 16384  # rows that Milvus returns for a query
 REQUEST = 2048  # rows, ids or queries per request: servers accept no message over 64 MB
-RATE_LIMIT = 8  # code of Milvus' answer
+RATE_LIMIT, NOT_FOUND = 8, 100  # codes of Milvus' answers
 PASSING = ('not (yet )?(ready|available|loaded|fully loaded|serving|healthy|shard leader)|unavailable|offline|'
            'rate limit|too many requests|time ?out|timed out|deadline|connection|recovering|initializing|'
            'no available|node not (found|match)')  # in the text of an answer
@@ -55,12 +60,89 @@ class Metadata:
     version: int = VERSION
 
 
+NAMES = {'vocabulary_hash': 'tokenizer', 'embedding_hash': 'embedding_model'}  # of what the hashes are of
+TAKEN = dict(tokenizer='tokenizer', retrieval_chunk_size='chunk_size',
+             retrieval_embedding_model='embedding_model')  # settings that a run takes from a collection: their fields
+OF_GRID = ('tokenizer', 'retrieval_chunk_size')  # those of them that a GPT needs, too
+
+
+class NoCollection(UserError):
+    """There is no collection of this name."""
+
+
 def open_knowledge_base(settings, vocabulary_hash, embedder, create=False):
     """The collection that the settings name, filled or read with their tokenizer, chunk size and embedding model."""
     metadata = Metadata(settings.tokenizer, vocabulary_hash, settings.retrieval_chunk_size, embedder.name,
                         embedder.fingerprint, embedder.dimension, settings.retrieval_index)
     return KnowledgeBase(settings.retrieval_milvus_uri, settings.retrieval_milvus_token,
                          settings.retrieval_collection, metadata, create)
+
+
+def open_as_made(settings):
+    """The collection that the settings name, whatever made it: its `metadata` says. NoCollection if there is none."""
+    return KnowledgeBase(settings.retrieval_milvus_uri, settings.retrieval_milvus_token, settings.retrieval_collection)
+
+
+def take_from_collection(settings, named, say):
+    """
+    The settings, with the collection's tokenizer, chunk size and embedding model in place of defaults: of those that
+    are not among the `named` ones, which the user has set. `say` is told. As they were, if there is no collection.
+    """
+    keys = [key for key in TAKEN if key not in named and (settings.use_retrieval or key in OF_GRID)]
+    if not keys:
+        return settings
+    if settings.retrieval_offline:
+        with closing(open_cache(settings)) as cache:
+            metadata = Metadata(**read_records(cache, settings)[0]['made_by'])
+        return take_defaults(settings, [key for key in keys if key in OF_GRID], metadata, 'what was precomputed', say
+                             ).replace(**{key: metadata.embedding_model for key in keys if key not in OF_GRID})
+    try:
+        with closing(open_as_made(settings)) as knowledge_base:
+            metadata = knowledge_base.metadata
+    except NoCollection:
+        return settings
+    except Unreachable as error:
+        raise UserError(f'{error}; or set {" and ".join(keys)}, which are taken from the collection where nothing sets '
+                        f'them') from error
+    where = f'collection {settings.retrieval_collection!r} in {settings.retrieval_milvus_uri}'
+    return take_defaults(settings, keys, metadata, where, say)
+
+
+def take_defaults(settings, keys, metadata, where, say):
+    """The settings, with those of the keys from a Metadata, which `where` says the place of."""
+    taken = {key: getattr(metadata, TAKEN[key]) for key in keys}
+    lost = [key for key in ('tokenizer', 'retrieval_embedding_model') if key in taken and is_lost(key, taken[key])]
+    if lost:
+        raise UserError(f'{where} was made with {lost[0]} {taken[lost[0]]!r}, and nothing is there: name in {lost[0]} '
+                        f'where it is now')
+    if taken != {key: getattr(settings, key) for key in taken}:
+        say(f'taken from {where}: ' + ', '.join(f'{key} {value!r}' for key, value in taken.items()))
+    return settings.replace(**taken)
+
+
+@contextmanager
+def writing(settings, shared=False):
+    """
+    Keep other commands of this machine from changing the collection meanwhile. UserError if one is doing so. Several
+    may be `shared`, as populate is, which adds rows alone.
+    """
+    uri, name = settings.retrieval_milvus_uri, settings.retrieval_collection
+    place = os.path.realpath(os.path.expanduser(uri)) if is_local(uri) else uri
+    path = f'{tempfile.gettempdir()}/nanoretro-writer-{os.getuid()}-{hash64(place, name) & (2**64 - 1):016x}'
+    with open(path, 'a+') as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'another process is changing collection {name!r} in {uri}: wait for its end, and start '
+                            f'again') from None
+        yield
+
+
+def is_lost(key, name):
+    """Whether a tokenizer or an embedding model is named by a path that leads nowhere, and not by a hub's name."""
+    is_path = name.endswith('.json') if key == 'tokenizer' else name.startswith(('/', '.', '~')) or os.path.isdir(
+        os.path.dirname(name) or os.devnull)
+    return is_path and not os.path.exists(name)
 
 
 def is_local(uri):
@@ -71,16 +153,16 @@ def is_local(uri):
 class KnowledgeBase:
     """
     One collection. `uri` is a path that ends in .db (Milvus Lite) or a server's http(s) address; the token is used
-    and never shown. `create` makes a missing collection, which is a UserError otherwise. A local database is served by
-    a process that all share (local_server.py).
+    and never shown. Without `metadata` it is opened whatever made it. `create` makes a missing collection, which is a
+    UserError otherwise. A local database is served by a process that all share (local_server.py).
     """
 
-    def __init__(self, uri, token, collection, metadata, create=False):
+    def __init__(self, uri, token, collection, metadata=None, create=False):
         check_uri(uri)
         if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]{0,254}', collection):  # Milvus Lite takes others, a server does not
             raise UserError(f'retrieval_collection {collection!r} cannot be the name of one: use letters, digits and '
                             f'underscores, 255 at most, and no digit at the beginning')
-        if metadata.index not in INDEXES:
+        if metadata and metadata.index not in INDEXES:
             raise UserError(f'retrieval_index {metadata.index!r} is not one of {", ".join(INDEXES)}')
         uri = os.path.expanduser(uri) if is_local(uri) else uri
         self.uri, self.token, self.collection, self.metadata = uri, token, collection, metadata
@@ -100,7 +182,7 @@ class KnowledgeBase:
             self.client = connect(address, self.uri, self.token, min(timeout or longest, longest))
             with self._errors():
                 if self.client.has_collection(self.collection, retry_times=RETRIES):
-                    self._check_metadata()
+                    self._check_metadata(self._properties())
                 elif create:
                     self._create()
                 else:
@@ -110,8 +192,16 @@ class KnowledgeBase:
             self.close()
             raise
 
+    @contextmanager
     def _errors(self):
-        return milvus_errors(self.uri, bool(self.token))
+        try:
+            with milvus_errors(self.uri, bool(self.token)):
+                yield
+        except UserError as error:
+            if getattr(error.__cause__, 'code', None) != NOT_FOUND:
+                raise
+            raise NoCollection(f'collection {self.collection!r} in {self.uri} is gone, dropped while it was in use '
+                               f'({error}): fill it again with python -m retrieval.populate CONFIG') from error
 
     def _create(self):
         from pymilvus import DataType, MilvusClient
@@ -127,7 +217,8 @@ class KnowledgeBase:
         index = self.client.prepare_index_params()
         index.add_index('embedding', index_type=self.metadata.index, metric_type='IP',
                         params={'params': INDEXES[self.metadata.index][0]})  # Milvus Lite reads only nested ones
-        properties = {PROPERTY: json.dumps(asdict(self.metadata)), REVISION: new_revision()}
+        self.made_by = json.dumps(asdict(self.metadata))
+        properties = {PROPERTY: self.made_by, REVISION: new_revision()}
         self.client.create_collection(self.collection, schema=schema, index_params=index, properties=properties)
 
     def _properties(self):
@@ -139,7 +230,10 @@ class KnowledgeBase:
         change was interrupted. Only what this class writes changes it.
         """
         with self._errors():
-            revision = self._properties().get(REVISION, CHANGING)
+            properties = self._properties()
+        if properties.get(PROPERTY) != self.made_by:  # it was dropped, and made anew
+            self._check_metadata(properties)
+        revision = properties.get(REVISION, CHANGING)
         return None if revision == CHANGING else revision
 
     def _set_revision(self, revision):
@@ -151,18 +245,17 @@ class KnowledgeBase:
         if self.revision() is not None:
             self._set_revision(CHANGING)
 
-    def _check_metadata(self):
-        found = self._properties().get(PROPERTY)
+    def _check_metadata(self, properties):
+        found = self.made_by = properties.get(PROPERTY)
         if not found:
             raise UserError(f'collection {self.collection!r} in {self.uri} was not made by nanoRETRO: choose another '
                             f'name in retrieval_collection')
-        found, wanted = json.loads(found), asdict(self.metadata)
-        names = {'tokenizer', 'embedding_model'}  # they may differ where the hashes agree
-        wrong = [key for key in wanted if key not in names and wanted[key] not in (None, found.get(key))]
-        if wrong:
-            named = {'vocabulary_hash': 'tokenizer', 'embedding_hash': 'embedding_model'}
-            both = '; '.join(f'{named.get(key, key)}: it has {describe(found, key)}, the run {describe(wanted, key)}'
-                             for key in wrong)
+        found = json.loads(found)
+        if self.metadata is None:
+            defaults = {field.name: None if field.default is MISSING else field.default for field in fields(Metadata)}
+            self.metadata = Metadata(**{name: found.get(name, default) for name, default in defaults.items()})
+        wanted = asdict(self.metadata)
+        if both := describe_difference(found, 'it has', wanted, 'the run'):
             raise UserError(f'collection {self.collection!r} in {self.uri} was made by something else ({both}): use '
                             f'the settings that made it, or fill another retrieval_collection with python -m '
                             f'retrieval.populate CONFIG')
@@ -213,17 +306,21 @@ class KnowledgeBase:
         parts = [f'(doc_id == {doc_id} and position >= {end})' for doc_id, end in ends.items() if end]
         conditions = [f'doc_id in {whole[start:start + 1024]}' for start in range(0, len(whole), 1024)]
         conditions += [' or '.join(parts[start:start + 64]) for start in range(0, len(parts), 64)]
-        found = set()
-        for condition in conditions:
-            here, is_more = set(), True
-            while is_more:
-                others = f' and doc_id not in {sorted(here)}' if here else ''
-                with self._errors():
-                    rows = self.client.query(self.collection, filter=f'({condition}){others}', limit=MOST,
-                                             output_fields=['doc_id'], consistency_level='Strong', retry_times=RETRIES)
-                here |= {row['doc_id'] for row in rows}
-                is_more = len(rows) == MOST  # of documents with many rows
-            found |= here
+        return set().union(*map(self._documents, conditions))
+
+    def documents_named(self, name):
+        """The doc_ids of the documents whose rows have this name."""
+        return self._documents(f'document == {json.dumps(name, ensure_ascii=False)}')
+
+    def _documents(self, condition):
+        found, is_more = set(), True
+        while is_more:
+            others = f' and doc_id not in {sorted(found)}' if found else ''
+            with self._errors():
+                rows = self.client.query(self.collection, filter=f'({condition}){others}', limit=MOST,
+                                         output_fields=['doc_id'], consistency_level='Strong', retry_times=RETRIES)
+            found |= {row['doc_id'] for row in rows}
+            is_more = len(rows) == MOST  # of documents with many rows
         return found
 
     def rows_at(self, places, fields):
@@ -238,21 +335,25 @@ class KnowledgeBase:
             found |= {(row['doc_id'], row['position']): row for row in rows}
         return found
 
-    def all_rows(self, fields):
-        """Yields lists of rows, dicts of the fields and the id. Ids are hashes: equal ranges hold about as many."""
-        parts = self.count() // (MOST // 4) + 1
+    def all_rows(self, fields, most=None):
+        """
+        Yields lists of rows, dicts of the fields and the id, by ascending ranges of ids, which are hashes: equal ranges
+        hold about as many. `most` rows at a time; less than MOST where vectors are asked for.
+        """
+        most = most or MOST
+        parts = self.count() // (most // 4) + 1
         borders = [i * 2**64 // parts - 2**63 for i in range(1, parts)]
-        ranges = list(itertools.pairwise([None, *borders, None]))
+        ranges = list(itertools.pairwise([None, *borders, None]))[::-1]
         while ranges:
             low, high = ranges.pop()  # servers cannot read the least 64-bit number
             conditions = [f'id >= {low}'] * (low is not None) + [f'id < {high}'] * (high is not None)
             with self._errors():
                 rows = self.client.query(self.collection, filter=' and '.join(conditions or ['id < 0 or id >= 0']),
-                                         limit=MOST, output_fields=['id', *fields], consistency_level='Strong',
+                                         limit=most, output_fields=['id', *fields], consistency_level='Strong',
                                          retry_times=RETRIES)
-            if len(rows) == MOST:  # there may be more
+            if len(rows) == most:  # there may be more
                 middle = ((-2**63 if low is None else low) + (2**63 if high is None else high)) // 2
-                ranges += [(low, middle), (middle, high)]
+                ranges += [(middle, high), (low, middle)]
                 continue
             yield list(rows)
 
@@ -261,6 +362,25 @@ class KnowledgeBase:
         with self._errors():
             self.client.flush(self.collection)
         self._set_revision(new_revision())
+
+    def describe_index(self):
+        """What the database says of the index of the embeddings, as a dict: type, parameters, rows that are indexed."""
+        with self._errors():
+            found = self.client.describe_index(self.collection, 'embedding', retry_times=RETRIES) or {}
+        return {key: found[key] for key in ('index_type', 'metric_type', 'params', 'indexed_rows', 'state')
+                if key in found}
+
+    def size_on_disk(self):
+        """Bytes of a local collection; None of a server's, which does not tell."""
+        if not is_local(self.uri):
+            return None
+        files = glob.glob(f'{glob.escape(self.uri)}/collections/{self.collection}/**', recursive=True)
+        return sum(os.path.getsize(path) for path in files if os.path.isfile(path))
+
+    def drop(self):
+        """Remove the collection. Whoever uses it gets a UserError."""
+        with self._errors():
+            self.client.drop_collection(self.collection)
 
     def search(self, vectors, limit, excluded=(), latest=False):
         """
@@ -377,9 +497,19 @@ def may_pass(error, status, text):
 
 
 def no_collection(uri, collection):
-    return UserError(f'no collection {collection!r} in {uri}: fill it with python -m retrieval.populate CONFIG')
+    return NoCollection(f'no collection {collection!r} in {uri}: fill it with python -m retrieval.populate CONFIG')
+
+
+def describe_difference(found, it_has, wanted, the_run):
+    """
+    What of a Metadata, as a dict, is not as in another one, and not None there: one line that names both sides, or ''.
+    """
+    names = {'tokenizer', 'embedding_model'}  # they may differ where the hashes agree
+    wrong = [key for key in wanted if key not in names and wanted[key] not in (None, found.get(key))]
+    return '; '.join(f'{NAMES.get(key, key)}: {it_has} {describe(found, key)}, {the_run} {describe(wanted, key)}'
+                     for key in wrong)
 
 
 def describe(metadata, key):
-    name = {'vocabulary_hash': 'tokenizer', 'embedding_hash': 'embedding_model'}.get(key)
+    name = NAMES.get(key)
     return f'{metadata.get(name)!r} ({metadata.get(key)})' if name else repr(metadata.get(key))

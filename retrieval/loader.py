@@ -7,6 +7,7 @@ turn, and the training process takes them in the same turn. So the searches of s
 which batches there are, what they are searched together with, and their order do not depend on the number of workers.
 """
 import gc
+import math
 import multiprocessing
 import os
 import pickle
@@ -31,7 +32,8 @@ from data.documents import as_dataset_configs
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
 from retrieval.local_server import NICENESS
-from retrieval.retriever import Retriever
+from retrieval.offline import train_set, val_set
+from retrieval.retriever import open_retriever
 
 END = object()  # of the batches
 REPEATED = 10  # seconds for which no worker repeats what another has said
@@ -81,7 +83,12 @@ class Loader:
 
     def take_val(self):
         """The val Batches, as a list."""
-        return [self.next() for _ in range(self._receive(lambda: False))]
+        return list(self.val())
+
+    def val(self):
+        """Yields the val Batches."""
+        for _ in range(self._receive(lambda: False)):
+            yield self.next()
 
     def next(self, give_up=lambda: False):
         """The next batch. While it waits it calls give_up() now and then, and returns None if that is true."""
@@ -187,17 +194,21 @@ def run(settings, part, device, retrieve, keep_ready, ready, news):
             if isinstance(part, tuple):
                 train, count, val, others = part
                 # open both streams before searching for either, so that an error in one is reported at once
-                streams = open_streams(settings, tokenizer, train, count, val, news.send)
+                streams, sets = open_streams(settings, tokenizer, train, count, val, news.send)
                 if val is not None:
                     put(outbox, len(streams[0]), is_closed)
                 feed = threading.Thread(target=deal, daemon=True, args=(
                     streams, settings.retrieval_prefetch_batches, inbox, others))
             else:
+                sets = []
                 feed = threading.Thread(target=receive, args=(part, inbox), daemon=True)
             feed.start()
             retriever = None
             if retrieve:
-                retriever = cleanup.enter_context(closing(Retriever(settings, tokenizer, device, news.send)))
+                retriever = cleanup.enter_context(closing(open_retriever(settings, tokenizer, device, news.send)))
+                if settings.retrieval_offline:
+                    for sequences_of, wanted in sets:
+                        retriever.check(sequences_of, wanted)
             gc.freeze()
             gc.set_threshold(100_000)  # the answer to a search is many small objects and no cycles
             for item in chain(load(inbox, retriever), [None]):
@@ -211,21 +222,29 @@ def run(settings, part, device, retrieve, keep_ready, ready, news):
 
 
 def open_streams(settings, tokenizer, train, count, val, say):
-    """[the val batches, if `val` is given; `count` batches of the training stream, if `train` is]"""
+    """
+    [the val batches, if `val` is given; `count` batches of the training stream, if `train` is], and for each of them
+    what identifies its sequences (offline.py), and how many of these are taken, from the first one on.
+    """
     def open_setting(name):
         found = open_datasets(as_dataset_configs(getattr(settings, name), name), tokenizer, settings, say)
         for dataset in found:
             if is_first and (dataset.counts.bad or dataset.counts.duplicates):
                 say(f'{dataset.config.path}: {dataset.counts.describe()}')
         return found
-    streams, is_first = [], val is None or not val.get('rank')
+    streams, sets, is_first = [], [], val is None or not val.get('rank')
     if val is not None:
         val_datasets = open_setting('val_datasets')
         streams.append(val_batches(val_datasets, tokenizer, settings.block_size, settings.batch_size,
                                    settings.eval_tokens, **val))
+        own = sum(int((batch.targets >= 0).any(1).sum()) for batch in streams[0])  # others fill up the batches
+        sets.append((val_set(settings, val_datasets), own))
     if train is not None:
         datasets = open_setting('train_datasets')
-        streams.append(islice(SequenceStream(datasets, settings.block_size, **train), count))
+        stream = SequenceStream(datasets, settings.block_size, **train)
+        streams.append(islice(stream, count))
+        steps = math.inf if count is None else -(-count * stream.batch_size // stream.count)
+        sets.append((train_set(settings, stream), sum(stream.state()['taken']) + steps * stream.step_size))
         if val is not None and is_first:
             known, renamed = count_known(val_datasets, datasets)
             count = sum(map(len, val_datasets))
@@ -235,7 +254,7 @@ def open_streams(settings, tokenizer, train, count, val, say):
             if renamed:
                 say(f'{renamed:,} of {count:,} val documents have ids of other documents in train_datasets, which are '
                     f'taken for the same and never their neighbors: give the two a source of their own')
-    return streams
+    return streams, sets
 
 
 def deal(streams, most, inbox, others):

@@ -23,12 +23,12 @@ from system import end_with_parent, pick_device
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, load_settings, user_errors_as_one_line
+from configurator import UserError, load_settings, named_settings, user_errors_as_one_line
 from data.chunk_store import Chunks, open_datasets
 from data.documents import as_dataset_configs
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from retrieval.embedding import Embedder, EmbedderInfo
-from retrieval.knowledge_base import MAX_TEXT, open_knowledge_base
+from retrieval.knowledge_base import MAX_TEXT, open_knowledge_base, take_from_collection, writing
 from retrieval.match_index import open_match_index
 
 AHEAD = 4  # Parts that may queue before a stage
@@ -303,10 +303,12 @@ def main():
             raise UserError(f'{argument!r} is none of --sync=True and --sync=False: choose one')
         arguments.remove(argument)
         sync = argument != '--sync=False'
-    settings = load_settings(arguments)
+    settings = load_settings(arguments).replace(retrieval_offline=False)  # a run's, which does without a database
+    settings = take_from_collection(settings, named_settings(arguments), print)
     name = settings.retrieval_collection
     print(f'filling collection {name!r}', flush=True)
-    done, seconds = populate(settings, sys.stderr.isatty(), sync)
+    with writing(settings, shared=True):
+        done, seconds = populate(settings, sys.stderr.isatty(), sync)
     print(f'collection {name!r} in {settings.retrieval_milvus_uri}: {done["after"]:,} chunks, {done["added"]:,} of '
           f'them written now, {done["changed"]:,} changed documents')
     if done['textless'] or done['without_vector']:

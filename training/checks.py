@@ -47,6 +47,11 @@ def check_settings(settings):
     if settings.use_retrieval and not settings.retrieval_k_neighbors and not settings.retrieval_pointers:
         raise UserError('use_retrieval is True, but retrieval_k_neighbors and retrieval_pointers are both 0: set one '
                         'of them, or use_retrieval to False')
+    if settings.retrieval_offline and not settings.use_retrieval:
+        raise UserError('retrieval_offline is True, but a GPT reads no neighbors: leave it out, or set use_retrieval')
+    if settings.retrieval_offline and settings.multiple_choice_benchmarks:
+        raise UserError('retrieval_offline reads what was precomputed alone, and multiple_choice_benchmarks ask the '
+                        'database: leave one of them out')
     for key, value in settings.without_secrets().items():  # checkpoints hold them
         try:
             json.dumps(value)
