@@ -182,6 +182,11 @@ def load_settings(arguments, given=None):
     return Settings(**settings)
 
 
+def named_settings(arguments):
+    """The names of the settings that the arguments set."""
+    return set(read_overrides(arguments, defaults_and_comments()[0]))
+
+
 def read_overrides(arguments, settings):
     """What the arguments set, as a dict; `settings` are those that they override."""
     overrides = {}

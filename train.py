@@ -28,12 +28,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from configurator import UserError, drop_secrets_from_argv, load_settings, user_errors_as_one_line
+from configurator import UserError, drop_secrets_from_argv, load_settings, named_settings, user_errors_as_one_line
 from data.fingerprint import describe_corpus
 from data.tokenizer import load_tokenizer, token_byte_counts, tokenizer_json
 from evaluation.validation import evaluate, run_benchmarks
 from model import RETRO, RETROConfig
-from retrieval.knowledge_base import is_local
+from retrieval.knowledge_base import is_local, take_from_collection
 from retrieval.loader import Loader
 from retrieval.retriever import Retriever
 from training.checkpoint import (
@@ -117,6 +117,7 @@ retrieval_prefetch_batches = 8  # batches that each of them keeps ready, and the
 retrieval_cache_dir = 'out/neighbors'  # cache of fetched neighbors, shared by all runs; on a local disk
 retrieval_cache_gb = 10.0  # its maximum size; 0 disables
 retrieval_matches_dir = 'out/matches'  # exact-match index of the collection, shared by all runs; on a local disk
+retrieval_offline = False  # train without a database, from what python -m retrieval.precompute has stored in the cache
 retrieval_timeout = 600.0  # seconds to wait for an unreachable Milvus before saving a checkpoint and ending the run
 # optimizer
 learning_rate = 6e-4  # peak learning rate
@@ -143,12 +144,15 @@ def main(cleanup):
     arguments = sys.argv[1:]
     settings = load_settings(arguments)
     drop_secrets_from_argv()
+    given = {}
     if settings.init_from != 'scratch' or settings.eval_only:  # another model's architecture, where the config has none
-        settings = load_settings(arguments, given=source_settings(settings))
-    settings = check_settings(settings)
+        given = source_settings(settings)
+        settings = load_settings(arguments, given=given)
     ranks = find_ranks(settings)
+    settings = check_settings(take_from_collection(settings, named_settings(arguments) | given.keys(),
+                                                   say if ranks.is_master else lambda news: None))
     micro_steps, micro_batch = share_of_step(settings, ranks)
-    if (settings.use_retrieval and is_local(settings.retrieval_milvus_uri)
+    if (settings.use_retrieval and is_local(settings.retrieval_milvus_uri) and not settings.retrieval_offline
             and ranks.world_size > ranks.local_world_size):
         raise UserError(f'retrieval_milvus_uri {settings.retrieval_milvus_uri!r} is a local file, which serves one '
                         f'node: use a Milvus server')

@@ -17,6 +17,7 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 
+retrieval_chunk_size = 64
 retrieval_layers = [1, 3]
 retrieval_k_neighbors = 0  # pointers alone: here neighbors, too, gain nothing (docs/pays.md); 2 for both
 retrieval_embedding_model = 'out/static_embedding'

@@ -79,7 +79,7 @@ class PassageSource:
             for i, t in enumerate(tokens):
                 self.neighbors[i, :len(t)], self.mask[i, :len(t)] = t[:R], True
         end, token_type = tokenizer.eot_token, np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
-        self.index = MatchIndex('', 'passages', end, tokenizer.n_vocab)
+        self.index = MatchIndex('', end, tokenizer.n_vocab)
         documents = Documents(np.arange(1, 1 + len(tokens)), np.zeros(len(tokens), dtype=np.int64),
                               [np.append(t, end).astype(token_type) for t in tokens])
         self.index.segments = [Segment('passages', index_documents(documents, end, token_type), [])]

@@ -18,7 +18,6 @@ from configurator import UserError
 from generation.engine import Request, Row
 from generation.origins import named_runs, passage_at
 from generation.sources import CollectionSource
-from retrieval.knowledge_base import FIELDS
 
 URGENT, LATER = range(2)  # what the engine waits for, and what only an answer shows
 LONGEST_WAIT = 10  # seconds for the latter
@@ -140,9 +139,10 @@ class LiveCollection:
     def _retrieve(self, chunks):
         tokens, mask, hits = self.source.retrieve(chunks)
         is_hit = hits['score'] > -np.inf
-        rows = self.retriever.knowledge_base.rows(np.unique(hits['id'][is_hit]), FIELDS)
-        return tokens, mask, [[self._passage(rows.get(hit['id']), hit) for hit in line[found]]
-                              for line, found in zip(hits, is_hit, strict=True)]
+        rows = self.retriever.knowledge_base.rows(np.unique(hits['id'][is_hit]), ['document', 'position'])
+        return tokens, mask, [[self._passage(rows.get(hit['id']), hit, read[is_token].tolist())
+                               for hit, read, is_token in zip(*(a[found] for a in line), strict=True)]
+                              for *line, found in zip(hits, tokens, mask, is_hit, strict=True)]
 
     def _named(self, tokens, first, end):
         index, C, decode = self.retriever.index, self.retriever.chunk_size, self.retriever.tokenizer.decode
@@ -158,17 +158,12 @@ class LiveCollection:
                           len(decode(passage[:offset]))))
         return found
 
-    def _passage(self, row, hit):
-        if row is None:  # it has been removed since it was found
-            return Passage('a deleted document', None, float(hit['score']), '', '', [])
-        end, decode = self.retriever.tokenizer.eot_token, self.retriever.tokenizer.decode
-        continuation = [t for t in row['tokens'][self.retriever.chunk_size:] if t != end]
-        return Passage(row['document'], row['position'] + 1, float(hit['score']), without_end(row['text']),
-                       decode(continuation), [t for t in row['tokens'] if t != end])
-
-
-def without_end(text):
-    return text.replace('<|endoftext|>', '')
+    def _passage(self, row, hit, tokens):
+        """What was read, tokens (n,); its row may have been changed or removed since."""
+        end, C, decode = self.retriever.tokenizer.eot_token, self.retriever.chunk_size, self.retriever.tokenizer.decode
+        chunk, continuation = ([t for t in part if t != end] for part in (tokens[:C], tokens[C:]))
+        return Passage(row['document'] if row else 'a deleted document', row['position'] + 1 if row else None,
+                       float(hit['score']), decode(chunk), decode(continuation), chunk + continuation)
 
 
 @dataclass(eq=False)

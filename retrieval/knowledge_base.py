@@ -4,20 +4,25 @@ and its tokens with those of its continuation. The collection's properties say w
 The only file that talks to Milvus: to a local file through Milvus Lite, or to any server by its URI.
 """
 import ast
+import fcntl
+import glob
 import itertools
 import json
 import logging
 import math
 import os
 import re
+import tempfile
 import uuid
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing, contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 
 import numpy as np
 
 from configurator import UserError
+from data.chunking import hash64
 from retrieval.local_server import Unreachable, forget_server, join_server
+from retrieval.offline import open_cache, read_records
 
 os.environ.setdefault('GRPC_VERBOSITY', 'NONE')  # its errors come as exceptions, too
 
@@ -45,7 +50,7 @@ OUTGROWN = 2  # times as many lists as it has suit a collection now: its index i
 MAX_TEXT = 65535  # bytes of a row's text, Milvus' limit
 MOST = 16384  # rows that Milvus returns for a query
 REQUEST = 2048  # rows, ids or queries per request: servers accept no message over 64 MB
-RATE_LIMIT = 8  # code of Milvus' answer
+RATE_LIMIT, NOT_FOUND = 8, 100  # codes of Milvus' answers
 PASSING = ('not (yet )?(ready|available|loaded|fully loaded|serving|healthy|shard leader)|unavailable|offline|'
            'rate limit|too many requests|time ?out|timed out|deadline|connection|recovering|initializing|'
            'no available|node not (found|match)|index not found|no vector index')  # in the text of an answer
@@ -68,6 +73,16 @@ class Metadata:
     index: str | None  # its type, and the parameters that were set
     version: int = VERSION
     vectors: str | None = 'float32'
+
+
+NAMES = {'vocabulary_hash': 'tokenizer', 'embedding_hash': 'embedding_model'}  # of what the hashes are of
+TAKEN = dict(tokenizer='tokenizer', retrieval_chunk_size='chunk_size',
+             retrieval_embedding_model='embedding_model')  # settings that a run takes from a collection: their fields
+OF_GRID = ('tokenizer', 'retrieval_chunk_size')  # those of them that a GPT needs, too
+
+
+class NoCollection(UserError):
+    """There is no collection of this name."""
 
 
 def open_knowledge_base(settings, vocabulary_hash, embedder, create=False, expected=SEGMENT):
@@ -112,6 +127,73 @@ def build_parameters(kind, rows):
     return parameters
 
 
+def open_as_made(settings):
+    """The collection that the settings name, whatever made it: its `metadata` says. NoCollection if there is none."""
+    return KnowledgeBase(settings.retrieval_milvus_uri, settings.retrieval_milvus_token, settings.retrieval_collection)
+
+
+def take_from_collection(settings, named, say):
+    """
+    The settings, with the collection's tokenizer, chunk size and embedding model in place of defaults: of those that
+    are not among the `named` ones, which the user has set. `say` is told. As they were, if there is no collection.
+    """
+    keys = [key for key in TAKEN if key not in named and (settings.use_retrieval or key in OF_GRID)]
+    if not keys:
+        return settings
+    if settings.retrieval_offline:
+        with closing(open_cache(settings)) as cache:
+            metadata = Metadata(**read_records(cache, settings)[0]['made_by'])
+        return take_defaults(settings, [key for key in keys if key in OF_GRID], metadata, 'what was precomputed', say
+                             ).replace(**{key: metadata.embedding_model for key in keys if key not in OF_GRID})
+    try:
+        with closing(open_as_made(settings)) as knowledge_base:
+            metadata = knowledge_base.metadata
+    except NoCollection:
+        return settings
+    except Unreachable as error:
+        raise UserError(f'{error}; or set {" and ".join(keys)}, which are taken from the collection where nothing sets '
+                        f'them') from error
+    where = f'collection {settings.retrieval_collection!r} in {settings.retrieval_milvus_uri}'
+    return take_defaults(settings, keys, metadata, where, say)
+
+
+def take_defaults(settings, keys, metadata, where, say):
+    """The settings, with those of the keys from a Metadata, which `where` says the place of."""
+    taken = {key: getattr(metadata, TAKEN[key]) for key in keys}
+    lost = [key for key in ('tokenizer', 'retrieval_embedding_model') if key in taken and is_lost(key, taken[key])]
+    if lost:
+        raise UserError(f'{where} was made with {lost[0]} {taken[lost[0]]!r}, and nothing is there: name in {lost[0]} '
+                        f'where it is now')
+    if taken != {key: getattr(settings, key) for key in taken}:
+        say(f'taken from {where}: ' + ', '.join(f'{key} {value!r}' for key, value in taken.items()))
+    return settings.replace(**taken)
+
+
+@contextmanager
+def writing(settings, shared=False):
+    """
+    Keep other commands of this machine from changing the collection meanwhile. UserError if one is doing so. Several
+    may be `shared`, as populate is, which adds rows alone.
+    """
+    uri, name = settings.retrieval_milvus_uri, settings.retrieval_collection
+    place = os.path.realpath(os.path.expanduser(uri)) if is_local(uri) else uri
+    path = f'{tempfile.gettempdir()}/nanoretro-writer-{os.getuid()}-{hash64(place, name) & (2**64 - 1):016x}'
+    with open(path, 'a+') as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'another process is changing collection {name!r} in {uri}: wait for its end, and start '
+                            f'again') from None
+        yield
+
+
+def is_lost(key, name):
+    """Whether a tokenizer or an embedding model is named by a path that leads nowhere, and not by a hub's name."""
+    is_path = name.endswith('.json') if key == 'tokenizer' else name.startswith(('/', '.', '~')) or os.path.isdir(
+        os.path.dirname(name) or os.devnull)
+    return is_path and not os.path.exists(name)
+
+
 def is_local(uri):
     """Whether a retrieval_milvus_uri is a local file."""
     return '://' not in uri
@@ -120,23 +202,25 @@ def is_local(uri):
 class KnowledgeBase:
     """
     One collection. `uri` is a path that ends in .db (Milvus Lite) or a server's http(s) address; the token is used
-    and never shown. `create` makes a missing collection, which is a UserError otherwise, with an index for the
-    `expected` number of rows. `search_params` override those of the index. A local database is served by a process that
-    all share (local_server.py).
+    and never shown. Without `metadata` it is opened whatever made it. `create` makes a missing collection, which is a
+    UserError otherwise, with an index for the `expected` number of rows. `search_params` override those of the index. A
+    local database is served by a process that all share (local_server.py).
     """
 
-    def __init__(self, uri, token, collection, metadata, create=False, expected=SEGMENT, search_params=None):
+    def __init__(self, uri, token, collection, metadata=None, create=False, expected=SEGMENT, search_params=None):
         check_uri(uri)
         if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]{0,254}', collection):  # Milvus Lite takes others, a server does not
             raise UserError(f'retrieval_collection {collection!r} cannot be the name of one: use letters, digits and '
                             f'underscores, 255 at most, and no digit at the beginning')
-        if metadata.vectors not in ('float32', 'float16'):
-            raise UserError(f"retrieval_vectors {metadata.vectors!r} is neither 'float32' nor 'float16'")
-        index = metadata.index if metadata.index != 'auto' else 'IVF_FLAT' if is_local(uri) else 'HNSW'
-        parse_index(index)
-        self.new_index, self.expected, self.search_params = index, expected, search_params or {}
-        if metadata.index == 'auto':
-            metadata = replace(metadata, index=None)
+        self.expected, self.search_params = expected, search_params or {}
+        if metadata:
+            if metadata.vectors not in ('float32', 'float16'):
+                raise UserError(f"retrieval_vectors {metadata.vectors!r} is neither 'float32' nor 'float16'")
+            index = metadata.index if metadata.index != 'auto' else 'IVF_FLAT' if is_local(uri) else 'HNSW'
+            parse_index(index)
+            self.new_index = index
+            if metadata.index == 'auto':
+                metadata = replace(metadata, index=None)
         self.lists = 0  # of an IVF index
         uri = os.path.expanduser(uri) if is_local(uri) else uri
         self.uri, self.token, self.collection, self.metadata = uri, token, collection, metadata
@@ -159,7 +243,7 @@ class KnowledgeBase:
                     if not create:
                         raise no_collection(self.uri, self.collection)
                     self._create()
-                self._check_metadata()  # also of one just made: somebody else may have made it at the same time
+                self._check_metadata(self._properties())  # one just made, too, may be somebody else's
                 if create and not self.client.list_indexes(self.collection):  # making one was interrupted
                     self._create_index(self.metadata.index, self.expected)
                 self.client.load_collection(self.collection, timeout=timeout)
@@ -252,7 +336,10 @@ class KnowledgeBase:
         change was interrupted. Only what this class writes changes it.
         """
         with self._errors():
-            revision = self._properties().get(REVISION, CHANGING)
+            properties = self._properties()
+        if properties.get(PROPERTY) != self.made_by:  # it was dropped, and made anew
+            self._check_metadata(properties)
+        revision = properties.get(REVISION, CHANGING)
         return None if revision == CHANGING else revision
 
     def _set_revision(self, revision):
@@ -264,21 +351,20 @@ class KnowledgeBase:
         if self.revision() is not None:
             self._set_revision(CHANGING)
 
-    def _check_metadata(self):
-        found = self._properties().get(PROPERTY)
+    def _check_metadata(self, properties):
+        found = self.made_by = properties.get(PROPERTY)
         if not found:
             raise UserError(f'collection {self.collection!r} in {self.uri} was not made by nanoRETRO: choose another '
                             f'name in retrieval_collection')
-        found, wanted = json.loads(found), asdict(self.metadata)
+        found = json.loads(found)
         found.setdefault('vectors', 'float32')
-        names = {'tokenizer', 'embedding_model'}  # they may differ where the hashes agree
+        if self.metadata is None:
+            defaults = {field.name: None if field.default is MISSING else field.default for field in fields(Metadata)}
+            self.metadata = Metadata(**{name: found.get(name, default) for name, default in defaults.items()})
+        wanted = asdict(self.metadata)
         if wanted['index'] in (None, found['index'].split()[0]):  # no parameters of its own
             wanted['index'] = found['index']
-        wrong = [key for key in wanted if key not in names and wanted[key] not in (None, found.get(key))]
-        if wrong:
-            named = {'vocabulary_hash': 'tokenizer', 'embedding_hash': 'embedding_model'}
-            both = '; '.join(f'{named.get(key, key)}: it has {describe(found, key)}, the run {describe(wanted, key)}'
-                             for key in wrong)
+        if both := describe_difference(found, 'it has', wanted, 'the run'):
             raise UserError(f'collection {self.collection!r} in {self.uri} was made by something else ({both}): use '
                             f'the settings that made it, or fill another retrieval_collection with python -m '
                             f'retrieval.populate CONFIG')
@@ -301,11 +387,14 @@ class KnowledgeBase:
             with self._errors():
                 rows = self.client.get(self.collection, ids=ids[start:start + REQUEST].tolist(),
                                        output_fields=['id', *fields], retry_times=RETRIES, **options)
-            found |= {row['id']: row for row in rows}
-        if self.metadata.vectors == 'float16' and 'embedding' in fields:
-            for row in found.values():  # the client gives a list of one string of bytes
-                row['embedding'] = np.frombuffer(b''.join(row['embedding']), dtype=np.float16)
+            found |= {row['id']: row for row in self._with_vectors(rows, fields)}
         return found
+
+    def _with_vectors(self, rows, fields):
+        """Rows as the client gives them, with float16 vectors as arrays."""
+        if self.metadata.vectors == 'float16' and 'embedding' in fields:
+            return [{**row, 'embedding': np.frombuffer(b''.join(row['embedding']), dtype=np.float16)} for row in rows]
+        return rows
 
     def upsert(self, rows):
         """Add rows, dicts of the collection's fields; rows with the same id are replaced. Call flush() at the end."""
@@ -335,17 +424,21 @@ class KnowledgeBase:
         parts = [f'(doc_id == {doc_id} and position >= {end})' for doc_id, end in ends.items() if end]
         conditions = [f'doc_id in {whole[start:start + 1024]}' for start in range(0, len(whole), 1024)]
         conditions += [' or '.join(parts[start:start + 64]) for start in range(0, len(parts), 64)]
-        found = set()
-        for condition in conditions:
-            here, is_more = set(), True
-            while is_more:
-                others = f' and doc_id not in {sorted(here)}' if here else ''
-                with self._errors():
-                    rows = self.client.query(self.collection, filter=f'({condition}){others}', limit=MOST,
-                                             output_fields=['doc_id'], consistency_level='Strong', retry_times=RETRIES)
-                here |= {row['doc_id'] for row in rows}
-                is_more = len(rows) == MOST  # of documents with many rows
-            found |= here
+        return set().union(*map(self._documents, conditions))
+
+    def documents_named(self, name):
+        """The doc_ids of the documents whose rows have this name."""
+        return self._documents(f'document == {json.dumps(name, ensure_ascii=False)}')
+
+    def _documents(self, condition):
+        found, is_more = set(), True
+        while is_more:
+            others = f' and doc_id not in {sorted(found)}' if found else ''
+            with self._errors():
+                rows = self.client.query(self.collection, filter=f'({condition}){others}', limit=MOST,
+                                         output_fields=['doc_id'], consistency_level='Strong', retry_times=RETRIES)
+            found |= {row['doc_id'] for row in rows}
+            is_more = len(rows) == MOST  # of documents with many rows
         return found
 
     def rows_at(self, places, fields):
@@ -360,23 +453,27 @@ class KnowledgeBase:
             found |= {(row['doc_id'], row['position']): row for row in rows}
         return found
 
-    def all_rows(self, fields):
-        """Yields lists of rows, dicts of the fields and the id. Ids are hashes: equal ranges hold about as many."""
-        parts = self.count() // (MOST // 4) + 1
+    def all_rows(self, fields, most=None):
+        """
+        Yields lists of rows, dicts of the fields and the id, by ascending ranges of ids, which are hashes: equal ranges
+        hold about as many. `most` rows at a time; less than MOST where vectors are asked for.
+        """
+        most = most or MOST
+        parts = self.count() // (most // 4) + 1
         borders = [i * 2**64 // parts - 2**63 for i in range(1, parts)]
-        ranges = list(itertools.pairwise([None, *borders, None]))
+        ranges = list(itertools.pairwise([None, *borders, None]))[::-1]
         while ranges:
             low, high = ranges.pop()  # servers cannot read the least 64-bit number
             conditions = [f'id >= {low}'] * (low is not None) + [f'id < {high}'] * (high is not None)
             with self._errors():
                 rows = self.client.query(self.collection, filter=' and '.join(conditions or ['id < 0 or id >= 0']),
-                                         limit=MOST, output_fields=['id', *fields], consistency_level='Strong',
+                                         limit=most, output_fields=['id', *fields], consistency_level='Strong',
                                          retry_times=RETRIES)
-            if len(rows) == MOST:  # there may be more
+            if len(rows) == most:  # there may be more
                 middle = ((-2**63 if low is None else low) + (2**63 if high is None else high)) // 2
-                ranges += [(low, middle), (middle, high)]
+                ranges += [(middle, high), (low, middle)]
                 continue
-            yield list(rows)
+            yield list(self._with_vectors(rows, fields))
 
     def flush(self):
         """Write the changes to disk, index them, and begin a new revision, which may be cached."""
@@ -406,6 +503,25 @@ class KnowledgeBase:
         """Load what was imported."""
         with self._errors():
             self.client.refresh_load(self.collection)
+
+    def describe_index(self):
+        """What the database says of the index of the embeddings, as a dict: type, parameters, rows that are indexed."""
+        with self._errors():
+            found = self.client.describe_index(self.collection, 'embedding', retry_times=RETRIES) or {}
+        return {key: found[key] for key in ('index_type', 'metric_type', 'params', 'indexed_rows', 'state')
+                if key in found}
+
+    def size_on_disk(self):
+        """Bytes of a local collection; None of a server's, which does not tell."""
+        if not is_local(self.uri):
+            return None
+        files = glob.glob(f'{glob.escape(self.uri)}/collections/{self.collection}/**', recursive=True)
+        return sum(os.path.getsize(path) for path in files if os.path.isfile(path))
+
+    def drop(self):
+        """Remove the collection. Whoever uses it gets a UserError."""
+        with self._errors():
+            self.client.drop_collection(self.collection)
 
     def search(self, vectors, limit, excluded=(), latest=False):
         """
@@ -515,9 +631,9 @@ def milvus_errors(uri, has_token, collection=None):
                 or (isinstance(error, ValueError) and 'URL' in str(error))):
             raise Unreachable(f'no Milvus answers at {uri} ({status or type(error).__name__}): start it, e.g. with '
                               f'docker compose up -d, or correct retrieval_milvus_uri') from error
-        if collection and is_gone(collection, text):
-            raise UserError(f'collection {collection!r} in {uri} was dropped while it was used: fill it again with '
-                            f'python -m retrieval.populate CONFIG') from error
+        if collection and (getattr(error, 'code', None) == NOT_FOUND or is_gone(collection, text)):
+            raise NoCollection(f'collection {collection!r} in {uri} is gone, it was dropped while it was used: fill it '
+                               f'again with python -m retrieval.populate CONFIG') from error
         if 'No space left' in text:
             raise UserError(f'Milvus at {uri} has no space left on its disk: free some, and start again; what is there '
                             f'stays') from error
@@ -548,9 +664,19 @@ def may_pass(error, status, text):
 
 
 def no_collection(uri, collection):
-    return UserError(f'no collection {collection!r} in {uri}: fill it with python -m retrieval.populate CONFIG')
+    return NoCollection(f'no collection {collection!r} in {uri}: fill it with python -m retrieval.populate CONFIG')
+
+
+def describe_difference(found, it_has, wanted, the_run):
+    """
+    What of a Metadata, as a dict, is not as in another one, and not None there: one line that names both sides, or ''.
+    """
+    names = {'tokenizer', 'embedding_model'}  # they may differ where the hashes agree
+    wrong = [key for key in wanted if key not in names and wanted[key] not in (None, found.get(key))]
+    return '; '.join(f'{NAMES.get(key, key)}: {it_has} {describe(found, key)}, {the_run} {describe(wanted, key)}'
+                     for key in wrong)
 
 
 def describe(metadata, key):
-    name = {'vocabulary_hash': 'tokenizer', 'embedding_hash': 'embedding_model'}.get(key)
+    name = NAMES.get(key)
     return f'{metadata.get(name)!r} ({metadata.get(key)})' if name else repr(metadata.get(key))

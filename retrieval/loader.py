@@ -7,6 +7,7 @@ turn, and the training process takes them in the same turn. So the searches of s
 which batches there are, what they are searched together with, and their order do not depend on the number of workers.
 """
 import gc
+import math
 import multiprocessing
 import os
 import pickle
@@ -32,7 +33,8 @@ from data.documents import as_dataset_configs
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
 from retrieval.local_server import NICENESS
-from retrieval.retriever import Retriever
+from retrieval.offline import train_set, val_set
+from retrieval.retriever import open_retriever
 
 END = object()  # of the batches
 REPEATED = 10  # seconds for which no worker repeats what another has said
@@ -82,7 +84,12 @@ class Loader:
 
     def take_val(self):
         """The val Batches, as a list."""
-        return [self.next() for _ in range(self._receive(lambda: False))]
+        return list(self.val())
+
+    def val(self):
+        """Yields the val Batches."""
+        for _ in range(self._receive(lambda: False)):
+            yield self.next()
 
     def next(self, give_up=lambda: False):
         """The next batch. While it waits it calls give_up() now and then, and returns None if that is true."""
@@ -189,17 +196,21 @@ def run(settings, part, device, retrieve, keep_ready, ready, news):
             if isinstance(part, tuple):
                 train, count, val, others = part
                 # open both streams before searching for either, so that an error in one is reported at once
-                streams = open_streams(settings, tokenizer, train, count, val, news.send)
+                streams, sets = open_streams(settings, tokenizer, train, count, val, news.send)
                 if val is not None:
                     put(outbox, len(streams[0]), is_closed)
                 feed = threading.Thread(target=deal, daemon=True, args=(
                     streams, settings.retrieval_prefetch_batches, inbox, others))
             else:
+                sets = []
                 feed = threading.Thread(target=receive, args=(part, inbox), daemon=True)
             feed.start()
             retriever = None
             if retrieve:
-                retriever = cleanup.enter_context(closing(Retriever(settings, tokenizer, device, news.send)))
+                retriever = cleanup.enter_context(closing(open_retriever(settings, tokenizer, device, news.send)))
+                if settings.retrieval_offline:
+                    for sequences_of, wanted in sets:
+                        retriever.check(sequences_of, wanted)
             gc.freeze()
             gc.set_threshold(100_000)  # the answer to a search is many small objects and no cycles
             for item in chain(load(inbox, retriever), [None]):
@@ -213,24 +224,32 @@ def run(settings, part, device, retrieve, keep_ready, ready, news):
 
 
 def open_streams(settings, tokenizer, train, count, val, say):
-    """[the val batches, if `val` is given; `count` batches of the training stream, if `train` is]"""
+    """
+    [the val batches, if `val` is given; `count` batches of the training stream, if `train` is], and for each of them
+    what identifies its sequences (offline.py), and how many of these are taken, from the first one on.
+    """
     def say_counts(datasets):
         for dataset in datasets:
             if is_first and (dataset.counts.bad or dataset.counts.duplicates):
                 say(f'{dataset.config.path}: {dataset.counts.describe()}')
 
-    streams, is_first = [], val is None or not val.get('rank')
+    streams, sets, is_first = [], [], val is None or not val.get('rank')
     if val is not None:
         val_datasets = open_datasets(as_dataset_configs(settings.val_datasets, 'val_datasets'), tokenizer, settings,
                                      say, head=settings.eval_tokens)
         say_counts(val_datasets)
         streams.append(val_batches(val_datasets, tokenizer, settings.block_size, settings.batch_size,
                                    settings.eval_tokens, **val))
+        own = sum(int((batch.targets >= 0).any(1).sum()) for batch in streams[0])  # others fill up the batches
+        sets.append((val_set(settings, val_datasets), own))
     if train is not None:
         datasets = open_all_datasets(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, settings,
                                      say)
         say_counts(datasets)
-        streams.append(islice(SequenceStream(datasets, settings.block_size, **train, say=say), count))
+        stream = SequenceStream(datasets, settings.block_size, **train, say=say)
+        streams.append(islice(stream, count))
+        steps = math.inf if count is None else -(-count * stream.batch_size // stream.count)
+        sets.append((train_set(settings, stream), sum(stream.state()['taken']) + steps * stream.step_size))
         on_disk = [dataset for dataset in datasets if not dataset.config.streaming]
         if val is not None and is_first and on_disk:
             known, renamed = count_known(val_datasets, on_disk)
@@ -241,7 +260,7 @@ def open_streams(settings, tokenizer, train, count, val, say):
             if renamed:
                 say(f'{renamed:,} of {count:,} val documents have ids of other documents in train_datasets, which are '
                     f'taken for the same and never their neighbors: give the two a source of their own')
-    return streams
+    return streams, sets
 
 
 def deal(streams, most, inbox, others):

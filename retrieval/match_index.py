@@ -4,7 +4,7 @@ runs of its last tokens stand in the collection (suffix_array.py). It is made of
 else, belongs to one revision of it, and is made anew when that changes: by populate, or by whoever needs it first. All
 processes of a node map the same files.
 
-    index = MatchIndex(folder, collection, end_of_text)
+    index = open_match_index(settings, tokenizer, print)
     index.follow(knowledge_base)                       # build, or bring up to date
     pointers = index.find(tokens, doc_ids, count)      # (B, T, P, 3)
 
@@ -67,9 +67,14 @@ class Documents:
 
 def open_match_index(settings, tokenizer, say, show_progress=False):
     """The MatchIndex of the collection that the settings name."""
-    collection = f'{settings.retrieval_milvus_uri} {settings.retrieval_collection} {vocabulary_hash(tokenizer)}'
-    return MatchIndex(settings.retrieval_matches_dir, collection, tokenizer.eot_token, tokenizer.n_vocab, say,
-                      show_progress)
+    return MatchIndex(match_index_folder(settings, vocabulary_hash(tokenizer)), tokenizer.eot_token, tokenizer.n_vocab,
+                      say, show_progress)
+
+
+def match_index_folder(settings, vocabulary):
+    """Where it lies; `vocabulary` is the tokenizer's hash."""
+    name = short_hash(f'{settings.retrieval_milvus_uri} {settings.retrieval_collection} {vocabulary}')
+    return os.path.join(os.path.expanduser(settings.retrieval_matches_dir), name)
 
 
 class Segment:
@@ -113,10 +118,10 @@ class Segment:
 
 
 class MatchIndex:
-    """The index of the collection named by the string `collection`, in a folder of `parent`. `say` receives news."""
+    """The index of a collection, in a folder. `say` receives news."""
 
-    def __init__(self, parent, collection, end_of_text, vocab_size, say=None, show_progress=False):
-        self.folder = os.path.join(os.path.expanduser(parent), short_hash(collection))
+    def __init__(self, folder, end_of_text, vocab_size, say=None, show_progress=False):
+        self.folder = folder
         self.end_of_text, self.token_type = end_of_text, np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self.say = say or (lambda text: print(text, file=sys.stderr))
         self.show_progress = show_progress
@@ -333,8 +338,8 @@ def describe_revision(knowledge_base):
     """What an index is of: the collection's revision, and its size, which other programs may change."""
     revision = knowledge_base.revision()
     if revision is None:
-        raise Unreachable('the collection is being filled, or filling it was interrupted: an exact-match index of it '
-                          'needs python -m retrieval.populate to finish')
+        raise Unreachable(f'collection {knowledge_base.collection!r} is being filled, or filling it was interrupted: '
+                          f'let python -m retrieval.populate or retrieval.kb finish')
     return f'{revision} {knowledge_base.count()}'
 
 

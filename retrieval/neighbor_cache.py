@@ -3,12 +3,14 @@ The neighbor cache: what retrieval has fetched, on disk: chunks' hits and rows' 
 processes of a node may read and write it at once, and a crash leaves it whole. A second epoch, a resumed run, or a run
 of another model over the same data finds its neighbors here, and neither embeds nor searches.
 
-Entries belong to one revision of one collection: when the collection changes, all of them are dropped. A full cache
-adds nothing more and evicts nothing: an epoch larger than the cache would evict each entry just before it is needed.
+Entries belong to one revision of one collection: when the collection changes, all of them are dropped, but for those
+that were precomputed, which answer for their own revision alone (offline.py). A full cache adds nothing more and evicts
+nothing: an epoch larger than the cache would evict each entry just before it is needed.
 """
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
 import sys
@@ -21,7 +23,13 @@ VERSION = 1  # of how neighbors are found and stored; what another version store
 DATA = 'data.mdb'
 DAMAGE = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.VersionMismatchError,
           lmdb.BadValsizeError, lmdb.CursorFullError, lmdb.PageFullError)
+PAGE = 4096  # bytes
 USABLE = 0.75  # of the file: LMDB writes a page anew before it frees the old one, even to drop entries
+
+
+def cache_name(settings):
+    """The name of the collection of the settings in the cache."""
+    return f'{settings.retrieval_milvus_uri} {settings.retrieval_collection}'
 
 
 class NeighborCache:
@@ -86,12 +94,14 @@ class NeighborCache:
             return
         prefix = f'{short_hash(self.collection)} | '  # LMDB's keys are short
         current = f'{prefix}{VERSION} {revision} '
+        kept = {record['revision'] for record in self.records().values()}
+        kept = (current.encode(), self._records_name(), *(f'{prefix}{VERSION} {name} '.encode() for name in kept))
         names = []
         with self._tolerating_others(), self.environment.begin() as reading:
             names = [bytes(key) for key, _ in reading.cursor()]
         for name in names:
             is_readable = re.match(rb'[0-9a-f]{16} \| ', name)  # earlier versions had other names
-            if not is_readable or (name.startswith(prefix.encode()) and not name.startswith(current.encode())):
+            if not is_readable or (name.startswith(prefix.encode()) and not name.startswith(kept)):
                 with self._tolerating_others(), self.environment.begin(write=True) as writing:
                     writing.drop(self.environment.open_db(name, writing))
         with self._tolerating_others():
@@ -112,6 +122,43 @@ class NeighborCache:
             self.is_full = self._used(writing) > USABLE * self.size
             if not self.is_full:
                 writing.cursor().putmulti(items)
+
+    def records(self):
+        """{key: value} of what put_record has stored for the collection, whatever its revision."""
+        found = {}
+        if self.environment is None:
+            return found
+        with self._tolerating_others(), contextlib.suppress(lmdb.NotFoundError):
+            database = self.environment.open_db(self._records_name(), create=False)
+            with self.environment.begin(database) as reading:
+                found = {bytes(key).decode(): json.loads(bytes(value)) for key, value in reading.cursor()}
+        return found
+
+    def put_record(self, key, value):
+        """
+        Store a dict by a string, whose 'revision' names the entries that are kept from now on. Whether there is room.
+        """
+        with self._tolerating_others():
+            database = self.environment.open_db(self._records_name())
+            with self.environment.begin(database, write=True) as writing:
+                self.is_full = self._used(writing) > USABLE * self.size
+                if not self.is_full:
+                    writing.put(key.encode(), json.dumps(value).encode())
+        return not self.is_full
+
+    def drop_records(self, but=''):
+        """Remove the records of other revisions than `but`; what they kept is dropped by use_revision. Their number."""
+        others = [key for key, record in self.records().items() if record['revision'] != but]
+        if others:
+            with self._tolerating_others():
+                database = self.environment.open_db(self._records_name())
+                with self.environment.begin(database, write=True) as writing:
+                    for key in others:
+                        writing.delete(key.encode())
+        return len(others)
+
+    def _records_name(self):
+        return f'{short_hash(self.collection)} | precomputed'.encode()
 
     def _used(self, transaction):
         """Bytes that all entries take, other collections' included."""
@@ -155,9 +202,21 @@ class NeighborCache:
         with self.environment.begin() as reading:
             return reading.stat(self.databases[kind])['entries']
 
+    def drop(self):
+        """Remove all entries of the collection."""
+        self.drop_records()
+        self.use_revision('')
+
     def close(self):
         if self.environment is not None:
             self.environment.close()
+
+
+def bytes_of(count, key, value):
+    """About how many bytes so many entries take at most, of keys and values of these sizes: pages are half full."""
+    if key + value < PAGE // 2:
+        return 2 * count * (key + value + 10)
+    return count * (-(-(value + 16) // PAGE) * PAGE + 2 * (key + 18))  # a large value has pages of its own
 
 
 def short_hash(text):

@@ -29,14 +29,14 @@ from system import end_with_parent, pick_device
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, load_settings, user_errors_as_one_line
+from configurator import UserError, load_settings, named_settings, user_errors_as_one_line
 from data.blocks import open_all_datasets
 from data.chunk_store import Chunks, open_datasets
 from data.documents import as_dataset_configs
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from retrieval.bulk import Imports, open_folder
 from retrieval.embedding import Embedder, EmbedderInfo
-from retrieval.knowledge_base import MAX_TEXT, SEGMENT, is_local, open_knowledge_base
+from retrieval.knowledge_base import MAX_TEXT, SEGMENT, is_local, open_knowledge_base, take_from_collection, writing
 from retrieval.match_index import open_match_index
 from retrieval.ranks import Ranks
 from retrieval.sizes import describe_sizes
@@ -423,13 +423,14 @@ def main():
     options, arguments = read_options(sys.argv[1:])
     if '--help' in arguments or '-h' in arguments:
         print(__doc__, *(f'  --{name}=False\n        {text}' for name, text in OPTIONS.items()), '', sep='\n')
-    settings = load_settings(arguments)
+    settings = load_settings(arguments).replace(retrieval_offline=False)  # a run's, which does without a database
     if options['bulk'] and is_local(settings.retrieval_milvus_uri):
         raise UserError('--bulk=True is of no use to Milvus Lite, which imports no files: leave it out, or name a '
                         'server in retrieval_milvus_uri')
     if options['bulk']:
         open_folder(settings.retrieval_bulk_dir)
     with Ranks() as ranks:
+        settings = take_from_collection(settings, named_settings(arguments), print if ranks.is_master else lambda _: 0)
         if options['dry_run']:
             if ranks.world_size > 1 or options['sync'] or options['bulk']:
                 raise UserError('--dry_run=True inserts and removes nothing, in one process: start it without '
@@ -438,7 +439,8 @@ def main():
             return
         if ranks.is_master:
             print(f'filling collection {settings.retrieval_collection!r}', flush=True)
-        done, seconds = populate(settings, sys.stderr.isatty(), options['sync'], print, ranks, options['bulk'])
+        with writing(settings, shared=True):
+            done, seconds = populate(settings, sys.stderr.isatty(), options['sync'], print, ranks, options['bulk'])
         if ranks.is_master:
             report(settings, done, seconds, options['sync'], ranks.world_size)
 

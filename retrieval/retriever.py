@@ -19,12 +19,15 @@ from data.tokenizer import vocabulary_hash
 from retrieval.embedding import Embedder, EmbedderInfo
 from retrieval.knowledge_base import HIT, open_knowledge_base
 from retrieval.leaks import SPARE, hits_without_leaks, search_stage
+from retrieval.local_server import Unreachable
 from retrieval.match_index import open_match_index, run_lengths
-from retrieval.neighbor_cache import NeighborCache
+from retrieval.neighbor_cache import NeighborCache, cache_name
+from retrieval.offline import COMMAND, check_covered, label_of, open_cache, read_records
 from retrieval.suffix_array import DEPTH
 from retrieval.waiting import wait_for_milvus
 
 NONE, REMEMBERED, LOOKED_UP, EMBEDDED = range(4)  # where a chunk's hits, or the vector that found them, come from
+READ_AGAIN = 3  # times, if the collection changes while it is searched
 STALE = 10  # seconds for which a server may still answer from before a change
 
 
@@ -62,21 +65,7 @@ class Retriever:
     """
 
     def __init__(self, settings, tokenizer, device='cpu', say=None, show_progress=False, copied=0):
-        self.tokenizer, self.uri = tokenizer, settings.retrieval_milvus_uri
-        self.timeout, self.say = settings.retrieval_timeout, say or (lambda text: print(text, file=sys.stderr))
-        self.k, self.chunk_size = settings.retrieval_k_neighbors, settings.retrieval_chunk_size
-        self.kept = self.k + SPARE  # M, cached: the leak rule drops different hits in different sequences
-        self.reranks = settings.retrieval_rerank > 0
-        self.candidates = max(self.kept, settings.retrieval_rerank)
-        self.hits_kind = f'hits for {self.k} of {self.candidates} {self.reranks}'
-        token_type = np.uint16 if tokenizer.n_vocab <= 2**16 else np.int32
-        self.row_type = np.dtype([('length', np.int16), ('tokens', token_type, 2 * self.chunk_size)])
-        self.cache = None
-        self.revision, self.stale_until = '', time.monotonic() + STALE
-        self.followed_at = -math.inf  # when the exact-match index was last seen to be up to date
-        self.num_pointers, self.copied = settings.retrieval_pointers, copied
-        self.pointers_kind = f'{self.num_pointers} pointers'
-        self.pointer_type = np.dtype([('token', token_type), ('length', np.uint8), ('share', np.uint8)])
+        self._describe(settings, tokenizer, say, copied)
         self.index = open_match_index(settings, tokenizer, self.say, show_progress)
         self.matches = self.index if self.num_pointers else None
         # pointers alone need no embedding model
@@ -90,11 +79,30 @@ class Retriever:
                                 f'python -m retrieval.populate CONFIG')
             if settings.retrieval_cache_gb > 0:
                 self.cache = NeighborCache(settings.retrieval_cache_dir, settings.retrieval_cache_gb,
-                                           f'{self.uri} {settings.retrieval_collection}',
-                                           ['rows', self.hits_kind, self.pointers_kind], self.say)
+                                           cache_name(settings), self.kinds, self.say)
         except BaseException:
             self.close()
             raise
+
+    def _describe(self, settings, tokenizer, say, copied=0):
+        """What follows from the settings."""
+        self.tokenizer, self.uri = tokenizer, settings.retrieval_milvus_uri
+        self.timeout, self.say = settings.retrieval_timeout, say or (lambda text: print(text, file=sys.stderr))
+        self.k, self.chunk_size = settings.retrieval_k_neighbors, settings.retrieval_chunk_size
+        self.kept = self.k + SPARE  # M, cached: the leak rule drops different hits in different sequences
+        self.reranks = settings.retrieval_rerank > 0
+        self.candidates = max(self.kept, settings.retrieval_rerank)
+        self.hits_kind = (f'hits for {self.k} of {self.candidates} {self.reranks} '
+                          f'{sorted(settings.retrieval_search_params.items())}')
+        token_type = np.uint16 if tokenizer.n_vocab <= 2**16 else np.int32
+        self.row_type = np.dtype([('length', np.int16), ('tokens', token_type, 2 * self.chunk_size)])
+        self.cache, self.has_asked = None, False  # whether the database was asked just now
+        self.revision, self.stale_until = '', time.monotonic() + STALE
+        self.followed_at = -math.inf  # when the exact-match index was last seen to be up to date
+        self.num_pointers, self.copied = settings.retrieval_pointers, copied
+        self.pointers_kind = f'{self.num_pointers} pointers'
+        self.pointer_type = np.dtype([('token', token_type), ('length', np.uint8), ('share', np.uint8)])
+        self.kinds = ['rows', self.hits_kind, self.pointers_kind]
 
     def retrieve(self, chunks, doc_ids, is_last_chunk, chunk_ids=None):
         """
@@ -143,15 +151,19 @@ class Retriever:
         return self._wait(find)
 
     def retrieve_for(self, batches):
-        """The Batches with neighbors, pointers, hits and counts."""
-        batches = self._add_neighbors(batches) if self.k else batches
-        if not self.matches:
-            return batches
+        """The Batches with neighbors, pointers, hits and counts, all of one revision of the collection."""
+        while True:
+            found = self._add_neighbors(batches) if self.k else batches
+            if not self.num_pointers:
+                return found
+            revision = self.revision
 
-        def add_pointers():
-            self._follow_matches()
-            return self._add_pointers(batches)
-        return self._wait(add_pointers)
+            def add_pointers(found=found, revision=revision):
+                self._follow_matches()
+                return self._add_pointers(found) if self.revision == revision or not self.k else None
+            complete = self._wait(add_pointers)
+            if complete is not None:
+                return complete
 
     def _add_pointers(self, batches):
         """Pointers are remembered by chunk. A sequence of which one is missing is looked up as a whole."""
@@ -165,11 +177,14 @@ class Retriever:
             packed = np.zeros((B, L, C, P), dtype=self.pointer_type)
             new = []
             for b, line in enumerate(lines):
+                if not (batch.targets[b] >= 0).any():  # it only fills up the batch
+                    continue
                 if all(key in cached for key in line):
                     packed[b] = np.frombuffer(b''.join(cached[key] for key in line), packed.dtype).reshape(L, C, P)
                 else:
                     new.append(b)
             if new:
+                self._ask(len(new) * L, 'chunks have no pointers')
                 looked_up = self.matches.find(batch.tokens[new], batch.doc_ids[new], P, self.copied)
                 looked_up = looked_up.reshape(len(new), L, C, P, 3)
                 for part, name in enumerate(packed.dtype.names):
@@ -203,20 +218,33 @@ class Retriever:
         return complete
 
     def _retrieve(self, chunks, doc_ids, is_last_chunk, chunk_ids):
-        self._follow_revision()
         retrieves = ~is_last_chunk
-        unique, inverse = self._unique(chunks[retrieves], doc_ids[retrieves],
-                                       None if chunk_ids is None else chunk_ids[retrieves])
-        hits, searched_again = hits_without_leaks(lambda *asked: self._hits(unique, *asked), inverse,
-                                                  np.nonzero(retrieves)[0], doc_ids, self.k, self.candidates)
-        return self._assemble(retrieves, hits, unique.origin[inverse], searched_again)
+        for _ in range(READ_AGAIN):
+            self._follow_revision()
+            self.has_asked = False
+            unique, inverse = self._unique(chunks[retrieves], doc_ids[retrieves],
+                                           None if chunk_ids is None else chunk_ids[retrieves])
+            hits, searched_again = hits_without_leaks(lambda *asked, of=unique: self._hits(of, *asked), inverse,
+                                                      np.nonzero(retrieves)[0], doc_ids, self.k, self.candidates)
+            found = self._assemble(retrieves, hits, unique.origin[inverse], searched_again)
+            # the cache answers for one revision; of several requests the last may see another than the first
+            if not self.has_asked or self.knowledge_base.revision() == self.revision:
+                return found
+        raise Unreachable('the collection changes again and again while it is searched')
 
     def _follow_revision(self):
         """Switch the cache to the collection's current revision, which is returned; None while it changes."""
         revision = self.knowledge_base.revision()
         if revision != self.revision:
+            is_first = self.revision == ''
             self.revision, self.stale_until = revision, time.monotonic() + STALE
+            self.followed_at = -math.inf  # pointers of before do not go with neighbors of now
             self.size = self.knowledge_base.count()  # detects changes by other programs, which keep the revision
+            if revision and not self.size:
+                raise UserError(f'collection {self.knowledge_base.collection!r} in {self.uri} has been emptied: fill '
+                                f'it with python -m retrieval.populate CONFIG')
+            if revision and not is_first:
+                self.say(f'the collection has changed: {self.size:,} chunks from now on')
             if revision is None and self.cache:
                 self.say('the collection is being filled, or filling it was interrupted: no neighbors are cached until '
                          'python -m retrieval.populate has finished')
@@ -260,6 +288,7 @@ class Retriever:
                                       dtype=HIT).reshape(-1, self.kept)
         if is_new.any():
             new = wanted[is_new]
+            self._ask(len(new), 'chunks have no neighbors')
             vectors = self._vectors(chunks, new)
             found = search_stage(self.knowledge_base, vectors, chunks.doc_ids[new], stage, self.candidates, excluded,
                                  self._is_stale())
@@ -267,6 +296,10 @@ class Retriever:
             if is_cacheable:
                 self.cache.put(self.hits_kind, [(keys[i], hits[i].tobytes()) for i in np.flatnonzero(is_new)])
         return hits, is_new
+
+    def _ask(self, count, what):
+        """Called before the database or the index is asked, for what the cache has not."""
+        self.has_asked = True
 
     def _rerank(self, tokens, hits):
         """Hits (n, M) of chunks (n, C), ordered by how much they share with the chunk, equal ones by nearness."""
@@ -308,6 +341,7 @@ class Retriever:
         rows = self.cache.get('rows', keys) if self.cache else {}
         is_new = np.array([key not in rows for key in keys], dtype=bool)
         if is_new.any():
+            self._ask(is_new.sum(), 'neighbors have no text')
             found = self.knowledge_base.rows(ids[is_new], ['tokens'], self._is_stale())
             fresh = np.zeros(len(found), dtype=self.row_type)
             fresh['tokens'] = self.tokenizer.eot_token
@@ -339,9 +373,55 @@ class Retriever:
         return Neighbors(tokens, mask, hits, origin, again)
 
     def close(self):
-        self.knowledge_base.close()
+        if self.knowledge_base:
+            self.knowledge_base.close()
         if self.cache:
             self.cache.close()
+
+
+class OfflineRetriever(Retriever):
+    """
+    A Retriever of what `python -m retrieval.precompute` has stored in the cache, and of nothing else: without a
+    database, an embedding model or an exact-match index. UserError where something is missing.
+    """
+
+    def __init__(self, settings, tokenizer, say=None):
+        self._describe(settings, tokenizer, say)
+        self.settings, self.knowledge_base, self.matches = settings, None, None
+        self.embedder = EmbedderInfo(settings.retrieval_embedding_model, None, 1)
+        self.cache = open_cache(settings, self.kinds)
+        try:
+            self.records = read_records(self.cache, settings)
+            self.label = label_of(settings, vocabulary_hash(tokenizer))
+            self.revision, self.size = self.records[0]['revision'], self.records[0]['rows']
+            self.cache.use_revision(self.revision)
+        except BaseException:
+            self.close()
+            raise
+
+    def check(self, sequences_of, wanted):
+        """UserError unless the first `wanted` sequences of a set (offline.py) are in the cache."""
+        check_covered(self.records, self.label, sequences_of, wanted, self.settings)
+
+    def _wait(self, work):
+        return work()
+
+    def _follow_revision(self):
+        return self.revision
+
+    def _follow_matches(self):
+        pass
+
+    def _ask(self, count, what):
+        raise UserError(f'{count:,} {what} in {self.settings.retrieval_cache_dir!r}, which retrieval_offline reads '
+                        f'alone: run {COMMAND}')
+
+
+def open_retriever(settings, tokenizer, device='cpu', say=None):
+    """The Retriever of a run."""
+    if settings.retrieval_offline:
+        return OfflineRetriever(settings, tokenizer, say)
+    return Retriever(settings, tokenizer, device, say)
 
 
 def count_found_themselves(batch, tokens, hits):

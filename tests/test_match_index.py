@@ -43,7 +43,7 @@ class InMemory(MatchIndex):
     """An index of Documents, each list of them a segment, without a collection."""
 
     def __init__(self, *parts, vocab_size=100, masked=()):
-        super().__init__('', '', END, vocab_size)
+        super().__init__('', END, vocab_size)
         for part in parts:
             segment = Segment.__new__(Segment)
             vars(segment).update(index_documents(part, END, self.token_type), masked=[],
@@ -199,7 +199,7 @@ def is_fresh(pointers, retriever, batch, tmp_path):
     """
     Whether an index that is built from nothing answers the same, but for positions with more matches than are counted.
     """
-    index = MatchIndex(str(tmp_path / 'fresh'), 'x', retriever.tokenizer.eot_token, retriever.tokenizer.n_vocab,
+    index = MatchIndex(str(tmp_path / 'fresh'), retriever.tokenizer.eot_token, retriever.tokenizer.n_vocab,
                        say=lambda text: None)
     index.follow(retriever.knowledge_base)
     run = run_lengths(batch.tokens, batch.doc_ids, retriever.tokenizer.eot_token)

@@ -441,8 +441,11 @@ def load_run(out_dir, overrides=()):
     checkpoint = load_checkpoint(out_dir)
     settings, defaults = load_settings([], given=checkpoint.settings), load_settings([])
     named = read_overrides(overrides, vars(settings))
-    for key in ('wandb_log', 'multiple_choice_benchmarks', 'benchmark_data_dir', 'retrieval_cache_dir',
-                'retrieval_matches_dir', 'data_cache_dir', 'data_cache_gb'):
+    if named.get('retrieval_offline'):
+        raise UserError('retrieval_offline is for training: what prompts and other texts read is not precomputed: '
+                        'leave it out')
+    for key in ('wandb_log', 'retrieval_offline', 'multiple_choice_benchmarks', 'benchmark_data_dir',
+                'retrieval_cache_dir', 'retrieval_matches_dir', 'data_cache_dir', 'data_cache_gb'):
         setattr(settings, key, getattr(defaults, key))
     if 'retrieval_milvus_uri' not in named:
         if named.get('retrieval_milvus_token') and not is_local(settings.retrieval_milvus_uri):

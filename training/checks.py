@@ -50,6 +50,11 @@ def check_settings(settings):
                         'of them, or use_retrieval to False')
     if settings.train_datasets and settings.val_datasets and not settings.eval_only:
         check_sides(*(as_dataset_configs(getattr(settings, name), name) for name in ('train_datasets', 'val_datasets')))
+    if settings.retrieval_offline and not settings.use_retrieval:
+        raise UserError('retrieval_offline is True, but a GPT reads no neighbors: leave it out, or set use_retrieval')
+    if settings.retrieval_offline and settings.multiple_choice_benchmarks:
+        raise UserError('retrieval_offline reads what was precomputed alone, and multiple_choice_benchmarks ask the '
+                        'database: leave one of them out')
     for key, value in settings.without_secrets().items():  # checkpoints hold them
         try:
             json.dumps(value)
