@@ -21,7 +21,7 @@ import tempfile
 import time
 from contextlib import ExitStack, closing
 from glob import glob
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -69,7 +69,7 @@ def read_chunks(settings, tokenizer, most):
         if count == most:
             break
     joined = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
-    return Rows(**{name: sum(lists, []) if isinstance(lists[0], list) else np.concatenate(lists)
+    return Rows(**{name: list(chain(*lists)) if isinstance(lists[0], list) else np.concatenate(lists)
                    for name, lists in joined.items()}), np.concatenate(vectors), embedder
 
 

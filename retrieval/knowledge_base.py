@@ -24,7 +24,12 @@ PROPERTY = 'nanoretro.metadata'
 REVISION = 'nanoretro.state'  # property, named so in existing collections: a new value at each change of the rows
 CHANGING = 'changing'  # its value while they change
 FIELDS = ('id', 'doc_id', 'position', 'document', 'text', 'tokens')
-HIT = np.dtype([('id', np.int64), ('doc_id', np.int64), ('score', np.float32)])  # the score is the cosine
+HIT = np.dtype([('id', np.int64), ('doc_id', np.int64), ('score', np.float32)])  # the score is that of SCORES
+SCORES = {'dense': 'similarity', 'bm25': 'BM25 score', 'hybrid': 'RRF score'}  # by retrieval_mode; more is nearer
+DIGITS = {'dense': 5, 'bm25': 3, 'hybrid': 7}  # to which the scores of equally near rows are equal
+BM25 = {'bm25_k1': 1.2, 'bm25_b': 0.75}  # Milvus' defaults; Milvus Lite has another k1
+RRF = 60  # reciprocal rank fusion: a row's score is the sum of 1 / (RRF + rank) over the two searches
+FULL_TEXT = (2, 5)  # version of Milvus from which on servers search by words
 INDEXES = {  # parameters of the build, of a search, and of a filtered search, which has to look further
     'FLAT': ({}, {}, {}),
     'IVF_FLAT': ({'nlist': 1024}, {'nprobe': 16}, {'nprobe': 1024}),
@@ -53,12 +58,14 @@ class Metadata:
     dimension: int
     index: str
     version: int = VERSION
+    mode: str = 'dense'  # unless it is that, the rows hold the words of their text, too: all modes can search them
 
 
 def open_knowledge_base(settings, vocabulary_hash, embedder, create=False):
     """The collection that the settings name, filled or read with their tokenizer, chunk size and embedding model."""
     metadata = Metadata(settings.tokenizer, vocabulary_hash, settings.retrieval_chunk_size, embedder.name,
-                        embedder.fingerprint, embedder.dimension, settings.retrieval_index)
+                        embedder.fingerprint, embedder.dimension, settings.retrieval_index,
+                        mode=settings.retrieval_mode)
     return KnowledgeBase(settings.retrieval_milvus_uri, settings.retrieval_milvus_token,
                          settings.retrieval_collection, metadata, create)
 
@@ -82,6 +89,8 @@ class KnowledgeBase:
                             f'underscores, 255 at most, and no digit at the beginning')
         if metadata.index not in INDEXES:
             raise UserError(f'retrieval_index {metadata.index!r} is not one of {", ".join(INDEXES)}')
+        if metadata.mode not in SCORES:
+            raise UserError(f'retrieval_mode {metadata.mode!r} is not one of {", ".join(SCORES)}')
         uri = os.path.expanduser(uri) if is_local(uri) else uri
         self.uri, self.token, self.collection, self.metadata = uri, token, collection, metadata
         self.client = self.lease = None
@@ -99,6 +108,8 @@ class KnowledgeBase:
             address = self.lease.address if self.lease else self.uri
             self.client = connect(address, self.uri, self.token, min(timeout or longest, longest))
             with self._errors():
+                if self.metadata.mode != 'dense':
+                    check_full_text(self.client.get_server_version(), self.uri, self.metadata.mode)
                 if self.client.has_collection(self.collection, retry_times=RETRIES):
                     self._check_metadata()
                 elif create:
@@ -114,19 +125,24 @@ class KnowledgeBase:
         return milvus_errors(self.uri, bool(self.token))
 
     def _create(self):
-        from pymilvus import DataType, MilvusClient
+        from pymilvus import DataType, Function, FunctionType, MilvusClient
+        has_words = self.metadata.mode != 'dense'
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field('id', DataType.INT64, is_primary=True)
         schema.add_field('doc_id', DataType.INT64)
         schema.add_field('position', DataType.INT64)
         schema.add_field('document', DataType.VARCHAR, max_length=1024)
-        schema.add_field('text', DataType.VARCHAR, max_length=MAX_TEXT)
+        schema.add_field('text', DataType.VARCHAR, max_length=MAX_TEXT, **{'enable_analyzer': True} if has_words else {})
         schema.add_field('tokens', DataType.ARRAY, element_type=DataType.INT32,
                          max_capacity=2 * self.metadata.chunk_size)
         schema.add_field('embedding', DataType.FLOAT_VECTOR, dim=self.metadata.dimension)
         index = self.client.prepare_index_params()
         index.add_index('embedding', index_type=self.metadata.index, metric_type='IP',
                         params={'params': INDEXES[self.metadata.index][0]})  # Milvus Lite reads only nested ones
+        if has_words:
+            schema.add_field('words', DataType.SPARSE_FLOAT_VECTOR)
+            schema.add_function(Function('bm25', FunctionType.BM25, ['text'], ['words']))
+            index.add_index('words', index_type='SPARSE_INVERTED_INDEX', metric_type='BM25', params={'params': BM25})
         properties = {PROPERTY: json.dumps(asdict(self.metadata)), REVISION: new_revision()}
         self.client.create_collection(self.collection, schema=schema, index_params=index, properties=properties)
 
@@ -156,16 +172,19 @@ class KnowledgeBase:
         if not found:
             raise UserError(f'collection {self.collection!r} in {self.uri} was not made by nanoRETRO: choose another '
                             f'name in retrieval_collection')
-        found, wanted = json.loads(found), asdict(self.metadata)
+        found, wanted = {'mode': 'dense', **json.loads(found)}, asdict(self.metadata)
+        if wanted['mode'] == 'dense' or found['mode'] != 'dense':
+            wanted['mode'] = None  # it can be searched so
         names = {'tokenizer', 'embedding_model'}  # they may differ where the hashes agree
         wrong = [key for key in wanted if key not in names and wanted[key] not in (None, found.get(key))]
         if wrong:
-            named = {'vocabulary_hash': 'tokenizer', 'embedding_hash': 'embedding_model'}
+            named = {'vocabulary_hash': 'tokenizer', 'embedding_hash': 'embedding_model', 'mode': 'retrieval_mode'}
+            refill = f' --retrieval_mode={wanted["mode"]}' if 'mode' in wrong else ''
             both = '; '.join(f'{named.get(key, key)}: it has {describe(found, key)}, the run {describe(wanted, key)}'
                              for key in wrong)
             raise UserError(f'collection {self.collection!r} in {self.uri} was made by something else ({both}): use '
                             f'the settings that made it, or fill another retrieval_collection with python -m '
-                            f'retrieval.populate CONFIG')
+                            f'retrieval.populate CONFIG{refill}')
 
     def count(self):
         """Number of rows."""
@@ -262,33 +281,58 @@ class KnowledgeBase:
             self.client.flush(self.collection)
         self._set_revision(new_revision())
 
-    def search(self, vectors, limit, excluded=(), latest=False):
+    def search(self, vectors, limit, excluded=(), latest=False, texts=None):
         """
-        Up to `limit` rows nearest to each of the vectors (n, D): (n, limit) of HIT, nearest first, of equally near
-        ones (to 1e-5) the lower id first; missing ones have score -inf. None is of a document whose doc_id is in
-        `excluded`. `latest` as in rows().
+        Up to `limit` rows nearest to each of n queries: (n, limit) of HIT, nearest first, of equally near ones the
+        lower id first; missing ones have score -inf. None is of a document whose doc_id is in `excluded`. `latest` as
+        in rows(). By retrieval_mode, nearest are those of the largest cosine with the vectors (n, D); those whose words
+        have the largest BM25 score with the texts (n,); or, 'hybrid', those that both searches rank highest. What the
+        mode does not read may be None.
         """
-        options = {'consistency_level': 'Strong'} if latest else {}
-        is_filtered = len(excluded) > 0
+        mode = self.metadata.mode
+        found = np.zeros((len(vectors if mode == 'dense' else texts), limit), dtype=HIT)
+        found['score'] = -np.inf
+        asked = np.arange(len(found))
+        if mode != 'dense':  # of a text without a word there is nothing to ask
+            has_words = np.array([bool(re.search(r'\w', text)) for text in texts], dtype=bool)
+            asked = np.flatnonzero(has_words)
+            if mode == 'hybrid' and not has_words.all():
+                self._search('dense', vectors, texts, np.flatnonzero(~has_words), found, excluded, latest)
+                ranks = np.arange(1, limit + 1)
+                found['score'] = np.where(found['score'] > -np.inf, 1 / (RRF + ranks), -np.inf)
+        self._search(mode, vectors, texts, asked, found, excluded, latest)
+        # the order of rows with equal scores depends on the server and the index, as does how scores are rounded
+        order = np.lexsort((found['id'], -found['score'].round(DIGITS[mode])))  # by score, then by id
+        return np.take_along_axis(found, order, axis=1)
+
+    def _search(self, mode, vectors, texts, queries, found, excluded, latest):
+        """Put the hits of the queries of these numbers into their lines of `found` (n, limit)."""
+        from pymilvus import AnnSearchRequest, RRFRanker
+        limit, is_filtered = found.shape[1], len(excluded) > 0
         expression = f'doc_id not in {sorted(int(d) for d in excluded)}' if is_filtered else ''
         params = dict(INDEXES[self.metadata.index][1 + is_filtered])
         if 'ef' in params:
             params['ef'] = max(params['ef'], limit)  # Milvus refuses a limit above ef
-        found = np.zeros((len(vectors), limit), dtype=HIT)
-        found['score'] = -np.inf
-        for start in range(0, len(vectors), REQUEST):
-            data = list(np.asarray(vectors[start:start + REQUEST], dtype=np.float32))
+        dense, words = {'metric_type': 'IP', 'params': params}, {'metric_type': 'BM25', 'params': {}}
+        options = dict(output_fields=['doc_id'], limit=limit, retry_times=RETRIES,
+                       **{'consistency_level': 'Strong'} if latest else {})
+        for start in range(0, len(queries), REQUEST):
+            part = queries[start:start + REQUEST]
+            near = None if mode == 'bm25' else list(np.asarray(vectors, dtype=np.float32)[part])
+            said = None if mode == 'dense' else [texts[i] for i in part]
             with self._errors():
-                answer = self.client.search(self.collection, data=data, anns_field='embedding', limit=limit,
-                                            filter=expression, output_fields=['doc_id'],
-                                            search_params={'metric_type': 'IP', 'params': params}, retry_times=RETRIES,
-                                            **options)
-            for line, hits in zip(found[start:], answer, strict=False):
-                line['id'][:len(hits)], line['score'][:len(hits)] = hits.ids, hits.distances
-                line['doc_id'][:len(hits)] = [hit['entity']['doc_id'] for hit in hits]
-        # equal texts have equal scores but for rounding, whose order depends on the server and the index
-        order = np.lexsort((found['id'], -found['score'].round(5)))  # by score, then by id
-        return np.take_along_axis(found, order, axis=1)
+                if mode == 'hybrid':
+                    asked = [AnnSearchRequest(data, field, param, limit, expression) for data, field, param in
+                             ((near, 'embedding', dense), (said, 'words', words))]
+                    answer = self.client.hybrid_search(self.collection, asked, RRFRanker(RRF), **options)
+                else:
+                    data, field, param = (near, 'embedding', dense) if mode == 'dense' else (said, 'words', words)
+                    answer = self.client.search(self.collection, data=data, anns_field=field, filter=expression,
+                                                search_params=param, **options)
+            for line, hits in zip(part, answer, strict=True):
+                scores = np.abs(hits.distances) if mode == 'bm25' else hits.distances  # Milvus Lite's are negative
+                found['id'][line, :len(hits)], found['score'][line, :len(hits)] = hits.ids, scores
+                found['doc_id'][line, :len(hits)] = [hit['entity']['doc_id'] for hit in hits]
 
     def close(self):
         if self.client is not None:
@@ -328,6 +372,15 @@ def check_uri(uri):
     if not is_address and (not uri.endswith('.db') or os.path.basename(uri) == '.db'):
         raise UserError(f'retrieval_milvus_uri {uri!r} is neither the path of a local file ending in .db nor an '
                         f'address such as http://127.0.0.1:19530')
+
+
+def check_full_text(version, uri, mode):
+    """UserError if a server of this version, such as 'v2.3.5-lite', cannot search by words."""
+    found = re.match(r'v?(\d+)\.(\d+)', version)  # Milvus Lite and clouds name theirs otherwise
+    if found and tuple(map(int, found.groups())) < FULL_TEXT:
+        raise UserError(f'Milvus at {uri} is version {version}, and retrieval_mode {mode!r} searches by words, which '
+                        f'servers do from {".".join(map(str, FULL_TEXT))} on: use a newer server or a local file, or '
+                        f"retrieval_mode 'dense'")
 
 
 def check_local_path(uri, collection, create):
