@@ -47,7 +47,7 @@ class Passage:
     """A passage that a chunk retrieved."""
     document: str
     chunk: int | None  # its number in the document, from 1
-    similarity: float | None
+    similarity: float | None  # None: it was not found by its embedding alone
     text: str
     continuation: str
     tokens: list  # of both
@@ -159,11 +159,12 @@ class LiveCollection:
         return found
 
     def _passage(self, row, hit):
+        similarity = float(hit['score']) if self.retriever.mode == 'dense' else None
         if row is None:  # it has been removed since it was found
-            return Passage('a deleted document', None, float(hit['score']), '', '', [])
+            return Passage('a deleted document', None, similarity, '', '', [])
         end, decode = self.retriever.tokenizer.eot_token, self.retriever.tokenizer.decode
         continuation = [t for t in row['tokens'][self.retriever.chunk_size:] if t != end]
-        return Passage(row['document'], row['position'] + 1, float(hit['score']), without_end(row['text']),
+        return Passage(row['document'], row['position'] + 1, similarity, without_end(row['text']),
                        decode(continuation), [t for t in row['tokens'] if t != end])
 
 

@@ -70,6 +70,11 @@ def open_knowledge_base(settings, vocabulary_hash, embedder, create=False):
                          settings.retrieval_collection, metadata, create)
 
 
+def describe_score(mode, score):
+    """The score of a hit that was found by this retrieval_mode, for people."""
+    return f'{SCORES[mode]} {score:.{4 if mode == "hybrid" else 2}f}'
+
+
 def is_local(uri):
     """Whether a retrieval_milvus_uri is a local file."""
     return '://' not in uri
@@ -127,12 +132,13 @@ class KnowledgeBase:
     def _create(self):
         from pymilvus import DataType, Function, FunctionType, MilvusClient
         has_words = self.metadata.mode != 'dense'
+        analyzed = dict(enable_analyzer=True) if has_words else {}
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field('id', DataType.INT64, is_primary=True)
         schema.add_field('doc_id', DataType.INT64)
         schema.add_field('position', DataType.INT64)
         schema.add_field('document', DataType.VARCHAR, max_length=1024)
-        schema.add_field('text', DataType.VARCHAR, max_length=MAX_TEXT, **{'enable_analyzer': True} if has_words else {})
+        schema.add_field('text', DataType.VARCHAR, max_length=MAX_TEXT, **analyzed)
         schema.add_field('tokens', DataType.ARRAY, element_type=DataType.INT32,
                          max_capacity=2 * self.metadata.chunk_size)
         schema.add_field('embedding', DataType.FLOAT_VECTOR, dim=self.metadata.dimension)

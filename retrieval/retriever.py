@@ -69,7 +69,8 @@ class Retriever:
         self.reranks = settings.retrieval_rerank > 0
         self.candidates = max(self.kept, settings.retrieval_rerank)
         self.mode = settings.retrieval_mode
-        self.hits_kind = f'hits for {self.k} of {self.candidates} {self.reranks}' + f' {self.mode}' * (self.mode != 'dense')
+        self.hits_kind = f'hits for {self.k} of {self.candidates} {self.reranks}'
+        self.hits_kind += f' {self.mode}' * (self.mode != 'dense')
         token_type = np.uint16 if tokenizer.n_vocab <= 2**16 else np.int32
         self.row_type = np.dtype([('length', np.int16), ('tokens', token_type, 2 * self.chunk_size)])
         self.cache = None
