@@ -21,7 +21,8 @@ def summarize(corpus, size, nats, retrieved=None):
     """
     Metrics of one evaluation of a Corpus, as the dict for evaluation.json. `size` (N,) is the bytes of each chunk.
     `nats` maps arms, which are keys of ARMS, to token losses (N, C). With `retrieved`, a Retrieved, it must have the
-    arms 'on' and 'off', and the metrics by longest run, and with neighbors by overlap and, if it is known, similarity, are added.
+    arms 'on' and 'off', and the metrics by longest run, and with neighbors by overlap and, if their scores are one,
+    by similarity, are added.
     """
     arms = [arm for arm in ARMS if arm in nats]
     sums = {arm: nats[arm].sum(1, dtype=np.float64) for arm in arms}  # (N,)

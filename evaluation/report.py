@@ -254,8 +254,9 @@ def passage(kind, i, corpus, nats, retrieved, rows, sources, tokenizer, stronges
         text = (tokens_as_html(tokens[:C], tokenizer, marked=shared[:C])
                 + '<span class="turn" title="start of the neighbor\'s continuation"></span>'
                 + tokens_as_html(tokens[C:], tokenizer, marked=shared[C:]))
+        score = describe_score(retrieved.mode, hit['score'])
         neighbor_parts.append(f'<div class="neighbor"><h4>{escape(row["document"])}, chunk {row["position"] + 1}'
-                              f'<span>{describe_score(retrieved.mode, hit["score"])}</span></h4><pre>{text}</pre></div>')
+                              f'<span>{score}</span></h4><pre>{text}</pre></div>')
     notes = [sources.get((i, j), '') for j in range(len(chunk))]
     total = float(gains[i].sum())
     location = f'{escape(corpus.names[corpus.document[i]])}, chunk {corpus.position[i] + 1}'
