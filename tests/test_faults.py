@@ -16,7 +16,6 @@ import time
 
 import pytest
 
-from bench.milvus_server import MilvusServer, why_not
 from configurator import load_settings
 from retrieval.loader import Loader
 from tests.conftest import ROOT, has_server, run, spawn, wait_until
@@ -26,15 +25,6 @@ from training.checkpoint import load_checkpoint
 # many small steps with few batches ready, so that what happens at one of them happens before the last is fetched
 LONG = ['config.py', '--max_iters=40', '--eval_interval=20', '--dropout=0.1',
         '--gradient_accumulation_steps=1', '--retrieval_prefetch_batches=2', '--retrieval_cache_gb=0']
-
-
-@pytest.fixture(scope='module')
-def server(tmp_path_factory):
-    """A real Milvus server."""
-    if why_not():
-        pytest.skip(f'no real Milvus server: {why_not()}')
-    with MilvusServer(tmp_path_factory.mktemp('server')) as started:
-        yield started
 
 
 @pytest.fixture(scope='module')
@@ -49,7 +39,8 @@ def undisturbed(server, prepared, tmp_path_factory):
 
 def at(server):
     """Settings for it. The index is exact: another one is built in the background, and the answers change then."""
-    return [f'--retrieval_milvus_uri={server.uri}', '--retrieval_index=FLAT', '--train_datasets=["val.parquet"]']
+    return [f'--retrieval_milvus_uri={server.uri}', '--retrieval_index=FLAT', '--train_datasets=["val.parquet"]',
+            '--retrieval_collection=faults']
 
 
 class Run:
