@@ -268,8 +268,8 @@ def test_the_status_of_a_broken_call_says_whether_it_may_pass(status, text, pass
 
 WORDS = dataclasses.replace(METADATA, mode='hybrid')
 TEXTS = ['def read(path): return open(path).read()', 'def write(path, text): open(path, "w").write(text)',
-         'import os, sys', 'the path of a file', 'class Reader: pass  # reads a path', '===== ( ) =====', 'path path path', 'return None',
-         'import sys\nsys.exit(1)', 'x = y']
+         'import os, sys', 'the path of a file', 'class Reader: pass  # reads a path', '===== ( ) =====',
+         'path path path', 'return None', 'import sys\nsys.exit(1)', 'x = y']
 
 
 @pytest.fixture
