@@ -372,3 +372,12 @@ def test_filling_follows_changed_emptied_and_removed_documents_on_a_server_too(s
     assert '2 of them written now, 2 changed documents' in said and 'chunks of 1 documents that train_dat' in said
     said = fill(dict(id='e', text='new'), dict(id='b', text='short'), dict(id='a', text=text + 'a'))
     assert ', 0 of them written now, 0 changed' in said and 'removed: 0 chunks' in said
+
+
+def test_a_server_that_cannot_search_by_words_is_refused_by_its_version(server, prepared):
+    options = ['config.py', f'--retrieval_milvus_uri={server.uri}', '--retrieval_mode=bm25']
+    for command in (['-m', 'retrieval.populate'], [ROOT / 'train.py']):
+        answer = run(*command, *options, folder=prepared, check=False)
+        assert answer.returncode == 2 and answer.stderr.count('\n') == 1, answer.stderr
+        assert "is version v2.3.5-lite, and retrieval_mode 'bm25' searches by words, which servers do from 2.5 on: use a " \
+               'newer server or a local file' in answer.stderr
