@@ -8,9 +8,12 @@ finds (recall@2, against an exact search), and what memory that takes; of Milvus
     python bench/scale.py config/quickstart.py --backends=lite,matches --rows=1_000_000    # a part of it
     python bench/scale.py config/quickstart.py --rows=0                                    # measure nothing
 
+With --folder=DIR databases are kept there, and of one that is there the search alone is measured, e.g. once the machine
+is quiet.
+
 The chunks are those of the config's train_datasets, embedded by its model, then copies of them that are disturbed. Each
-measurement is a JSON line, which is added to --out=out/scale.jsonl; of the lines there are, the newest of each backend
-and size, it prints a table and the exponents of the growth, and draws out/scale.png.
+measurement is a JSON line, which is added to --out=out/scale.jsonl; of the lines there are, the newest values of each
+backend and size, it prints a table and the exponents of the growth, and draws out/scale.png.
 """
 import json
 import os
@@ -108,40 +111,50 @@ def search_exactly(real, vectors, count, numbers, end_of_text):
 
 
 def measure_milvus(settings, tokenizer, chunks, count, batches, folder, server):
-    """The measurements of a collection of `count` chunks, at an address or in a local file."""
+    """The measurements of a collection of `count` chunks, by an address or a path; of searches alone, if it is full."""
     (real, vectors, embedder), end = chunks, tokenizer.eot_token
-    numbers = draw_batches(real, count, batches)
-    with closing(open_knowledge_base(settings, vocabulary_hash(tokenizer), embedder, create=True)) as knowledge_base:
-        seconds = 0.0
-        for rows, near in blocks(real, vectors, count, end):
-            dicts = rows.to_dicts(near)
-            start = time.perf_counter()
-            knowledge_base.upsert(dicts)
-            seconds += time.perf_counter() - start
-        start = time.perf_counter()
-        knowledge_base.flush()
-        flushed = time.perf_counter() - start
-        wait_for_index(knowledge_base, count, folder)
-        indexed = time.perf_counter() - start
-        assert knowledge_base.count() == count
+    numbers, found = draw_batches(real, count, batches), {}
 
-        def search(batch, stage, excluded=()):
-            return search_stage(knowledge_base, vectors[batch], real.doc_id[batch], stage, K + SPARE, excluded)
+    def search(batch, stage, excluded=()):
+        return search_stage(knowledge_base, vectors[batch], real.doc_id[batch], stage, K + SPARE, excluded)
+    with closing(open_knowledge_base(settings, vocabulary_hash(tokenizer), embedder, create=True)) as knowledge_base:
+        is_full = knowledge_base.count() == count
+        if not is_full:
+            found |= fill(knowledge_base, blocks(real, vectors, count, end), count, folder)
+        search(numbers[-1], 0)
         times = []
         for batch in numbers:
             start = time.perf_counter()
             search(batch, 0)
             times.append(time.perf_counter() - start)
-        memory = resident(server.process.pid if server else knowledge_base.lease.pid)
+        found |= dict(search_ms=1e3 * statistics.median(times),
+                      search_spread=[round(1e3 * t, 1) for t in (min(times), max(times))],
+                      memory_mb=resident(server.process.pid if server else knowledge_base.lease.pid))
+        if is_full:
+            return found
         asked = numbers[:JUDGED].ravel()
         each = np.arange(len(asked))
         hits, _ = hits_without_leaks(lambda i, *stage: (search(asked[i], *stage), np.ones(len(i), dtype=bool)), each,
                                      each, real.doc_id[asked, None], K, K + SPARE)
     exact = search_exactly(real, vectors, count, asked, end)
     is_found = hits['score'] >= exact - 1e-4  # rank for rank: equal texts have equal scores
-    return dict(rows_per_s=count / (seconds + flushed), index_s=indexed, search_ms=1e3 * statistics.median(times),
-                search_spread=[round(1e3 * t, 1) for t in (min(times), max(times))], recall=float(is_found.mean()),
-                memory_mb=memory, disk_mb=size_of(folder))
+    return found | dict(recall=float(is_found.mean()), disk_mb=size_of(folder))
+
+
+def fill(knowledge_base, parts, count, folder):
+    """Insert the parts, and wait until all rows are indexed: how fast the one is, and how long the other takes."""
+    seconds = 0.0
+    for rows, near in parts:
+        dicts = rows.to_dicts(near)
+        start = time.perf_counter()
+        knowledge_base.upsert(dicts)
+        seconds += time.perf_counter() - start
+    start = time.perf_counter()
+    knowledge_base.flush()
+    seconds += time.perf_counter() - start
+    wait_for_index(knowledge_base, count, folder)
+    assert knowledge_base.count() == count
+    return dict(rows_per_s=count / seconds, index_s=time.perf_counter() - start)
 
 
 def wait_for_index(knowledge_base, count, folder):
@@ -210,10 +223,11 @@ def size_of(folder):
     return sum(os.path.getsize(path) for path in glob(f'{folder}/**', recursive=True) if os.path.isfile(path)) / 1e6
 
 
-def measure(backend, settings, tokenizer, chunks, count, batches):
-    """The line of one backend and size."""
+def measure(backend, settings, tokenizer, chunks, count, batches, kept):
+    """The line of one backend and size. Its database is kept in the folder `kept`, if there is one."""
     with ExitStack() as cleanup:
-        folder = cleanup.enter_context(tempfile.TemporaryDirectory())
+        folder = f'{kept}/{backend}-{count}' if kept else cleanup.enter_context(tempfile.TemporaryDirectory())
+        os.makedirs(folder, exist_ok=True)
         settings = settings.replace(retrieval_milvus_uri=f'{folder}/lite.db', retrieval_collection='scale')
         if backend == 'matches':
             found = measure_matches(settings, tokenizer, chunks, count, batches)
@@ -281,8 +295,8 @@ def plot(lines, path):
 
 
 def parse_arguments():
-    """(settings, backends, sizes, batches, path of the lines)"""
-    options = dict(backends=','.join(BACKENDS), rows='', out='out/scale.jsonl')
+    """(settings, backends, sizes, batches, folder to keep databases in or '', path of the lines)"""
+    options = dict(backends=','.join(BACKENDS), rows='', folder='', out='out/scale.jsonl')
     rest, is_quick = [], '--quick' in sys.argv
     if '--help' in sys.argv or '-h' in sys.argv:
         print(__doc__)
@@ -301,11 +315,11 @@ def parse_arguments():
     except ValueError:
         raise UserError(f'--rows is {options["rows"]!r}: give numbers of chunks, such as 10_000,100_000') from None
     sizes = [2000, 4000] if is_quick and not options['rows'] else [size for size in sizes if size]
-    return load_settings(rest), backends, sizes, 2 if is_quick else 20, options['out']
+    return load_settings(rest), backends, sizes, 2 if is_quick else 20, options['folder'], options['out']
 
 
 def main():
-    settings, backends, sizes, batches, out = parse_arguments()
+    settings, backends, sizes, batches, kept, out = parse_arguments()
     if 'server' in backends and sizes and why_not():
         print(f'no real Milvus server: {why_not()}', file=sys.stderr)
         backends.remove('server')
@@ -315,7 +329,7 @@ def main():
         chunks = read_chunks(settings, tokenizer, max(sizes))
         for size in sizes:
             for backend in backends:
-                line = json.dumps(measure(backend, settings, tokenizer, chunks, size, batches))
+                line = json.dumps(measure(backend, settings, tokenizer, chunks, size, batches, kept))
                 print(line, flush=True)
                 with open(out, 'a', encoding='utf-8') as file:
                     file.write(line + '\n')
@@ -324,7 +338,10 @@ def main():
             lines = [json.loads(line) for line in file]
     except FileNotFoundError:
         raise UserError(f'there are no measurements in {out!r}: give --rows') from None
-    newest = {(line['backend'], line['rows']): line for line in lines}
+    newest = {}
+    for line in lines:
+        key = line['backend'], line['rows']
+        newest[key] = newest.get(key, {}) | line
     lines = [newest[key] for key in sorted(newest, key=lambda key: key[1])]
     plot(lines, f'{os.path.splitext(out)[0]}.png')
     print(f'\n{describe(lines)}')
