@@ -8,8 +8,8 @@ finds (recall@2, against an exact search), and what memory that takes; of Milvus
     python bench/scale.py config/quickstart.py --backends=lite,matches --rows=1_000_000    # a part of it
     python bench/scale.py config/quickstart.py --rows=0                                    # measure nothing
 
-With --folder=DIR databases are kept there, and of one that is there the search alone is measured, e.g. once the machine
-is quiet.
+With --folder=DIR databases are kept there, and one that is there is not filled again, e.g. to measure its searches once
+the machine is quiet.
 
 The chunks are those of the config's train_datasets, embedded by its model, then copies of them that are disturbed. Each
 measurement is a JSON line, which is added to --out=out/scale.jsonl; of the lines there are, the newest values of each
@@ -47,7 +47,7 @@ from retrieval.populate import Rows, read_parts
 
 SIZES = (10_000, 100_000, 1_000_000)
 BATCH, L, K = 192, 4, 2  # chunks of a batch, in sequences of L; neighbors
-JUDGED = 5  # batches whose hits are compared with an exact search
+JUDGED = 3  # batches whose hits are compared with an exact search
 BLOCK = 8192  # rows that are made at once
 NOISE = 0.5  # length of what is added to a copy's vector of length 1: its cosine with the original is 0.89
 OTHERS = 0.1  # share of a copy's tokens that are replaced by other tokens of the corpus
@@ -111,15 +111,14 @@ def search_exactly(real, vectors, count, numbers, end_of_text):
 
 
 def measure_milvus(settings, tokenizer, chunks, count, batches, folder, server):
-    """The measurements of a collection of `count` chunks, by an address or a path; of searches alone, if it is full."""
+    """The measurements of a collection of `count` chunks, whose rows are inserted if they are not there."""
     (real, vectors, embedder), end = chunks, tokenizer.eot_token
     numbers, found = draw_batches(real, count, batches), {}
 
     def search(batch, stage, excluded=()):
         return search_stage(knowledge_base, vectors[batch], real.doc_id[batch], stage, K + SPARE, excluded)
     with closing(open_knowledge_base(settings, vocabulary_hash(tokenizer), embedder, create=True)) as knowledge_base:
-        is_full = knowledge_base.count() == count
-        if not is_full:
+        if knowledge_base.count() != count:
             found |= fill(knowledge_base, blocks(real, vectors, count, end), count, folder)
         search(numbers[-1], 0)
         times = []
@@ -130,8 +129,6 @@ def measure_milvus(settings, tokenizer, chunks, count, batches, folder, server):
         found |= dict(search_ms=1e3 * statistics.median(times),
                       search_spread=[round(1e3 * t, 1) for t in (min(times), max(times))],
                       memory_mb=resident(server.process.pid if server else knowledge_base.lease.pid))
-        if is_full:
-            return found
         asked = numbers[:JUDGED].ravel()
         each = np.arange(len(asked))
         hits, _ = hits_without_leaks(lambda i, *stage: (search(asked[i], *stage), np.ones(len(i), dtype=bool)), each,
