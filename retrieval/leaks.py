@@ -24,7 +24,7 @@ def search_stage(knowledge_base, vectors, doc_ids, stage, candidates, excluded=(
     if stage < EXCLUDING:
         hits = knowledge_base.search(vectors, max(LIMITS[stage], candidates), latest=latest, texts=texts)
         return keep_first(hits, hits['doc_id'] != doc_ids[:, None], candidates)
-    hits = np.zeros((len(vectors), candidates), dtype=HIT)
+    hits = np.zeros((len(doc_ids), candidates), dtype=HIT)
     for doc_id in np.unique(doc_ids):
         is_of_document = doc_ids == doc_id
         near, said = (None if values is None else values[is_of_document] for values in (vectors, texts))
