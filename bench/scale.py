@@ -120,6 +120,7 @@ def measure_milvus(settings, tokenizer, chunks, count, batches, folder, server):
     with closing(open_knowledge_base(settings, vocabulary_hash(tokenizer), embedder, create=True)) as knowledge_base:
         if knowledge_base.count() != count:
             found |= fill(knowledge_base, blocks(real, vectors, count, end), count, folder)
+        wait_for_index(knowledge_base, count, folder)
         search(numbers[-1], 0)
         times = []
         for batch in numbers:
@@ -277,7 +278,7 @@ def plot(lines, path):
               'memory_mb': 'memory (MB)'}
     for ax, (key, title) in zip(axes, titles.items(), strict=True):
         for (backend, name), color in zip(BACKENDS.items(), ('#2f7fd6', '#e07b39', '#8a8f98'), strict=True):
-            points = [(line['rows'], line[key]) for line in lines if line['backend'] == backend]
+            points = [(line['rows'], line[key]) for line in lines if line['backend'] == backend and key in line]
             if points:
                 grown = exponent([line for line in lines if line['backend'] == backend], key)
                 ax.loglog(*zip(*points, strict=True), 'o-', color=color, markersize=4,
