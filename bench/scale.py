@@ -287,7 +287,7 @@ def plot(lines, path):
         ax.set_xlabel('chunks', fontsize=8)
         ax.tick_params(labelsize=8)
         for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_formatter('{x:,g}')
+            axis.set_major_formatter('{x:,.9g}')
             axis.set_minor_formatter('')
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
