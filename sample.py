@@ -21,6 +21,7 @@ from generation.engine import Engine, Request
 from generation.origins import named_runs
 from generation.sampling import Sampling
 from generation.sources import CollectionSource, PassageSource
+from retrieval.knowledge_base import SCORES, describe_score
 from retrieval.retriever import Retriever
 from training.checkpoint import load_pretrained, load_run
 
@@ -193,8 +194,8 @@ def describe(prompt, text, row, source, arguments):
                  seed=row.request.seed)
     if arguments.show_neighbors:
         found['neighbors'] = [dict(first_token=first, last_token=last - 1, passages=[
-            dict(document=name, similarity=round(similarity, 4), text=passage, continuation=continuation)
-            for name, similarity, passage, continuation in source.passages(hits)])
+            {'document': name, SCORES[source.mode]: round(score, 4), 'text': passage, 'continuation': continuation}
+            for name, score, passage, continuation in source.passages(hits)])
             for first, last, hits in row.retrieved]
     return found
 
@@ -208,8 +209,8 @@ def show_neighbors(row, source, engine):
         print(f'nothing: no chunk of {engine.chunk_size} tokens was completed, or retrieval is off')
     for number, (first, last, hits) in enumerate(row.retrieved, start=1):
         print(f'\nchunk {number}: {one_line(engine.tokenizer.decode(row.tokens[first:last].tolist()))}')
-        for rank, (name, similarity, text, continuation) in enumerate(source.passages(hits), start=1):
-            print(f'  {rank}. {visible(name)}, similarity {similarity:.2f}\n     {one_line(text)}')
+        for rank, (name, score, text, continuation) in enumerate(source.passages(hits), start=1):
+            print(f'  {rank}. {visible(name)}, {describe_score(source.mode, score)}\n     {one_line(text)}')
             if continuation:
                 print(f'     then: {one_line(continuation)}')
 

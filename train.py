@@ -100,6 +100,7 @@ retrieval_pointers = 32  # tokens that came next at the longest matches in the c
 retrieval_layers = []  # blocks with chunked cross-attention, from 1; empty: every third from the 6th, and the last
 retrieval_chunk_size = 64  # tokens per chunk
 retrieval_k_neighbors = 2  # neighbors per chunk; 0 disables
+retrieval_mode = 'dense'  # neighbors by embeddings; 'bm25': by words; 'hybrid': by both (docs/scaling.md)
 retrieval_rerank = 0  # re-rank this many nearest by the text they share with the chunk; 0 disables
 retrieval_encoder_layers = 0  # blocks of the neighbor encoder; 2 in the paper
 retrieval_copy = True  # cross-attention that can copy from its first step on; False: the paper's

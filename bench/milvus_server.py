@@ -7,6 +7,7 @@ free port of 127.0.0.1 is forwarded into it.
 """
 import array
 import fcntl
+import os
 import socket
 import subprocess
 import sys
@@ -48,7 +49,7 @@ class MilvusServer:
             self.port = listener.getsockname()[1]
             self.process = subprocess.Popen(
                 [*UNSHARE, sys.executable, __file__, str(listener.fileno()), self.folder], text=True,
-                pass_fds=[listener.fileno()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                pass_fds=[listener.fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         line = self.process.stdout.readline()
         if line != 'ready\n':
             raise RuntimeError(f'the Milvus server did not start: {line}{self.process.stdout.read()}')
@@ -58,6 +59,7 @@ class MilvusServer:
         self.process.kill()  # --kill-child takes down the whole namespace
         self.process.stdout.read()  # until EOF, when every process in the namespace has exited
         self.process.wait()
+        self.process.stdin.close()
         self.process.stdout.close()
         self.process = None
 
@@ -72,6 +74,7 @@ class MilvusServer:
 
 def main():
     """Inside the namespace: run the server and relay connections to it from the inherited listener."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     request = array.array('B', b'lo'.ljust(16, b'\0') + (0x41).to_bytes(2, sys.byteorder) + bytes(22))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, 0x8914, request)  # SIOCSIFFLAGS: the namespace starts with its loopback interface down
@@ -87,6 +90,13 @@ def main():
         for source, sink in ((client, upstream), (upstream, client)):
             source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             threading.Thread(target=relay, args=(source, sink), daemon=True).start()
+
+
+def end_with_parent():
+    """End the namespace when stdin is closed: also the process that started it may have been killed."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
 
 
 def relay(source, sink):

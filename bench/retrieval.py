@@ -71,7 +71,7 @@ def time_stages(retriever):
         timed(retriever.matches, 'find', lambda *_: 'pointers')
     timed(retriever.knowledge_base, 'rows', lambda _, fields, *rest: 'rows' if fields == ['tokens'] else
           'stored embeddings')
-    timed(retriever.knowledge_base, 'search', lambda _, limit, excluded=(), latest=False:
+    timed(retriever.knowledge_base, 'search', lambda _, limit, excluded=(), latest=False, texts=None:
           'search again' if len(excluded) or limit > retriever.candidates else 'search')
     return seconds
 

@@ -126,8 +126,8 @@ def main(cleanup):
     write_atomically(to_json(report, indent=1), f'{results}/evaluation.json')
     written = ['evaluation.json']
     if retrieved:
-        plots = (('leakage.png', plot_overlap), ('similarity.png', plot_similarity))
-        for name, plot in plots if retrieved.hits is not None else ():
+        plots = (('bpb_by_overlap', 'leakage.png', plot_overlap), ('by_similarity', 'similarity.png', plot_similarity))
+        for _, name, plot in [plot for plot in plots if plot[0] in report]:
             save_figure(report, plot, f'{results}/{name}')
             written.append(name)
     passages = choose_passages(corpus, nats, retrieved, arguments.passages) if retrieved else []

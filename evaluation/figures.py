@@ -21,7 +21,8 @@ def summarize(corpus, size, nats, retrieved=None):
     """
     Metrics of one evaluation of a Corpus, as the dict for evaluation.json. `size` (N,) is the bytes of each chunk.
     `nats` maps arms, which are keys of ARMS, to token losses (N, C). With `retrieved`, a Retrieved, it must have the
-    arms 'on' and 'off', and the metrics by longest run, and with neighbors by overlap and similarity, are added.
+    arms 'on' and 'off', and the metrics by longest run, and with neighbors by overlap and, if their scores are one,
+    by similarity, are added.
     """
     arms = [arm for arm in ARMS if arm in nats]
     sums = {arm: nats[arm].sum(1, dtype=np.float64) for arm in arms}  # (N,)
@@ -56,15 +57,17 @@ def summarize(corpus, size, nats, retrieved=None):
     if retrieved.hits is None:
         return report
     overlaps = overlap(corpus, retrieved)  # (N,)
-    similarity = np.where(retrieved.read >= 0, retrieved.hits['score'][retrieved.read].max(1), -np.inf)  # (N,)
-    bins = np.digitize(similarity, SIMILARITIES[1:-1])
+    score = np.where(retrieved.read >= 0, retrieved.hits['score'][retrieved.read].max(1), -np.inf)  # (N,)
     report |= dict(
         share_with_neighbors=float((retrieved.hits['score'][:, 0] > -np.inf).mean()),
-        share_read_with_neighbors=float((similarity > -np.inf).mean()),
-        bpb_by_overlap=[dict(overlap=limit, **subset_metrics(overlaps <= limit)) for limit in OVERLAPS],
-        by_similarity=[dict(below=None, above=None, **subset_metrics(similarity == -np.inf))]
-        + [dict(above=above, below=below, **subset_metrics((bins == i) & (similarity > -np.inf)))
-           for i, (above, below) in enumerate(pairwise(SIMILARITIES))])
+        share_read_with_neighbors=float((score > -np.inf).mean()),
+        bpb_by_overlap=[dict(overlap=limit, **subset_metrics(overlaps <= limit)) for limit in OVERLAPS])
+    if retrieved.mode == 'dense':  # other scores have no scale of their own
+        bins = np.digitize(score, SIMILARITIES[1:-1])
+        report['by_similarity'] = [dict(below=None, above=None, **subset_metrics(score == -np.inf))]
+        report['by_similarity'] += [
+            dict(above=above, below=below, **subset_metrics((bins == i) & (score > -np.inf)))
+            for i, (above, below) in enumerate(pairwise(SIMILARITIES))]
     return report
 
 
@@ -126,6 +129,7 @@ def table(report):
         row('overlap at most', *header)
         for line in report['bpb_by_overlap']:
             row(f'{line["overlap"]:.1%}', f'{line["share_of_bytes"]:.1%}', *metric_cells(line, compared))
+    if 'by_similarity' in report:
         lines += ['', 'bits per byte by similarity of the nearest neighbor that the chunk was predicted with:']
         row('similarity', *header)
         for line in report['by_similarity']:

@@ -23,6 +23,7 @@ class Retrieved:
     hits: np.ndarray | None  # (N, K) of HIT
     read: np.ndarray  # (N,) index of the chunk whose neighbors it was read with, the one before; -1 if there is none
     longest_runs: np.ndarray  # (N,) the longest run of its tokens that stands in any other document of the collection
+    mode: str = 'dense'  # retrieval_mode, which the scores of the hits are of
 
 
 def evaluate_corpus(model, corpus, batch_size, device, context, retriever=None, label='evaluating'):
@@ -72,7 +73,7 @@ def evaluate_corpus(model, corpus, batch_size, device, context, retriever=None, 
     previous = np.arange(N) - 1
     has_previous = (corpus.position > 0) & (np.arange(N) % L > 0)  # in the same document and the same sequence
     return nats, Retrieved(by_chunk('neighbors'), by_chunk('neighbor_mask'), by_chunk('hits'),
-                           np.where(has_previous, previous, -1), runs)
+                           np.where(has_previous, previous, -1), runs, retriever.mode)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from evaluation.figures import (
     source,
 )
 from evaluation.leakage import shared_tokens
-from retrieval.knowledge_base import FIELDS
+from retrieval.knowledge_base import FIELDS, describe_score
 from training.metrics import read_curves
 
 SHORTEST_SHARED = 4  # tokens in the shortest run marked as shared
@@ -147,7 +147,9 @@ def leakage(report):
     page = ('<section class="card">\n<h2>Is it more than copying?</h2>\n<p>Chunks are grouped by the longest run of '
             f'tokens that they share with anything in the collection, their own documents excluded.</p>\n{runs}')
     if 'bpb_by_overlap' in report:
-        plots = svg(lambda axes: plot_overlap(report, axes)) + svg(lambda axes: plot_similarity(report, axes))
+        plots = svg(lambda axes: plot_overlap(report, axes))
+        if 'by_similarity' in report:
+            plots += svg(lambda axes: plot_similarity(report, axes))
         overlaps = subset_table(report['bpb_by_overlap'], 'overlap at most', lambda line: f'{line["overlap"]:.1%}')
         page += (f'<p>The same by overlap: the longest run of tokens shared with a neighbor, as a fraction of the '
                  f'chunk length.</p>\n<div class="plots">{plots}</div>\n{overlaps}\n'
@@ -252,8 +254,9 @@ def passage(kind, i, corpus, nats, retrieved, rows, sources, tokenizer, stronges
         text = (tokens_as_html(tokens[:C], tokenizer, marked=shared[:C])
                 + '<span class="turn" title="start of the neighbor\'s continuation"></span>'
                 + tokens_as_html(tokens[C:], tokenizer, marked=shared[C:]))
+        score = describe_score(retrieved.mode, hit['score'])
         neighbor_parts.append(f'<div class="neighbor"><h4>{escape(row["document"])}, chunk {row["position"] + 1}'
-                              f'<span>similarity {hit["score"]:.2f}</span></h4><pre>{text}</pre></div>')
+                              f'<span>{score}</span></h4><pre>{text}</pre></div>')
     notes = [sources.get((i, j), '') for j in range(len(chunk))]
     total = float(gains[i].sum())
     location = f'{escape(corpus.names[corpus.document[i]])}, chunk {corpus.position[i] + 1}'

@@ -18,6 +18,7 @@ class CollectionSource:
     def __init__(self, retriever):
         self.retriever, self.index = retriever, retriever.index
         self.has_neighbors, self.has_pointers = retriever.k > 0, retriever.matches is not None
+        self.mode = retriever.mode  # what scores are of
 
     def retrieve(self, chunks):
         """Neighbors (N, K, R) of chunks (N, C), -1 where one has no token, their mask, and hits (N, K)."""
@@ -33,7 +34,7 @@ class CollectionSource:
         return self.index.continue_run(tokens, count) if self.has_pointers else (0, tokens[:0])
 
     def passages(self, hits):
-        """[(name, similarity, text, continuation)] of hits (K,)."""
+        """[(name, score, text, continuation)] of hits (K,)."""
         hits = hits[hits['score'] > -np.inf]
         rows, decode = self.retriever.knowledge_base.rows(hits['id'], FIELDS), self.retriever.tokenizer.decode
         found = []
@@ -58,6 +59,8 @@ class PassageSource:
     Passages of the user's own, the same for every chunk: read as neighbors if the model has them, and pointed into if
     it has pointers. UserError if there are more than it takes.
     """
+
+    mode = 'dense'
 
     def __init__(self, config, tokenizer, passages):
         self.texts, self.tokenizer = passages, tokenizer

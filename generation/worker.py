@@ -46,7 +46,7 @@ class Passage:
     """A passage that a chunk retrieved."""
     document: str
     chunk: int | None  # its number in the document, from 1
-    similarity: float | None
+    similarity: float | None  # None: it was not found by its embedding alone
     text: str
     continuation: str
     tokens: list  # of both
@@ -162,8 +162,9 @@ class LiveCollection:
         """What was read, tokens (n,); its row may have been changed or removed since."""
         end, C, decode = self.retriever.tokenizer.eot_token, self.retriever.chunk_size, self.retriever.tokenizer.decode
         chunk, continuation = ([t for t in part if t != end] for part in (tokens[:C], tokens[C:]))
+        similarity = float(hit['score']) if self.retriever.mode == 'dense' else None
         return Passage(row['document'] if row else 'a deleted document', row['position'] + 1 if row else None,
-                       float(hit['score']), decode(chunk), decode(continuation), chunk + continuation)
+                       similarity, decode(chunk), decode(continuation), chunk + continuation)
 
 
 @dataclass(eq=False)

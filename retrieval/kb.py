@@ -162,6 +162,7 @@ def run_info(settings, arguments, _, say):
         size='a server does not tell' if size is None else f'{size / 1e6:,.1f} MB on disk',
         matches=f'{matches["state"]}' + (f': {matches["documents"]:,} documents, {matches["bytes"] / 1e6:,.1f} MB in '
                                          f'{folder}' if matches['bytes'] else ''),
+        searched='by embeddings' if made_by.mode == 'dense' else 'by embeddings, by words and by both',
         version=made_by.version)
     for name, line in lines.items():
         print(f'{name:<12}{visible(str(line))}')
@@ -230,7 +231,7 @@ def run_search(settings, arguments, words, say):
         vectors = embedder.embed([text])
         if not vectors.any():
             raise UserError(f'the embedding model maps {text!r} to zero, so nothing is near it: give a longer text')
-        hits = knowledge_base.search(vectors, arguments.k)[0]
+        hits = knowledge_base.search(vectors, arguments.k, texts=[text])[0]
         hits = hits[hits['score'] > -np.inf]
         rows = knowledge_base.rows(hits['id'], FIELDS)
         C, end = knowledge_base.metadata.chunk_size, tokenizer.eot_token
@@ -328,7 +329,8 @@ def run_validate(settings, arguments, words, say):
     tokenizer = load_tokenizer(settings.tokenizer)
     k = arguments.k or settings.retrieval_k_neighbors or 2
     doc_ids, texts = val_chunks(settings, tokenizer, arguments.chunks, say)
-    knowledge_base, embedder = open_to_read(settings, tokenizer)
+    # words have no exact search to compare with
+    knowledge_base, embedder = open_to_read(settings.replace(retrieval_mode='dense'), tokenizer)
     with closing(knowledge_base):
         revision = describe_revision(knowledge_base)
         vectors = embedder.embed(texts)

@@ -96,7 +96,7 @@ def import_rows(path, settings, named, say, show_progress):
                                        settings.retrieval_collection, run, create=True,
                                        expected=file.metadata.num_rows)
     try:
-        held = replace(knowledge_base.metadata, index=metadata.index)
+        held = replace(knowledge_base.metadata, index=metadata.index, mode=metadata.mode)
         if different := describe_difference(asdict(held), 'it has', asdict(metadata), 'the file'):
             raise UserError(f'{path} does not fit collection {settings.retrieval_collection!r} in '
                             f'{settings.retrieval_milvus_uri} ({different}): import it into another '

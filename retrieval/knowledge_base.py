@@ -15,7 +15,7 @@ import re
 import tempfile
 import uuid
 from contextlib import closing, contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 
@@ -31,7 +31,12 @@ PROPERTY = 'nanoretro.metadata'
 REVISION = 'nanoretro.state'  # property, named so in existing collections: a new value at each change of the rows
 CHANGING = 'changing'  # its value while they change
 FIELDS = ('id', 'doc_id', 'position', 'document', 'text', 'tokens')
-HIT = np.dtype([('id', np.int64), ('doc_id', np.int64), ('score', np.float32)])  # the score is the cosine
+HIT = np.dtype([('id', np.int64), ('doc_id', np.int64), ('score', np.float32)])  # the score is that of SCORES
+SCORES = {'dense': 'similarity', 'bm25': 'BM25 score', 'hybrid': 'RRF score'}  # by retrieval_mode; more is nearer
+DIGITS = {'dense': 5, 'bm25': 3, 'hybrid': 7}  # to which the scores of equally near rows are equal
+BM25 = {'bm25_k1': 1.2, 'bm25_b': 0.75}  # Milvus' defaults; Milvus Lite has another k1
+RRF = 60  # reciprocal rank fusion: a row's score is the sum of 1 / (RRF + rank) over the two searches
+FULL_TEXT = (2, 5)  # version of Milvus from which on servers search by words
 HNSW = {'M': 16, 'efConstruction': 200}
 INDEXES = {  # parameters of the build beside those that follow the size, and the first version of a server that has it
     'FLAT': ({}, None),
@@ -73,6 +78,7 @@ class Metadata:
     index: str | None  # its type, and the parameters that were set
     version: int = VERSION
     vectors: str | None = 'float32'
+    mode: str = 'dense'  # unless it is that, the rows hold the words of their text, too: all modes can search them
 
 
 NAMES = {'vocabulary_hash': 'tokenizer', 'embedding_hash': 'embedding_model'}  # of what the hashes are of
@@ -92,7 +98,7 @@ def open_knowledge_base(settings, vocabulary_hash, embedder, create=False, expec
     """
     metadata = Metadata(settings.tokenizer, vocabulary_hash, settings.retrieval_chunk_size, embedder.name,
                         embedder.fingerprint, embedder.dimension, settings.retrieval_index,
-                        vectors=settings.retrieval_vectors)
+                        vectors=settings.retrieval_vectors, mode=settings.retrieval_mode)
     return KnowledgeBase(settings.retrieval_milvus_uri, settings.retrieval_milvus_token, settings.retrieval_collection,
                          metadata, create, expected, settings.retrieval_search_params)
 
@@ -194,6 +200,11 @@ def is_lost(key, name):
     return is_path and not os.path.exists(name)
 
 
+def describe_score(mode, score):
+    """The score of a hit that was found by this retrieval_mode, for people."""
+    return f'{SCORES[mode]} {score:.{4 if mode == "hybrid" else 2}f}'
+
+
 def is_local(uri):
     """Whether a retrieval_milvus_uri is a local file."""
     return '://' not in uri
@@ -216,6 +227,8 @@ class KnowledgeBase:
         if metadata:
             if metadata.vectors not in ('float32', 'float16'):
                 raise UserError(f"retrieval_vectors {metadata.vectors!r} is neither 'float32' nor 'float16'")
+            if metadata.mode not in SCORES:
+                raise UserError(f'retrieval_mode {metadata.mode!r} is not one of {", ".join(SCORES)}')
             index = metadata.index if metadata.index != 'auto' else 'IVF_FLAT' if is_local(uri) else 'HNSW'
             parse_index(index)
             self.new_index = index
@@ -239,12 +252,14 @@ class KnowledgeBase:
             address = self.lease.address if self.lease else self.uri
             self.client = connect(address, self.uri, self.token, min(timeout or longest, longest))
             with self._errors():
+                if self.metadata and self.metadata.mode != 'dense':
+                    check_full_text(self.client.get_server_version(), self.uri, self.metadata.mode)
                 if not self.client.has_collection(self.collection, retry_times=RETRIES):
                     if not create:
                         raise no_collection(self.uri, self.collection)
                     self._create()
                 self._check_metadata(self._properties())  # one just made, too, may be somebody else's
-                if create and not self.client.list_indexes(self.collection):  # making one was interrupted
+                if create and 'embedding' not in self.client.list_indexes(self.collection):  # making one was interrupted
                     self._create_index(self.metadata.index, self.expected)
                 self.client.load_collection(self.collection, timeout=timeout)
                 self._look_at_index()
@@ -256,19 +271,24 @@ class KnowledgeBase:
         return milvus_errors(self.uri, bool(self.token), self.collection)
 
     def _create(self):
-        from pymilvus import DataType, MilvusClient
+        from pymilvus import DataType, Function, FunctionType, MilvusClient
         self._check_version()
         metadata = replace(self.metadata, index=self.new_index)
+        has_words = metadata.mode != 'dense'
+        analyzed = dict(enable_analyzer=True) if has_words else {}
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field('id', DataType.INT64, is_primary=True)
         schema.add_field('doc_id', DataType.INT64)
         schema.add_field('position', DataType.INT64)
         schema.add_field('document', DataType.VARCHAR, max_length=1024)
-        schema.add_field('text', DataType.VARCHAR, max_length=MAX_TEXT)
+        schema.add_field('text', DataType.VARCHAR, max_length=MAX_TEXT, **analyzed)
         schema.add_field('tokens', DataType.ARRAY, element_type=DataType.INT32,
                          max_capacity=2 * self.metadata.chunk_size)
         schema.add_field('embedding', DataType.FLOAT16_VECTOR if metadata.vectors == 'float16' else
                          DataType.FLOAT_VECTOR, dim=metadata.dimension)
+        if has_words:
+            schema.add_field('words', DataType.SPARSE_FLOAT_VECTOR)
+            schema.add_function(Function('bm25', FunctionType.BM25, ['text'], ['words']))
         properties = {PROPERTY: json.dumps(asdict(metadata)), REVISION: new_revision()}
         self.client.create_collection(self.collection, schema=schema, properties=properties)
         self._create_index(metadata.index, self.expected)
@@ -279,6 +299,8 @@ class KnowledgeBase:
         index = self.client.prepare_index_params()
         index.add_index('embedding', index_type=kind, metric_type='IP', params={
             'params': build_parameters(kind, rows) | parameters})  # Milvus Lite reads only nested ones
+        if self.metadata.mode != 'dense' and 'words' not in self.client.list_indexes(self.collection):
+            index.add_index('words', index_type='SPARSE_INVERTED_INDEX', metric_type='BM25', params={'params': BM25})
         self.client.create_index(self.collection, index)
 
     def _look_at_index(self):
@@ -356,18 +378,19 @@ class KnowledgeBase:
         if not found:
             raise UserError(f'collection {self.collection!r} in {self.uri} was not made by nanoRETRO: choose another '
                             f'name in retrieval_collection')
-        found = json.loads(found)
-        found.setdefault('vectors', 'float32')
+        found = {'vectors': 'float32', 'mode': 'dense', **json.loads(found)}
         if self.metadata is None:
-            defaults = {field.name: None if field.default is MISSING else field.default for field in fields(Metadata)}
-            self.metadata = Metadata(**{name: found.get(name, default) for name, default in defaults.items()})
+            self.metadata = Metadata(**{field.name: found.get(field.name) for field in fields(Metadata)})
         wanted = asdict(self.metadata)
         if wanted['index'] in (None, found['index'].split()[0]):  # no parameters of its own
             wanted['index'] = found['index']
+        if wanted['mode'] == 'dense' or found['mode'] != 'dense':
+            wanted['mode'] = None  # it can be searched so
         if both := describe_difference(found, 'it has', wanted, 'the run'):
+            lacks_words = wanted['mode'] is not None
             raise UserError(f'collection {self.collection!r} in {self.uri} was made by something else ({both}): use '
                             f'the settings that made it, or fill another retrieval_collection with python -m '
-                            f'retrieval.populate CONFIG')
+                            f'retrieval.populate CONFIG' + lacks_words * f' --retrieval_mode={wanted["mode"]}')
         self.metadata = replace(self.metadata, index=found['index'], vectors=found['vectors'])
 
     def count(self):
@@ -523,31 +546,56 @@ class KnowledgeBase:
         with self._errors():
             self.client.drop_collection(self.collection)
 
-    def search(self, vectors, limit, excluded=(), latest=False):
+    def search(self, vectors, limit, excluded=(), latest=False, texts=None):
         """
-        Up to `limit` rows nearest to each of the vectors (n, D): (n, limit) of HIT, nearest first, of equally near
-        ones (to 1e-5) the lower id first; missing ones have score -inf. None is of a document whose doc_id is in
-        `excluded`. `latest` as in rows().
+        Up to `limit` rows nearest to each of n queries: (n, limit) of HIT, nearest first, of equally near ones the
+        lower id first; missing ones have score -inf. None is of a document whose doc_id is in `excluded`. `latest` as
+        in rows(). By retrieval_mode, nearest are those of the largest cosine with the vectors (n, D); those whose words
+        have the largest BM25 score with the texts (n,); or, 'hybrid', those that both searches rank highest. What the
+        mode does not read may be None.
         """
-        options = {'consistency_level': 'Strong'} if latest else {}
-        is_filtered = len(excluded) > 0
-        expression = f'doc_id not in {sorted(int(d) for d in excluded)}' if is_filtered else ''
-        params = self._search_parameters(limit, is_filtered)
-        found = np.zeros((len(vectors), limit), dtype=HIT)
+        mode = self.metadata.mode
+        found = np.zeros((len(vectors if mode == 'dense' else texts), limit), dtype=HIT)
         found['score'] = -np.inf
-        for start in range(0, len(vectors), REQUEST):
-            data = list(np.asarray(vectors[start:start + REQUEST], dtype=self.metadata.vectors))
-            with self._errors():
-                answer = self.client.search(self.collection, data=data, anns_field='embedding', limit=limit,
-                                            filter=expression, output_fields=['doc_id'],
-                                            search_params={'metric_type': 'IP', 'params': params}, retry_times=RETRIES,
-                                            **options)
-            for line, hits in zip(found[start:], answer, strict=False):
-                line['id'][:len(hits)], line['score'][:len(hits)] = hits.ids, hits.distances
-                line['doc_id'][:len(hits)] = [hit['entity']['doc_id'] for hit in hits]
-        # equal texts have equal scores but for rounding, whose order depends on the server and the index
-        order = np.lexsort((found['id'], -found['score'].round(5)))  # by score, then by id
+        asked = np.arange(len(found))
+        if mode != 'dense':  # of a text without a word there is nothing to ask
+            has_words = np.array([bool(re.search(r'\w', text)) for text in texts], dtype=bool)
+            asked = np.flatnonzero(has_words)
+            if mode == 'hybrid' and not has_words.all():
+                self._search('dense', vectors, texts, np.flatnonzero(~has_words), found, excluded, latest)
+                ranks = np.arange(1, limit + 1)
+                found['score'] = np.where(found['score'] > -np.inf, 1 / (RRF + ranks), -np.inf)
+        self._search(mode, vectors, texts, asked, found, excluded, latest)
+        # the order of rows with equal scores depends on the server and the index, as does how scores are rounded
+        order = np.lexsort((found['id'], -found['score'].round(DIGITS[mode])))  # by score, then by id
         return np.take_along_axis(found, order, axis=1)
+
+    def _search(self, mode, vectors, texts, queries, found, excluded, latest):
+        """Put the hits of the queries of these numbers into their lines of `found` (n, limit)."""
+        from pymilvus import AnnSearchRequest, RRFRanker
+        limit, is_filtered = found.shape[1], len(excluded) > 0
+        expression = f'doc_id not in {sorted(int(d) for d in excluded)}' if is_filtered else ''
+        dense = {'metric_type': 'IP', 'params': self._search_parameters(limit, is_filtered)}
+        words = {'metric_type': 'BM25', 'params': {}}
+        options = dict(output_fields=['doc_id'], limit=limit, retry_times=RETRIES,
+                       **{'consistency_level': 'Strong'} if latest else {})
+        for start in range(0, len(queries), REQUEST):
+            part = queries[start:start + REQUEST]
+            near = None if mode == 'bm25' else list(np.asarray(vectors, dtype=self.metadata.vectors)[part])
+            said = None if mode == 'dense' else [texts[i] for i in part]
+            with self._errors():
+                if mode == 'hybrid':
+                    asked = [AnnSearchRequest(data, field, param, limit, expression) for data, field, param in
+                             ((near, 'embedding', dense), (said, 'words', words))]
+                    answer = self.client.hybrid_search(self.collection, asked, RRFRanker(RRF), **options)
+                else:
+                    data, field, param = (near, 'embedding', dense) if mode == 'dense' else (said, 'words', words)
+                    answer = self.client.search(self.collection, data=data, anns_field=field, filter=expression,
+                                                search_params=param, **options)
+            for line, hits in zip(part, answer, strict=True):
+                scores = np.abs(hits.distances) if mode == 'bm25' else hits.distances  # Milvus Lite's are negative
+                found['id'][line, :len(hits)], found['score'][line, :len(hits)] = hits.ids, scores
+                found['doc_id'][line, :len(hits)] = [hit['entity']['doc_id'] for hit in hits]
 
     def _search_parameters(self, limit, is_filtered):
         """Of a search for `limit` rows. A filtered one has to look further."""
@@ -602,6 +650,15 @@ def check_uri(uri):
     if not is_address and (not uri.endswith('.db') or os.path.basename(uri) == '.db'):
         raise UserError(f'retrieval_milvus_uri {uri!r} is neither the path of a local file ending in .db nor an '
                         f'address such as http://127.0.0.1:19530')
+
+
+def check_full_text(version, uri, mode):
+    """UserError if a server of this version, such as 'v2.3.5-lite', cannot search by words."""
+    found = re.match(r'v?(\d+)\.(\d+)', version)  # Milvus Lite and clouds name theirs otherwise
+    if found and tuple(map(int, found.groups())) < FULL_TEXT:
+        raise UserError(f'Milvus at {uri} is version {version}, and retrieval_mode {mode!r} searches by words, which '
+                        f'servers do from {".".join(map(str, FULL_TEXT))} on: use a newer server or a local file, or '
+                        f"retrieval_mode 'dense'")
 
 
 def check_local_path(uri, collection, create):
@@ -673,7 +730,8 @@ def describe_difference(found, it_has, wanted, the_run):
     """
     names = {'tokenizer', 'embedding_model'}  # they may differ where the hashes agree
     wrong = [key for key in wanted if key not in names and wanted[key] not in (None, found.get(key))]
-    return '; '.join(f'{NAMES.get(key, key)}: {it_has} {describe(found, key)}, {the_run} {describe(wanted, key)}'
+    labels = NAMES | {'mode': 'retrieval_mode'}
+    return '; '.join(f'{labels.get(key, key)}: {it_has} {describe(found, key)}, {the_run} {describe(wanted, key)}'
                      for key in wrong)
 
 

@@ -13,20 +13,22 @@ LIMITS = (0, 32, 128, 1024)  # rows asked for by stage, or `candidates` if that 
 EXCLUDING = len(LIMITS)  # the last stage
 
 
-def search_stage(knowledge_base, vectors, doc_ids, stage, candidates, excluded=(), latest=False):
+def search_stage(knowledge_base, vectors, doc_ids, stage, candidates, excluded=(), latest=False, texts=None):
     """
-    Up to `candidates` hits (n, candidates) for vectors (n, D) of chunks of the documents doc_ids (n,). None is of the
-    chunk's own document. The last stage may exclude other documents instead, which then hold for all n chunks.
+    Up to `candidates` hits (n, candidates) for chunks of the documents doc_ids (n,), by their vectors (n, D) or texts
+    (n,), as KnowledgeBase.search reads them. None is of the chunk's own document. The last stage may exclude other
+    documents instead, which then hold for all n chunks.
     """
     if len(excluded):
-        return knowledge_base.search(vectors, candidates, excluded, latest)
+        return knowledge_base.search(vectors, candidates, excluded, latest, texts)
     if stage < EXCLUDING:
-        hits = knowledge_base.search(vectors, max(LIMITS[stage], candidates), latest=latest)
+        hits = knowledge_base.search(vectors, max(LIMITS[stage], candidates), latest=latest, texts=texts)
         return keep_first(hits, hits['doc_id'] != doc_ids[:, None], candidates)
-    hits = np.zeros((len(vectors), candidates), dtype=HIT)
+    hits = np.zeros((len(doc_ids), candidates), dtype=HIT)
     for doc_id in np.unique(doc_ids):
         is_of_document = doc_ids == doc_id
-        hits[is_of_document] = knowledge_base.search(vectors[is_of_document], candidates, [doc_id], latest)
+        near, said = (None if values is None else values[is_of_document] for values in (vectors, texts))
+        hits[is_of_document] = knowledge_base.search(near, candidates, [doc_id], latest, said)
     return hits
 
 

@@ -9,7 +9,7 @@ from configurator import UserError
 from retrieval.neighbor_cache import VERSION, NeighborCache, cache_name, short_hash
 
 COMMAND = 'python -m retrieval.precompute CONFIG'
-OF_NEIGHBORS = ('retrieval_embedding_model', 'retrieval_index', 'retrieval_search_params',
+OF_NEIGHBORS = ('retrieval_mode', 'retrieval_embedding_model', 'retrieval_index', 'retrieval_search_params',
                 'retrieval_rerank')  # settings that pointers do not depend on
 OF_SETTINGS = ('retrieval_chunk_size', 'retrieval_k_neighbors', 'retrieval_pointers',
                *OF_NEIGHBORS)  # in a label, under their names

@@ -36,7 +36,7 @@ class Neighbors:
     """Up to K neighbors for each of B x L chunks, the best first, each a chunk and its continuation: R = 2C tokens."""
     tokens: np.ndarray  # (B, L, K, R) int32
     mask: np.ndarray  # (B, L, K, R) bool, True where there is a token
-    hits: np.ndarray  # (B, L, K) of HIT: id, doc_id, and score, the cosine; -inf where there is no neighbor
+    hits: np.ndarray  # (B, L, K) of HIT: id, doc_id, and score; -inf where there is no neighbor
     origin: np.ndarray  # (B, L) NONE for a document's last chunk, else REMEMBERED, LOOKED_UP or EMBEDDED
     searched_again: np.ndarray  # (B, L) bool, since too many of the first hits would have leaked
 
@@ -68,8 +68,8 @@ class Retriever:
         self._describe(settings, tokenizer, say, copied)
         self.index = open_match_index(settings, tokenizer, self.say, show_progress)
         self.matches = self.index if self.num_pointers else None
-        # pointers alone need no embedding model
-        self.embedder = (Embedder(settings.retrieval_embedding_model, device) if self.k else
+        # pointers and words need no embedding model
+        self.embedder = (Embedder(settings.retrieval_embedding_model, device) if self.k and self.mode != 'bm25' else
                          EmbedderInfo(settings.retrieval_embedding_model, None, None))
         self.knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), self.embedder)
         try:
@@ -92,7 +92,8 @@ class Retriever:
         self.kept = self.k + SPARE  # M, cached: the leak rule drops different hits in different sequences
         self.reranks = settings.retrieval_rerank > 0
         self.candidates = max(self.kept, settings.retrieval_rerank)
-        self.hits_kind = (f'hits for {self.k} of {self.candidates} {self.reranks} '
+        self.mode = settings.retrieval_mode
+        self.hits_kind = (f'hits for {self.k} of {self.candidates} {self.reranks} {self.mode} '
                           f'{sorted(settings.retrieval_search_params.items())}')
         token_type = np.uint16 if tokenizer.n_vocab <= 2**16 else np.int32
         self.row_type = np.dtype([('length', np.int16), ('tokens', token_type, 2 * self.chunk_size)])
@@ -269,7 +270,7 @@ class Retriever:
         inverse = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
         first = np.unique(inverse, return_index=True)[1]
         return UniqueChunks(tokens[first], doc_ids[first], None if ids is None else ids[first], list(numbers),
-                            np.full((len(first), self.embedder.dimension), np.nan, dtype=np.float32),
+                            np.full((len(first), self.embedder.dimension or 0), np.nan, dtype=np.float32),
                             np.full(len(first), REMEMBERED)), inverse
 
     def _hits(self, chunks, wanted, stage, excluded=()):
@@ -289,9 +290,12 @@ class Retriever:
         if is_new.any():
             new = wanted[is_new]
             self._ask(len(new), 'chunks have no neighbors')
-            vectors = self._vectors(chunks, new)
+            vectors = None if self.mode == 'bm25' else self._vectors(chunks, new)
+            texts = None if self.mode == 'dense' else np.array(self._texts(chunks, new), dtype=object)
             found = search_stage(self.knowledge_base, vectors, chunks.doc_ids[new], stage, self.candidates, excluded,
-                                 self._is_stale())
+                                 self._is_stale(), texts)
+            if self.mode == 'bm25':
+                chunks.origin[new] = LOOKED_UP
             hits[is_new] = (self._rerank(chunks.tokens[new], found) if self.reranks else found)[:, :self.kept]
             if is_cacheable:
                 self.cache.put(self.hits_kind, [(keys[i], hits[i].tobytes()) for i in np.flatnonzero(is_new)])
@@ -319,7 +323,7 @@ class Retriever:
     def _vectors(self, chunks, wanted):
         """The embeddings (n, D) of the unique chunks `wanted` (n,): those of the collection's rows, or computed."""
         missing = np.unique(wanted[np.isnan(chunks.vectors[wanted, 0])])
-        texts = [self.tokenizer.decode([t for t in tokens if t >= 0]) for tokens in chunks.tokens[missing].tolist()]
+        texts = self._texts(chunks, missing)
         rows = {} if chunks.ids is None else self.knowledge_base.rows(chunks.ids[missing], ['text', 'embedding'],
                                                                       self._is_stale())
         unknown = []
@@ -334,6 +338,10 @@ class Retriever:
             chunks.vectors[indices] = self.embedder.embed([text for _, text in unknown])
             chunks.origin[indices] = EMBEDDED
         return chunks.vectors[wanted]
+
+    def _texts(self, chunks, wanted):
+        """The texts of the unique chunks `wanted` (n,), as a list."""
+        return [self.tokenizer.decode([t for t in tokens if t >= 0]) for tokens in chunks.tokens[wanted].tolist()]
 
     def _rows(self, ids):
         """Tokens of the collection's rows (n,), as row_type: (n,) lengths and (n, R) tokens, end-of-text beyond."""

@@ -1,6 +1,7 @@
 """
 Shared by the tests: a small corpus of real text (modules of the standard library), a tokenizer and a static embedding
-fitted on it, and a populated Milvus Lite collection, each made once by the project's own commands.
+fitted on it, and a populated collection, each made once by the project's own commands. The collection is in Milvus
+Lite; a module whose tests run on a real Milvus server, too, has `backend` of its own, with BACKENDS as its parameters.
 """
 import atexit
 import importlib.util
@@ -15,9 +16,12 @@ import tempfile
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+
+from bench.milvus_server import MilvusServer, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'
@@ -239,12 +243,62 @@ def populated(prepared, tmp_path_factory):
     return folder
 
 
+BACKENDS = ['lite', pytest.param('server', marks=pytest.mark.slow)]
+
+
 @pytest.fixture
-def workspace(populated, tmp_path):
-    """A copy of `populated` that a test may change."""
-    folder = tmp_path / 'run'
-    shutil.copytree(populated, folder)
+def backend():
+    """Where the `workspace` of a test has its collections: 'lite', in a local file, or 'server'."""
+    return 'lite'
+
+
+@pytest.fixture(scope='session')
+def server(tmp_path_factory):
+    """A real Milvus server, of all tests of a process. Who kills it starts it again."""
+    if why_not():
+        pytest.skip(f'no real Milvus server: {why_not()}')
+    with MilvusServer(tmp_path_factory.mktemp('server')) as started:
+        yield started
+
+
+@pytest.fixture(scope='session')
+def populated_on_server(prepared, server, tmp_path_factory):
+    """As `populated`, on the server. Its index is exact: others are built in the background, and change answers."""
+    folder = tmp_path_factory.mktemp('populated') / 'run'
+    shutil.copytree(prepared, folder)
+    with open(folder / 'config.py', 'a') as file:
+        file.write(f"retrieval_milvus_uri = {server.uri!r}\nretrieval_index = 'FLAT'\n")
+    run('-m', 'retrieval.populate', 'config.py', folder=folder)
     return folder
+
+
+@pytest.fixture
+def clean_server(server):
+    """The server, which loses the collections that the test makes."""
+    from pymilvus import MilvusClient
+    with closing(MilvusClient(server.uri)) as client:
+        before = client.list_collections()
+        yield server
+        for name in set(client.list_collections()) - set(before):
+            client.drop_collection(name)
+
+
+@pytest.fixture
+def workspace(request, backend, tmp_path):
+    """A copy of `populated` that a test may change, as may it the collection."""
+    folder = tmp_path / 'run'
+    if backend == 'lite':
+        shutil.copytree(request.getfixturevalue('populated'), folder)
+        yield folder
+        return
+    whole = request.getfixturevalue('populated_on_server')
+    shutil.copytree(whole, folder)
+    from pymilvus import MilvusClient
+    with closing(MilvusClient(request.getfixturevalue('clean_server').uri)) as client:
+        before = client.describe_collection('chunks')['properties']  # its revision among them
+        yield folder
+        if client.describe_collection('chunks')['properties'] != before:
+            run('-m', 'retrieval.populate', 'config.py', '--sync=True', folder=whole)
 
 
 @pytest.fixture

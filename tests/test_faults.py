@@ -17,7 +17,6 @@ import time
 import numpy as np
 import pytest
 
-from bench.milvus_server import MilvusServer, why_not
 from configurator import UserError, load_settings
 from data.tokenizer import load_tokenizer
 from retrieval.knowledge_base import KnowledgeBase, Metadata, connect
@@ -33,15 +32,6 @@ LONG = ['config.py', '--max_iters=40', '--eval_interval=20', '--dropout=0.1',
 
 
 @pytest.fixture(scope='module')
-def server(tmp_path_factory):
-    """A real Milvus server."""
-    if why_not():
-        pytest.skip(f'no real Milvus server: {why_not()}')
-    with MilvusServer(tmp_path_factory.mktemp('server')) as started:
-        yield started
-
-
-@pytest.fixture(scope='module')
 def undisturbed(server, prepared, tmp_path_factory):
     """A folder with an undisturbed run of LONG from the server in `whole`."""
     folder = tmp_path_factory.mktemp('faults') / 'run'
@@ -53,7 +43,8 @@ def undisturbed(server, prepared, tmp_path_factory):
 
 def at(server):
     """Settings for it. The index is exact: another one is built in the background, and the answers change then."""
-    return [f'--retrieval_milvus_uri={server.uri}', '--retrieval_index=FLAT', '--train_datasets=["val.parquet"]']
+    return [f'--retrieval_milvus_uri={server.uri}', '--retrieval_index=FLAT', '--train_datasets=["val.parquet"]',
+            '--retrieval_collection=faults']
 
 
 class Run:
@@ -425,3 +416,10 @@ def test_a_collection_that_is_dropped_while_it_is_filled_is_one_clear_line(serve
     client.close()
     assert process.returncode == 2 and said.startswith('error: ') and said.count('\n') == 1
     assert "collection 'dropped'" in said and 'was dropped' in said
+def test_a_server_that_cannot_search_by_words_is_refused_by_its_version(server, prepared):
+    options = ['config.py', f'--retrieval_milvus_uri={server.uri}', '--retrieval_mode=bm25']
+    for command in (['-m', 'retrieval.populate'], [ROOT / 'train.py']):
+        answer = run(*command, *options, folder=prepared, check=False)
+        assert answer.returncode == 2 and answer.stderr.count('\n') == 1, answer.stderr
+        assert "is version v2.3.5-lite, and retrieval_mode 'bm25' searches by words, which" in answer.stderr
+        assert 'servers do from 2.5 on: use a newer server or a local file' in answer.stderr

@@ -18,9 +18,13 @@ from data.documents import DatasetConfig, load_documents
 from data.tokenizer import load_tokenizer, tokenize, vocabulary_hash
 from retrieval.embedding import Embedder
 from retrieval.knowledge_base import FIELDS, open_knowledge_base
-from retrieval.local_server import join_server
 from retrieval.populate import read_parts
-from tests.conftest import CHUNK, open_all, run, run_ranks, spawn
+from tests.conftest import BACKENDS, CHUNK, open_all, run, run_ranks, spawn
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
 
 
 def rows_of(settings, tokenizer):
@@ -28,7 +32,7 @@ def rows_of(settings, tokenizer):
     embedder = Embedder(settings.retrieval_embedding_model)
     knowledge_base = open_knowledge_base(settings, vocabulary_hash(tokenizer), embedder)
     rows = knowledge_base.client.query(settings.retrieval_collection, filter='', limit=16384,
-                                       output_fields=[*FIELDS, 'embedding'])
+                                       output_fields=[*FIELDS, 'embedding'], consistency_level='Strong')
     assert len(rows) == knowledge_base.count() < 16384
     knowledge_base.close()
     return {row['id']: row for row in rows}
@@ -69,11 +73,8 @@ def test_an_interrupted_filling_is_completed_and_changed_documents_are_replaced(
     tokenizer = load_tokenizer('tokenizer.json')
     complete = rows_of(settings, tokenizer)
     client_rows = [row for row in complete.values() if row['document'] == 'stdlib/textwrap']
-    from pymilvus import MilvusClient
-    with closing(join_server('milvus.db')) as lease:
-        client = MilvusClient(lease.address)
-        client.delete('chunks', filter=f'doc_id == {client_rows[0]["doc_id"]}')
-        client.close()
+    with closing(open_knowledge_base(settings, vocabulary_hash(tokenizer), Embedder('embedding'))) as knowledge_base:
+        knowledge_base.client.delete('chunks', filter=f'doc_id == {client_rows[0]["doc_id"]}')
     table = pq.read_table('train.parquet').to_pylist()
     shutil.copy('train.parquet', 'original.parquet')
     for row in table:

@@ -1,4 +1,4 @@
-"""Leaks, masks and tensors, against a real Milvus Lite collection of real text."""
+"""Leaks, masks and tensors, against a real collection of real text, in Milvus Lite and on a Milvus server."""
 import numpy as np
 import pytest
 
@@ -10,8 +10,13 @@ from data.tokenizer import load_tokenizer, tokenize, vocabulary_hash
 from retrieval.knowledge_base import FIELDS, open_knowledge_base
 from retrieval.leaks import LIMITS
 from retrieval.retriever import EMBEDDED, LOOKED_UP, NONE, REMEMBERED, Retriever, share_trigrams
-from tests.conftest import CHUNK, open_all, run
+from tests.conftest import BACKENDS, CHUNK, open_all, run
 from training.checks import check_found_themselves
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
 
 
 @pytest.fixture
@@ -222,6 +227,36 @@ def test_reranked_neighbors_are_those_of_the_nearest_that_share_most(settings, t
     assert moved > 5 and (best[1].origin[~ends] == REMEMBERED).all()
     dense.close()
     retriever.close()
+
+
+@pytest.mark.parametrize('backend', ['lite'])
+def test_by_words_and_by_both_nothing_leaks_and_the_cache_answers_for_one_mode_alone(settings, tokenizer, workspace):
+    run('-m', 'retrieval.populate', 'config.py', '--retrieval_collection=words', '--retrieval_mode=hybrid',
+        folder=workspace)
+    settings = settings.replace(retrieval_collection='words')
+    batches = [next(make_stream(settings, tokenizer, seed=seed)) for seed in range(4)]
+    found = {}
+    for mode in ('dense', 'bm25', 'hybrid'):
+        model = 'nowhere' if mode == 'bm25' else settings.retrieval_embedding_model  # words need none
+        own = settings.replace(retrieval_mode=mode, retrieval_embedding_model=model)
+        first = Retriever(own, tokenizer)
+        fresh = [retrieve(first, batch) for batch in batches]
+        again = [retrieve(first, batch) for batch in batches]
+        first.close()
+        for batch, one, other in zip(batches, fresh, again, strict=True):
+            retrieves = ~batch.is_last_chunk
+            assert (one.origin[retrieves] != REMEMBERED).any() and (other.origin[retrieves] == REMEMBERED).all()
+            assert (one.tokens == other.tokens).all()
+            for b, own_documents in enumerate(batch.doc_ids):
+                assert not np.isin(existing(one.hits[b].ravel())['doc_id'], own_documents).any()
+            hits = one.hits[retrieves]
+            assert (hits['score'] > -np.inf).mean() > 0.9 and (np.diff(hits['score'], axis=1) <= 1e-3).all()
+        found[mode] = np.concatenate([neighbors.hits['id'][~batch.is_last_chunk] for neighbors, batch in
+                                      zip(fresh, batches, strict=True)])
+    of_dense, of_words, of_both = (found[mode] for mode in found)
+    assert (of_dense != of_words).mean() > 0.3
+    # the best of both is the best of one of the two
+    assert ((of_both[:, 0] == of_dense[:, 0]) | (of_both[:, 0] == of_words[:, 0])).mean() > 0.8
 
 
 def test_it_reports_where_each_chunks_neighbors_come_from(settings, tokenizer, retriever):

@@ -24,10 +24,15 @@ from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer, token_byte_counts
 from evaluation.validation import evaluate
 from model import RETRO, RETROConfig
-from tests.conftest import CHUNK, ROOT, SHARED, open_all, run, run_ranks
+from tests.conftest import BACKENDS, CHUNK, ROOT, SHARED, open_all, run, run_ranks
 from training.checkpoint import load_checkpoint
 from training.checks import check_settings, check_step, describe_schedule
 from training.distributed import Ranks
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
 
 
 def metrics(folder, out_dir='out'):
@@ -353,3 +358,34 @@ def test_a_resumed_run_with_larger_steps_says_what_is_not_exact_any_more(workspa
     run(ROOT / 'train.py', *common, '--max_iters=2', folder=workspace)
     said = run(ROOT / 'train.py', *common, '--max_iters=3', '--batch_size=3', '--init_from=resume', folder=workspace)
     assert 'a step has 6 sequences, and had 4: the documents go on where they were; losses' in said.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('backend', ['lite'])
+@pytest.mark.parametrize('mode, name, is_shown', [('bm25', 'BM25 score', r'BM25 score \d+\.\d\d\n'),
+                                                  ('hybrid', 'RRF score', r'RRF score 0\.0[123]\d\d\n')])
+def test_a_run_that_retrieves_by_words_fills_trains_resumes_samples_and_evaluates(workspace, mode, name, is_shown):
+    own = ['config.py', f'--retrieval_mode={mode}']
+    answer = run(ROOT / 'train.py', *own, folder=workspace, check=False)
+    assert answer.returncode == 2 and f"retrieval_mode: it has 'dense', the run {mode!r}" in answer.stderr
+    own += ['--retrieval_collection=words']
+    run('-m', 'retrieval.populate', *own, folder=workspace)
+    assert ', 0 of them written now' in run('-m', 'retrieval.populate', *own, folder=workspace).stdout
+    run(ROOT / 'train.py', *own, '--out_dir=whole', folder=workspace)
+    run(ROOT / 'train.py', *own, '--max_iters=4', '--lr_decay_iters=8', folder=workspace)
+    run(ROOT / 'train.py', *own, '--init_from=resume', folder=workspace)
+    assert losses(workspace) == losses(workspace, 'whole')
+    prompt = f'--start={"import os, sys" * 20}'
+    sampled = run(ROOT / 'sample.py', prompt, '--show_neighbors', '--max_new_tokens=4', folder=workspace)
+    assert re.search(is_shown, sampled.stdout), sampled.stdout
+    sampled = run(ROOT / 'sample.py', prompt, '--show_neighbors', '--max_new_tokens=4', '--json', folder=workspace)
+    assert name in json.loads(sampled.stdout)['neighbors'][0]['passages'][0]
+    run('-m', 'evaluation', '--max_tokens=1000', folder=workspace)
+    report = json.loads((workspace / 'out/evaluation.json').read_text())
+    assert report['bpb_on'] != report['bpb_off'] and 'by_similarity' not in report
+    assert name in (workspace / 'out/report.html').read_text()
+
+
+def test_a_retrieval_mode_that_nothing_is_found_by_is_refused():
+    with pytest.raises(UserError, match="retrieval_mode 'bm25' says how neighbors are found, and retrieval_k_neigh"):
+        check_settings(load_settings(['--retrieval_mode=bm25', '--retrieval_k_neighbors=0']))
