@@ -259,7 +259,7 @@ class KnowledgeBase:
                         raise no_collection(self.uri, self.collection)
                     self._create()
                 self._check_metadata(self._properties())  # one just made, too, may be somebody else's
-                if create and 'embedding' not in self.client.list_indexes(self.collection):  # making one was interrupted
+                if create and 'embedding' not in self.client.list_indexes(self.collection):  # it was interrupted
                     self._create_index(self.metadata.index, self.expected)
                 self.client.load_collection(self.collection, timeout=timeout)
                 self._look_at_index()
