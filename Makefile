@@ -1,7 +1,7 @@
 # make quickstart   from an empty machine to a trained RETRO and a sample of it
 # make serve        the page and the API of the quickstart's RETRO, at http://127.0.0.1:8000
 # make test         the tests
-# make test-slow    the tests that take minutes each: many kills, Inductor, load
+# make test-slow    the tests that take long: many kills, Inductor, load, a Milvus server
 # make lint         ruff
 # make clean        remove all that these made: .venv, the quickstart's corpus, database and run
 

@@ -55,7 +55,7 @@ OUTGROWN = 2  # times as many lists as it has suit a collection now: its index i
 MAX_TEXT = 65535  # bytes of a row's text, Milvus' limit
 MOST = 16384  # rows that Milvus returns for a query
 REQUEST = 2048  # rows, ids or queries per request: servers accept no message over 64 MB
-RATE_LIMIT, NOT_FOUND = 8, 100  # codes of Milvus' answers
+RATE_LIMIT = 8  # code of Milvus' answer
 PASSING = ('not (yet )?(ready|available|loaded|fully loaded|serving|healthy|shard leader)|unavailable|offline|'
            'rate limit|too many requests|time ?out|timed out|deadline|connection|recovering|initializing|'
            'no available|node not (found|match)|index not found|no vector index')  # in the text of an answer
@@ -688,7 +688,7 @@ def milvus_errors(uri, has_token, collection=None):
                 or (isinstance(error, ValueError) and 'URL' in str(error))):
             raise Unreachable(f'no Milvus answers at {uri} ({status or type(error).__name__}): start it, e.g. with '
                               f'docker compose up -d, or correct retrieval_milvus_uri') from error
-        if collection and (getattr(error, 'code', None) == NOT_FOUND or is_gone(collection, text)):
+        if collection and is_gone(collection, text):
             raise NoCollection(f'collection {collection!r} in {uri} is gone, it was dropped while it was used: fill it '
                                f'again with python -m retrieval.populate CONFIG') from error
         if 'No space left' in text:

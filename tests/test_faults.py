@@ -85,6 +85,7 @@ def alive(session):
     return [line for line in answer.stdout.splitlines() if not line.split()[1].startswith('Z')]
 
 
+@pytest.mark.slow
 def test_training_waits_for_a_server_that_was_killed_and_goes_on_as_if_nothing_had_been(server, undisturbed):
     disturbed = Run(*LONG, *at(server), '--out_dir=disturbed', '--retrieval_workers=2', folder=undisturbed)
     disturbed.until('step 10:')
@@ -360,6 +361,7 @@ except ImportError:
     assert losses(workspace) == losses(workspace, 'whole')
 
 
+@pytest.mark.slow
 def test_filling_follows_changed_emptied_and_removed_documents_on_a_server_too(server, prepared, tmp_path):
     folder = tmp_path / 'run'
     shutil.copytree(prepared, folder)
@@ -378,6 +380,7 @@ def test_filling_follows_changed_emptied_and_removed_documents_on_a_server_too(s
     assert ', 0 of them written now, 0 changed' in said and 'removed: 0 chunks' in said
 
 
+@pytest.mark.slow
 def test_a_server_imports_the_rows_that_a_local_file_holds_and_is_not_asked_for_what_its_version_lacks(
         server, workspace, settings):
     for change, said in ((dict(index='IVF_RABITQ'), "'IVF_RABITQ' needs a Milvus server from version 2.6 on, and"),

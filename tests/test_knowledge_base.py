@@ -373,10 +373,10 @@ def test_a_collection_that_was_made_before_there_were_modes_is_dense(tmp_path):
     old = dataclasses.asdict(METADATA)
     del old['mode']
     made.client.alter_collection_properties('rows', properties={PROPERTY: json.dumps(old)})
-    made._check_metadata()
+    made._check_metadata(made._properties())
     made.metadata = WORDS
     with pytest.raises(UserError, match="retrieval_mode: it has 'dense', the run 'hybrid'"):
-        made._check_metadata()
+        made._check_metadata(made._properties())
     made.close()
 
 

@@ -344,7 +344,7 @@ def test_a_collection_that_changes_is_waited_for_and_never_answered_from_an_old_
     with pytest.raises(RetrievalTimeout):
         retriever.point(batch.tokens, batch.doc_ids)
     assert any('being filled, or filling it was interrupted' in text for text in news)
-    with pytest.raises(Unreachable, match='python -m retrieval.populate to finish'):
+    with pytest.raises(Unreachable, match='python -m retrieval.populate or retrieval.kb finish'):
         retriever.index.follow(kb)
     kb.flush()
     assert retriever.point(batch.tokens, batch.doc_ids).any()

@@ -240,6 +240,7 @@ def test_sync_is_true_or_false(workspace, argument):
     assert answer.returncode == 2 and f"{argument!r} is none of --sync=True and --sync=False" in answer.stderr
 
 
+@pytest.mark.slow
 def test_no_stage_is_busier_than_all_of_the_time(workspace):
     """In real processes: the reader imports its libraries and reads all before the stages run together."""
     (workspace / 'docs.jsonl').write_text(json.dumps(dict(id='a', text=LONG)) + '\n')

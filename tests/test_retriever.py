@@ -255,8 +255,8 @@ def test_by_words_and_by_both_nothing_leaks_and_the_cache_answers_for_one_mode_a
                                       zip(fresh, batches, strict=True)])
     of_dense, of_words, of_both = (found[mode] for mode in found)
     assert (of_dense != of_words).mean() > 0.3
-    # the best of both is the best of one of the two
-    assert ((of_both[:, 0] == of_dense[:, 0]) | (of_both[:, 0] == of_words[:, 0])).mean() > 0.8
+    # the best of both is among the best of one of the two
+    assert ((of_both[:, :1] == of_dense) | (of_both[:, :1] == of_words)).any(1).mean() > 0.9
 
 
 def test_it_reports_where_each_chunks_neighbors_come_from(settings, tokenizer, retriever):

@@ -131,6 +131,7 @@ def test_pointers_that_are_right_are_followed_within_a_few_steps():
     assert gains[0] == pytest.approx(0, abs=1e-6) and gains[1] > 0.5 and gains[19] > gains[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('is_frozen', [True, False], ids=['frozen', 'all'])
 def test_a_compiled_retrofit_takes_the_steps_of_a_plain_one(is_frozen):
     models = []
