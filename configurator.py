@@ -50,6 +50,11 @@ class UserError(Exception):
     exit_code = 2
 
 
+def reason_of(error, most=200):
+    """The class of another library's exception and what it says, up to `most` characters, for a UserError's line."""
+    return f'{type(error).__name__}: {" ".join(str(error).split())[:most]}'
+
+
 @contextmanager
 def user_errors_as_one_line():
     """
@@ -229,7 +234,7 @@ def run_config(path, settings):
     except Exception as error:  # whatever the user's code raises
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f', line {lines[-1]}' if lines else ''
-        raise UserError(f'config file {path}{where}: {type(error).__name__}: {str(error)[:300]}') from error
+        raise UserError(f'config file {path}{where}: {reason_of(error, 300)}') from error
     assigned, has_star = assigned_names(tree)
     found = {}
     for key, value in names.items():

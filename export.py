@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from configurator import UserError, sync, to_json, user_errors_as_one_line, visible, write_atomically
+from configurator import UserError, reason_of, sync, to_json, user_errors_as_one_line, visible, write_atomically
 from data.tokenizer import END_OF_TEXT, is_token
 from training.checkpoint import describe_write_error, load_checkpoint, load_run
 
@@ -162,7 +162,7 @@ def read_evaluation(out_dir, step):
             found = json.load(file)
         found['corpus'], found['bpb_off']
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f'{path!r} cannot be read ({type(error).__name__}: {str(error)[:200]}): run python -m '
+        raise UserError(f'{path!r} cannot be read ({reason_of(error)}): run python -m '
                         f'evaluation again, or remove it') from error
     return found if found.get('step', step) == step else None
 

@@ -13,7 +13,7 @@ import unicodedata
 import numpy as np
 import tiktoken
 
-from configurator import UserError
+from configurator import UserError, reason_of
 
 END_OF_TEXT = '<|endoftext|>'
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -55,7 +55,7 @@ def load_tokenizer(name):
         raise
     except Exception as error:  # of JSON, of a missing or mistyped part, of tiktoken
         raise UserError(f"tokenizer {name!r} is not a byte-level BPE in Hugging Face's tokenizer.json format "
-                        f'({type(error).__name__}: {str(error)[:200]}): name another') from error
+                        f'({reason_of(error)}): name another') from error
     check_equals_library(name, tokenizer)
     return tokenizer
 

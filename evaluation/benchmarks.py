@@ -26,7 +26,7 @@ import deepeval.benchmarks
 import numpy as np
 from deepeval.models import DeepEvalBaseLLM
 
-from configurator import UserError, user_errors_as_one_line
+from configurator import UserError, reason_of, user_errors_as_one_line
 from evaluation.deepeval_adapter import Prompt, RETROForDeepEval, closed_answers, read_answer
 
 BENCHMARKS = ('ARC', 'BBQ', 'BoolQ', 'HellaSwag', 'LogiQA', 'MMLU', 'MathQA', 'TruthfulQA', 'Winogrande')
@@ -131,10 +131,9 @@ def prepare_benchmarks(entries, data_dir=''):
         try:
             made.ask()
         except Exception as error:  # whatever the network, the hub or the files raise
-            raise UserError(f'the data of benchmark {name} is unavailable ({type(error).__name__}: '
-                            f'{str(error)[:200]}): on a machine that reaches the hub, python -m evaluation.benchmarks '
-                            f'DIR {name} fetches it; copy DIR here and set benchmark_data_dir to it (it is '
-                            f'{data_dir!r})') from error
+            raise UserError(f'the data of benchmark {name} is unavailable ({reason_of(error)}): on a machine '
+                            f'that reaches the hub, python -m evaluation.benchmarks DIR {name} fetches it; copy DIR '
+                            f'here and set benchmark_data_dir to it (it is {data_dir!r})') from error
         prepared.append(made)
     return prepared
 

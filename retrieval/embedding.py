@@ -11,7 +11,7 @@ from system import pick_dtype, quiet_transformers, say
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, reason_of
 
 # of a transformer's config, what its vectors depend on beside the weights
 NETWORK = ('num_attention_heads', 'hidden_act', 'layer_norm_eps', 'position_embedding_type', 'rope_theta')
@@ -43,9 +43,8 @@ class Embedder:
             with quiet('huggingface_hub'), quiet('sentence_transformers'):
                 self.model = SentenceTransformer(name, device=device, local_files_only=is_folder)
         except Exception as error:  # a hub's refusals come as several unrelated classes
-            reason = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
             raise UserError(f'no embedding model {name!r}: it is no folder that holds a whole SentenceTransformer, and '
-                            f'the hub did not provide it ({reason}). Fit the offline one with python -m '
+                            f'the hub did not provide it ({reason_of(error)}). Fit the offline one with python -m '
                             f'retrieval.static_embedding CONFIG, or name an existing model in '
                             f'retrieval_embedding_model') from error
         self.name = name

@@ -28,7 +28,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from configurator import UserError, load_settings, read_overrides, sync, to_json, visible, write_atomically
+from configurator import (
+    UserError,
+    load_settings,
+    read_overrides,
+    reason_of,
+    sync,
+    to_json,
+    visible,
+    write_atomically,
+)
 from data.tokenizer import load_tokenizer, token_bytes, vocabulary_hash
 from model import RETRO, RETROConfig, gpt2_fields
 from retrieval.embedding import quiet
@@ -175,7 +184,7 @@ def save_checkpoint(settings, ranks, tokenizer, tokenizer_text, model, optimizer
 def describe_write_error(error, folder):
     """An error of writing to a folder, in one line; torch and safetensors do not say that the disk is full."""
     free = shutil.disk_usage(folder).free if os.path.isdir(folder) else 0
-    return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}; {free / 1e6:,.0f} MB are free'
+    return f'{reason_of(error)}; {free / 1e6:,.0f} MB are free'
 
 
 def check_finite(model, name):
@@ -256,7 +265,7 @@ class as_user_error:
     def __exit__(self, _, error, __):
         of_machine = (UserError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
         if isinstance(error, Exception) and not isinstance(error, of_machine):
-            raise UserError(f'checkpoint {self.folder!r} cannot be read ({type(error).__name__}: {str(error)[:300]}): '
+            raise UserError(f'checkpoint {self.folder!r} cannot be read ({reason_of(error, 300)}): '
                             f'it is damaged, or of something else; name another out_dir, or the folder of an earlier '
                             f'checkpoint') from error
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configurator import UserError, user_errors_as_one_line
+from configurator import UserError, reason_of, user_errors_as_one_line
 from data.prepare import write_splits
 
 FOLDER = Path(__file__).resolve().parent
@@ -42,9 +42,9 @@ def read_lines(source, split):
     try:
         rows = datasets.load_dataset(source, SUBSET, split=split)
     except Exception as error:  # the library raises many unrelated classes
-        raise UserError(f'{source!r} did not provide {SUBSET} ({type(error).__name__}: '
-                        f'{" ".join(str(error).split())[:300]}): connect, or name a folder by --from that holds the '
-                        f"files wiki.*.raw or a copy of the hub's repository") from error
+        raise UserError(f'{source!r} did not provide {SUBSET} ({reason_of(error, 300)}): connect, or name a '
+                        f"folder by --from that holds the files wiki.*.raw or a copy of the hub's repository"
+                        ) from error
     for row in rows:
         yield row['text']
 
