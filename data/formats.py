@@ -19,7 +19,7 @@ import re
 import sys
 import zlib
 
-from configurator import UserError
+from configurator import UserError, reason_of
 
 TEXT, LINES, DELIMITED, TABLE = range(4)
 KINDS = {'.parquet': TABLE, '.jsonl': LINES, '.ndjson': LINES, '.json': LINES, '.csv': DELIMITED, '.tsv': DELIMITED,
@@ -78,7 +78,7 @@ def read_rows(path, config):
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:  # pyarrow's are among them
-        reason = getattr(error, 'strerror', None) or f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+        reason = getattr(error, 'strerror', None) or reason_of(error, 300)
         raise UserError(f'{path} cannot be read ({reason}): see whether it is whole, and what its ending says'
                         ) from error
 
@@ -198,7 +198,8 @@ def read_delimited(file, config, delimiter):
 def read_parquet(path, config):
     import pyarrow.parquet
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # a prefetched part of a file would stay in memory until its end
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             fields = check_schema(file.schema_arrow, config)
             columns = None if config.filter_fn else fields  # it looks at all
             yield from rows_of_batches(file.iter_batches(ROWS, columns=columns), config, fields)
@@ -305,7 +306,7 @@ def is_wanted(row, config):
     try:
         return bool(config.filter_fn(with_numbers(row)))
     except Exception as error:  # whatever the user's code raises
-        raise UserError(f'filter_fn failed ({type(error).__name__}: {str(error)[:200]}) on the row '
+        raise UserError(f'filter_fn failed ({reason_of(error)}) on the row '
                         f'{str(row)[:200]}: correct it') from error
 
 

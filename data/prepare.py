@@ -61,7 +61,7 @@ class Written:
     chunks: int = 0
 
     def batches(self):
-        with pq.ParquetFile(self.path) as file:
+        with pq.ParquetFile(self.path, pre_buffer=False) as file:  # which would keep what it has read
             yield from file.iter_batches(ROWS, columns=['id', 'text'])
 
     def read(self):
@@ -151,7 +151,7 @@ def write_splits(documents, folder, splits):
         for split in splits:
             if not written[split].documents:
                 raise UserError(f'the {split} split has no documents: name another source, or another share')
-            print(f'{split:6} {written[split].documents:12,} documents {written[split].bytes:16,} bytes')
+            print(f'{split:9} {written[split].documents:12,} documents {written[split].bytes:16,} bytes')
         found = fingerprint({split: written[split].read() for split in splits})
     write_fingerprint(found, folder)
     print(f'fingerprint {found["hash"]}')
