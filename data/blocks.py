@@ -11,9 +11,10 @@ import math
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 from system import end_with_parent
@@ -35,11 +36,12 @@ from data.chunk_store import (
 )
 from data.documents import Counts, DatasetConfig, Files, as_documents, find_files, look_at, open_with_datasets
 from data.ingest import build
-from data.row_stream import RowStream
+from data.row_stream import RowStream, wait_for_network
 from data.tokenizer import load_tokenizer, vocabulary_hash
 
 SMALL_BLOCKS = 4  # the first ones of a run, each twice as large as the one before, so that training begins soon
 BLOCK_TEXT = 1 << 28  # characters after which a block ends, however few its documents are
+SAY_AGAIN = 60  # seconds after which a reader says how many rows it has left out
 START = dict(epoch=0, block=0, documents=0, state=None)  # a position; documents: those that its epoch had before
 
 
@@ -59,29 +61,40 @@ class StreamedDataset:
     def chunk_size(self):
         return self.settings.retrieval_chunk_size
 
-    def parts(self, tokenizer, say=print):
-        """Yields all its documents, as ChunkedDatasets one after another, in the order in which they are read."""
-        reader, position = BlockReader(self, tokenizer, say=say), START
+    def parts(self, tokenizer, lane=0, lanes=1, say=print):
+        """
+        Yields a lane's documents, all of one epoch, as ChunkedDatasets one after another, in the order in which they
+        are read, and says at the end what there was.
+        """
+        reader, position, counts = BlockReader(self, tokenizer, lane, lanes, say=say), START, replace(self.counts)
+        reader.may_be_empty = lanes > 1
         while not position['epoch']:
-            folder, position = reader.read(position)
-            part = ChunkedDataset(folder, self.config, self.end_of_text)
+            folder, following = reader.read(position)
+            try:
+                part = ChunkedDataset(folder, self.config, self.end_of_text)
+            except FileNotFoundError:  # removed meanwhile, by another process that fills a collection
+                continue
+            counts.add(part.counts)
             yield part
             part.close()
             remove(folder)
+            position = following
+        say(f'{self.config.path}: {counts.describe()}' + f', read by process {lane + 1} of {lanes}' * (lanes > 1))
 
 
 def open_all_datasets(configs, tokenizer, settings, say):
     """As open_datasets, with StreamedDatasets for those that are streamed; their documents are not compared."""
     on_disk = [config for config in configs if not config.streaming]
     opened = iter(open_datasets(on_disk, tokenizer, settings, say))
-    return [open_stream(config, tokenizer, settings) if config.streaming else next(opened) for config in configs]
+    return [describe_stream(config, tokenizer, settings, say) if config.streaming else next(opened)
+            for config in configs]
 
 
-def open_stream(config, tokenizer, settings):
-    """The StreamedDataset of a DatasetConfig. UserError if it is not there."""
+def describe_stream(config, tokenizer, settings, say):
+    """The StreamedDataset of a DatasetConfig. UserError if it is not there; StreamTimeout if the hub is not."""
     files = find_files(config)
-    if files.hub:
-        open_with_datasets(config, files)  # finds the revision, which all readers then read
+    if files.hub:  # finds the revision, which all readers then read
+        wait_for_network(lambda: open_with_datasets(config, files), config, files, settings.stream_timeout, say)
     what = [VERSION, vocabulary_hash(tokenizer), settings.retrieval_chunk_size]
     # times differ between copies of the files, and numbers of files between machines
     sizes = files.revision or [(os.path.basename(path), look_at(path).st_size) for path in files.paths]
@@ -96,8 +109,9 @@ class BlockReader:
     def __init__(self, dataset, tokenizer, lane=0, lanes=1, seed=None, say=print):
         self.config, self.settings, self.tokenizer, self.say = dataset.config, dataset.settings, tokenizer, say
         self.base = name_of([dataset.name, lane, lanes, seed])
-        self.rows = RowStream(self.config, dataset.files, lane, lanes, seed, self.settings.stream_timeout, say)
-        self.lane, self.lanes = lane, lanes
+        file_seed = None if self.config.max_documents else seed  # the first documents are those of the first files
+        self.rows = RowStream(self.config, dataset.files, lane, lanes, file_seed, self.settings.stream_timeout, say)
+        self.lane, self.lanes, self.may_be_empty = lane, lanes, False
         share = -(-(self.config.max_documents - lane) // lanes)
         self.most = max(0, share) if self.config.max_documents else math.inf
 
@@ -128,7 +142,7 @@ class BlockReader:
         documents = position['documents'] + counts.documents
         following = dict(position, block=position['block'] + 1, documents=documents, state=self.rows.state)
         if not rows or counts.documents >= most:
-            if not documents:
+            if not documents and not self.may_be_empty:
                 raise UserError(f'dataset {self.config.path!r} has no documents with text ({counts.describe()})' + (
                     f' for reader {self.lane + 1} of {self.lanes}: name another, or leave streaming out'
                     if self.lanes > 1 else ': name another'))
@@ -155,6 +169,7 @@ class Lane:
         self.datasets, self.chunks, self.lane, self.say = datasets, chunks, lane, say
         self.places = {number: Place(*(places or {}).get(str(number), (START, 0))) for number in datasets}
         self.asked, self.answers, self.used = {}, {}, []
+        self.counts, self.said = {number: Counts() for number in datasets}, -math.inf
         context = multiprocessing.get_context('spawn')
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=read_blocks, args=(datasets, lane, lanes, seed, theirs),
@@ -196,7 +211,8 @@ class Lane:
 
     def _ask(self, number, position):
         self.asked[number] = position
-        self.pipe.send((number, position))
+        with suppress(OSError):  # the process has ended, which _receive says
+            self.pipe.send((number, position))
 
     def _open(self, number):
         """Open the next block, and ask for the one after it. The error of the reading process, if there was one."""
@@ -212,15 +228,22 @@ class Lane:
                 place.block = ChunkedDataset(folder, self.datasets[number].config, self.datasets[number].end_of_text)
             except OSError:  # removed meanwhile, to make room: read it again
                 pass
+        self.counts[number].add(place.block.counts)
+        if place.block.counts.bad and time.monotonic() - self.said > SAY_AGAIN:
+            self.said = time.monotonic()
+            self.say(f'{self.datasets[number].config.path}, by reader {self.lane + 1} since it began: '
+                     f'{self.counts[number].describe()}')
         if not self._has_ended(number, place.following):
             self._ask(number, place.following)
 
     def _receive(self):
         try:
             item = self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self.process.join()
-            raise RuntimeError(f'the reading process ended with code {self.process.exitcode}') from None
+            raise UserError(f'reader {self.lane + 1} of the streamed datasets was ended, with code '
+                            f'{self.process.exitcode}: if memory is short, lower stream_workers or '
+                            f'shuffle_buffer_size, and resume') from None
         if isinstance(item, Exception):
             raise item
         if isinstance(item, str):

@@ -25,7 +25,7 @@ from configurator import NO_ROOM, UserError
 from data.chunking import hash64
 from data.documents import Counts, as_documents, find_files, look_at, open_with_datasets, read_documents
 from data.ingest import DOCUMENT, SORTED_TOGETHER, build, two_documents
-from data.row_stream import RowStream
+from data.row_stream import RowStream, wait_for_network
 from data.tokenizer import tokenize, vocabulary_hash
 
 VERSION = 1  # of a folder's layout, and of how documents are read
@@ -219,7 +219,8 @@ def open_dataset(config, files, tokenizer, settings, say, head=None):
         with locked(f'{base}.lock', lambda: say(f'waiting for another process, which is reading {config.path}')):
             wait_for_tick(files)
             if files.hub:
-                files.rows = open_with_datasets(config, files)
+                files.rows = open_with_datasets(config, files) if not config.streaming else wait_for_network(
+                    lambda: open_with_datasets(config, files), config, files, settings.stream_timeout, say)
             state = state_of(files)
             folder = f'{base}-{name_of(state)}'
             was_whole = is_whole(folder)
@@ -246,12 +247,12 @@ def read_head(config, counts, files, settings, say, tokenizer, tokens):
     """Yields the first Documents of a streamed dataset, of about as many tokens, rather more."""
     rows, length = RowStream(config, files, timeout=settings.stream_timeout, say=say), 0
     while length < tokens and (some := rows.next()):
-        for document in as_documents(some, config, counts, config.max_documents or 2**62):
+        for document in as_documents(some, config, counts, config.most_documents):
             length += len(tokenize(document.text[:8 * tokens], tokenizer)) + 1
             yield document
             if length >= tokens:
                 return
-        if counts.documents >= (config.max_documents or 2**62):
+        if counts.documents >= config.most_documents:
             return
 
 

@@ -19,8 +19,9 @@ import stat
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from types import FunctionType
 
-from configurator import UserError
+from configurator import UserError, reason_of
 from data.chunking import document_hash, hash64
 from data.formats import BOM, KNOWN, LEFT_OUT, ROWS, BadRow, check_schema, read_rows, rows_of_batches, split_ending
 
@@ -86,13 +87,22 @@ class DatasetConfig:
         read = {name: value for name, value in asdict(self).items() if name not in ('weight', 'epochs')}
         if self.filter_fn:
             from datasets.fingerprint import Hasher
-            read['filter_fn'] = Hasher.hash(self.filter_fn)
+            wanted = self.filter_fn
+            if isinstance(wanted, FunctionType):  # a copy, as of an imported one the library hashes the name alone
+                wanted = FunctionType(wanted.__code__.replace(co_filename=''), wanted.__globals__, wanted.__name__,
+                                      wanted.__defaults__, wanted.__closure__)
+                wanted.__kwdefaults__ = self.filter_fn.__kwdefaults__
+            read['filter_fn'] = Hasher.hash(wanted)
         return {**read, 'path': place}
 
     def holds(self, doc_id):
         """Whether a document is on this side of val_fraction."""
         is_held_out = hash64('held out', doc_id) % 2**32 < self.val_fraction * 2**32
         return is_held_out == self.held_out
+
+    @property
+    def most_documents(self):
+        return self.max_documents or 2**62
 
     @property
     def needs_id(self):
@@ -127,6 +137,11 @@ class Counts:
     filtered: int = 0  # rows that filter_fn has left out
     other_side: int = 0  # documents on the other side of val_fraction
     kinds: dict = field(default_factory=dict)  # {ending: number of files}
+
+    def add(self, other):
+        """Count what was found in another part of the same files."""
+        for name in ('documents', 'duplicates', 'empty', 'bad', 'filtered', 'other_side'):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def describe(self):
         """One line, of what there is."""
@@ -236,7 +251,7 @@ def read_documents(config, counts, files=None):
     counts.files, counts.other_files = len(files.paths), files.other
     if not files.saved:
         counts.kinds = dict(Counter(split_ending(path)[0] for path in files.paths).most_common())
-    return as_documents(read_all_rows(config, files), config, counts, config.max_documents or 2**62)
+    return as_documents(read_all_rows(config, files), config, counts, config.most_documents)
 
 
 def as_documents(rows, config, counts, most=2**62):
@@ -310,9 +325,8 @@ def open_with_datasets(config, files):
     except Exception as error:  # the library raises many unrelated classes
         what = f'{config.path!r} is no file or folder here, and the hub did not provide it as a dataset' if files.hub \
             else f'the saved dataset {config.path!r} could not be read'
-        reason = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
-        raise UserError(f'{what} ({reason}): name a file, a folder, a pattern such as docs/*.jsonl, or another '
-                        f'dataset') from error
+        raise UserError(f'{what} ({reason_of(error, 300)}): name a file, a folder, a pattern such as docs/*.jsonl, '
+                        f'or another dataset') from error
 
 
 def as_unicode(text):
@@ -346,6 +360,9 @@ def as_dataset_configs(entries, setting):
     for entry in entries:
         if isinstance(entry, (str, os.PathLike)):
             entry = dict(path=entry)
+        if isinstance(entry, dict) and callable(entry.get('filter_fn')):
+            raise UserError(f'{setting} holds a dict with a filter_fn, which other processes cannot be given: write '
+                            f'DatasetConfig({entry.get("path")!r}, filter_fn=...) in its place')
         try:
             config = DatasetConfig(**(entry if isinstance(entry, dict) else asdict(entry)))
         except TypeError as error:
@@ -360,13 +377,23 @@ def check_sides(train, val):
     """UserError if a dataset stands in both lists of DatasetConfigs, and they do not share it by its val_fraction."""
     sides = ('val_fraction', 'text_field', 'id_field', 'source')
     for one, other in itertools.product(train, val):
-        same = all(getattr(one, name) == getattr(other, name) for name in ('path', 'name', 'split', 'revision'))
-        if same and (one.val_fraction or other.val_fraction):
-            for name in sides:
-                if getattr(one, name) != getattr(other, name):
-                    raise UserError(f'{one.path!r} stands in train_datasets with {name}={getattr(one, name)!r}, and in '
-                                    f'val_datasets with {name}={getattr(other, name)!r}: the two share its documents '
-                                    f'if these are equal')
+        differing = [name for name in sides if getattr(one, name) != getattr(other, name)]
+        if differing and (one.val_fraction or other.val_fraction) and is_same(one, other):
+            name, as_path = differing[0], '' if one.path == other.path else f' as {other.path!r}'
+            raise UserError(f'{one.path!r} stands in train_datasets with {name}={getattr(one, name)!r}, and in '
+                            f'val_datasets{as_path} with {name}={getattr(other, name)!r}: the two share its documents '
+                            f'if these are equal')
+
+
+def is_same(one, other):
+    """Whether two DatasetConfigs read the same files, or a dataset of the hub, whatever they call them."""
+    if (one.path, one.name, one.split) == (other.path, other.name, other.split):
+        return True
+    try:
+        paths = [set(map(os.path.realpath, find_files(config).paths)) for config in (one, other)]
+    except UserError:  # that one of them is not there is said where it is read
+        return False
+    return bool(paths[0] & paths[1])
 
 
 def names_of(configs):

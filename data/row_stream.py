@@ -10,7 +10,7 @@ import time
 import fsspec
 import numpy as np
 
-from configurator import UserError
+from configurator import NO_ROOM, UserError, reason_of
 from data.documents import open_with_datasets
 from data.formats import ROWS, check_schema, read_rows, rows_of_batches
 
@@ -44,40 +44,23 @@ class RowStream:
 
     def next(self):
         """The next rows, as a list, empty at the end; self.state is then that after them. StreamTimeout; UserError."""
-        failed_since, pause = None, 1.0
-        while True:
+        def read():
             try:
                 if self.batches is None:
                     self.batches = self._open()
                 rows = next(self.batches, [])
                 self.state = self.rows.state_dict()
-                if failed_since:
-                    self.say(f'{self.config.path} can be read again')
                 return rows
-            except Exception as error:  # of many libraries, or a UserError of one, when the dataset is opened again
-                reason = error.__cause__ or error if isinstance(error, UserError) else error
-                what = f'{type(reason).__name__}: {" ".join(str(reason).split())[:200]}'
-                if not self.files.hub or not is_of_network(reason):
-                    if isinstance(error, UserError) or not self.files.hub:
-                        raise
-                    raise UserError(f'the dataset {self.config.path!r} cannot be read ({what}): name another, or a '
-                                    f'revision of it that can') from error
+            except Exception:
                 self.batches = None  # begin again after the last rows that were read
-                failed_since = failed_since or time.monotonic()
-                waited = time.monotonic() - failed_since
-                if waited >= self.timeout:
-                    raise StreamTimeout(f'waited {waited:.0f} s for the dataset {self.config.path!r}, and '
-                                        f'stream_timeout is {self.timeout:.0f} ({what})') from error
-                self.say(f'waiting for the dataset {self.config.path}: {waited:.0f} s of at most {self.timeout:.0f} s '
-                         f'({what})')
-                time.sleep(min(pause, self.timeout - waited))
-                pause = min(2 * pause, LONGEST_PAUSE)
+                raise
+        return wait_for_network(read, self.config, self.files, self.timeout, self.say)
 
     def _open(self):
         """An iterator of lists of rows from self.state on."""
         from datasets.distributed import split_dataset_by_node
         if self.dataset is None:
-            self.dataset = open_stream(self.config, self.files)
+            self.dataset = open_rows(self.config, self.files)
         self.rows = split_dataset_by_node(self.dataset, self.lane, self.lanes)
         if self.seed is not None:  # the library shuffles the files, and nothing else, by the epoch
             self.rows.set_epoch(int(np.random.default_rng([self.seed, self.epoch]).integers(1, 2**31)))
@@ -99,10 +82,40 @@ class RowStream:
                 raise UserError(f'dataset {self.config.path!r}: {error}') from error
 
 
-def open_stream(config, files):
+def wait_for_network(work, config, files, timeout, say):
+    """
+    What work() returns, tried again, with growing pauses, while the hub or the network fails. StreamTimeout after
+    `timeout` seconds of that; UserError if the dataset of the hub cannot be read at all.
+    """
+    failed_since, pause = None, 1.0
+    while True:
+        try:
+            found = work()
+            if failed_since:
+                say(f'{config.path} can be read again')
+            return found
+        except Exception as error:  # of many libraries, or a UserError of one, when the dataset is opened
+            reason = error.__cause__ or error if isinstance(error, UserError) else error
+            if not files.hub or not is_of_network(reason):
+                if isinstance(error, UserError) or not files.hub:
+                    raise
+                raise UserError(f'the dataset {config.path!r} cannot be read ({reason_of(reason)}): name another, or a '
+                                f'revision of it that can') from error
+            failed_since = failed_since or time.monotonic()
+            waited = time.monotonic() - failed_since
+            if waited >= timeout:
+                raise StreamTimeout(f'waited {waited:.0f} s for the dataset {config.path!r}, and stream_timeout is '
+                                    f'{timeout:.0f} ({reason_of(reason)})') from error
+            say(f'waiting for the dataset {config.path}: {waited:.0f} s of at most {timeout:.0f} s '
+                f'({reason_of(reason)})')
+            time.sleep(min(pause, timeout - waited))
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def open_rows(config, files):
     """An IterableDataset, with a shard a file: examples with a 'row' if it is of local files, else Arrow tables."""
     import datasets
-    datasets.logging.set_verbosity_error()  # next() says what happens
+    datasets.logging.set_verbosity_error()  # wait_for_network() says what happens
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 3  # and tries for longer
     logging.getLogger('huggingface_hub').setLevel(logging.CRITICAL)
     if 'zstd' not in fsspec.available_compressions():  # which needs one more package, where pyarrow does
@@ -130,10 +143,13 @@ def open_zstd(file, **_):
 
 def is_of_network(error):
     """Whether an exception may pass: a connection that failed, a server that does not answer, or not now."""
+    from huggingface_hub import is_offline_mode
+    if is_offline_mode():  # by HF_HUB_OFFLINE, which the user has set
+        return False
     status = getattr(getattr(error, 'response', None), 'status_code', getattr(error, 'status', None))
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
         return False
-    if isinstance(error, (UserError, *PERMANENT)):
+    if isinstance(error, (UserError, *PERMANENT)) or getattr(error, 'errno', None) in NO_ROOM:
         return False
     roots = {kind.__module__.partition('.')[0] for kind in type(error).__mro__}
     return isinstance(error, (OSError, TimeoutError)) or type(error).__name__ == 'TimeoutError' or bool(roots & NETWORK)

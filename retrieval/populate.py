@@ -32,7 +32,7 @@ from tqdm import tqdm
 from configurator import UserError, load_settings, named_settings, user_errors_as_one_line
 from data.blocks import open_all_datasets
 from data.chunk_store import Chunks, open_datasets
-from data.documents import as_dataset_configs
+from data.documents import as_dataset_configs, check_sides
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from retrieval.bulk import Imports, open_folder
 from retrieval.embedding import Embedder, EmbedderInfo
@@ -87,19 +87,21 @@ class Part:
     ended: float = 0.0
 
 
-def read_parts(datasets, tokenizer, rank=0, world_size=1):
+def read_parts(datasets, tokenizer, rank=0, world_size=1, say=print):
     """
     Yields the chunks of ChunkedDatasets, or streamed ones, as Parts; of documents without text only the doc_ids.
-    Of several ranks' each gets its own, dealt in turn.
+    Of several ranks' each gets its own: dealt in turn, or, of a streamed dataset, what it alone reads.
     """
     turn = count()
-    parts = (dataset.parts(tokenizer) if dataset.config.streaming else [dataset] for dataset in datasets)
-    for dataset in chain.from_iterable(parts):
+    parts = chain.from_iterable(dataset.parts(tokenizer, rank, world_size, say) if dataset.config.streaming else
+                                [dataset] for dataset in datasets)
+    for dataset in parts:
+        is_own = dataset.config.streaming
         for numbers in dataset.blocks():
-            if next(turn) % world_size == rank:
+            if is_own or next(turn) % world_size == rank:
                 yield as_part(numbers, dataset, tokenizer)
         for doc_ids in dataset.empty_documents():
-            if next(turn) % world_size != rank:
+            if not is_own and next(turn) % world_size != rank:
                 continue
             nothing = as_part(np.arange(1), dataset, tokenizer)
             yield Part(nothing.rows.take([]), {}, set(doc_ids.tolist()), nothing.textless[:0], doc_ids)
@@ -124,7 +126,7 @@ def as_part(numbers, dataset, tokenizer):
                                                 return_counts=True)
     ends, doc_ids = dataset.table['count'][documents], chunks.doc_ids[first]
     names = [name[:256] for name in dataset.names(documents)]
-    has_text = np.array([bool(text.strip()) for text in texts])
+    has_text = np.array([bool(text.strip()) for text in texts], dtype=bool)
     rows = Rows(chunks.ids, chunks.doc_ids, chunks.positions, [names[i] for i in inverse], texts,
                 np.concatenate([chunks.tokens, following], axis=1),
                 chunks.lengths + np.where(is_last, 0, np.roll(more.lengths, -1)[:count]))
@@ -147,7 +149,7 @@ def read_into(parts, settings, rank, world_size):
             parts.put(f'{dataset.config.path}: ' + (
                 'streamed' if dataset.config.streaming else dataset.counts.describe()))
         parts.put([(dataset.hash, dataset.num_chunks) for dataset in datasets])
-        reading, part = read_parts(datasets, tokenizer, rank, world_size), None
+        reading, part = read_parts(datasets, tokenizer, rank, world_size, parts.put), None
         while True:
             began = time.monotonic()
             part = next(reading, None)
@@ -246,6 +248,8 @@ def populate(settings, show_progress, sync=False, say=print, ranks=None, bulk=Fa
     if sync and (streamed := [config.path for config in configs if config.streaming]):
         raise UserError(f'--sync=True has to know all documents, and {streamed[0]!r} is streamed: leave out --sync, or '
                         f'fill another retrieval_collection')
+    if settings.val_datasets:
+        check_sides(configs, as_dataset_configs(settings.val_datasets, 'val_datasets'))
     context = multiprocessing.get_context('spawn')
     parts = context.Queue(maxsize=AHEAD)
     reader = context.Process(target=read_into, name='reader', daemon=True,
@@ -259,9 +263,8 @@ def populate(settings, show_progress, sync=False, say=print, ranks=None, bulk=Fa
     def wait(work):
         return wait_for_milvus(work, knowledge_base.open, settings.retrieval_timeout, say)
     try:
-        while isinstance(item := receive(parts, reader), str):  # report what cannot be read before making a collection
-            say(item)
-        held, part = item, receive(parts, reader)
+        # report what cannot be read before making a collection
+        held, part = receive(parts, reader, say), receive(parts, reader, say)
         check_same(ranks, held)
         progress.total = None if None in (counts := [size for _, size in held]) else sum(counts)
         info = embedders.submit(load_embedder, settings.retrieval_embedding_model,
@@ -296,7 +299,7 @@ def populate(settings, show_progress, sync=False, say=print, ranks=None, bulk=Fa
                     rows, found = wait(lambda part=part: missing_rows(knowledge_base, part))
                     changed |= found
                 waiting.append((size, rows, embedders.submit(embed, rows.text)))
-                part = receive(parts, reader)
+                part = receive(parts, reader, say)
             size, rows, future = waiting.popleft()
             vectors, took = future.result()
             seconds['embed'] += took
@@ -353,18 +356,22 @@ def check_same(ranks, held):
         raise UserError('the processes read different train_datasets: give all nodes the same files')
 
 
-def receive(parts, reader):
-    """What the reading process put next; its exception is raised."""
+def receive(parts, reader, say):
+    """What the reading process put next, but for news, which are said; its exception is raised."""
     while True:
         try:
             item = parts.get(timeout=5)
         except queue.Empty:
             if reader.is_alive():
                 continue
-            raise RuntimeError(f'the reading process ended with code {reader.exitcode}') from None
+            raise UserError(f'the reading process was ended, with code {reader.exitcode}: if memory is short, lower '
+                            f'shuffle_buffer_size of streamed datasets, and start again, which completes the '
+                            f'collection') from None
         if isinstance(item, Exception):
             raise item
-        return item
+        if not isinstance(item, str):
+            return item
+        say(item)
 
 
 def dry_run(settings):
@@ -457,8 +464,9 @@ def report(settings, done, seconds, sync, world_size):
         print(f'removed: {done["removed"]:,} chunks of {done["removed_documents"]:,} documents that train_datasets do '
               f'not hold')
     elif done['after'] > (held := done['chunks'] - done['without_vector']):
-        print(f'{done["after"] - held:,} chunks are of documents that train_datasets do not hold: --sync=True removes '
-              f'them')
+        streams = any(config.streaming for config in as_dataset_configs(settings.train_datasets, 'train_datasets'))
+        print(f'{done["after"] - held:,} chunks are of documents that train_datasets do not hold'
+              + ('' if streams else ': --sync=True removes them'))
     if done['added']:
         rates = {stage: done['added'] / max(seconds[stage], 1e-9) for stage in ('embed', 'insert', 'all')}
         rates['read'] = done['chunks'] / max(seconds['reading'], 1e-9)

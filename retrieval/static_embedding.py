@@ -18,7 +18,7 @@ import numpy as np
 
 from configurator import UserError, load_settings, user_errors_as_one_line
 from data.chunk_store import open_datasets
-from data.documents import as_dataset_configs
+from data.documents import as_dataset_configs, check_sides
 from data.tokenizer import load_tokenizer, tokenizer_json
 
 DIMENSION = 192
@@ -98,8 +98,10 @@ def fit_embedding(settings):
                         f'folder')
     start = time.time()
     tokenizer = load_tokenizer(settings.tokenizer)
-    datasets = open_datasets(as_dataset_configs(settings.train_datasets, 'train_datasets'), tokenizer, settings,
-                             head=FIT_CHUNKS * settings.retrieval_chunk_size)
+    configs = as_dataset_configs(settings.train_datasets, 'train_datasets')
+    if settings.val_datasets:
+        check_sides(configs, as_dataset_configs(settings.val_datasets, 'val_datasets'))
+    datasets = open_datasets(configs, tokenizer, settings, head=FIT_CHUNKS * settings.retrieval_chunk_size)
     chunks, documents = read_some(datasets, FIT_CHUNKS)
     if len(chunks) < 3:
         raise UserError(f'{len(chunks)} chunks are too few to fit an embedding on: train_datasets need more text')

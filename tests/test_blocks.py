@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -149,6 +150,47 @@ def test_populate_reads_the_rows_of_a_stream_that_it_reads_on_disk(settings, tok
     assert rows == rows_of(open_datasets([config], tokenizer, settings)) and len(rows) > 1000
 
 
+def test_ranks_that_fill_a_collection_share_a_stream_and_wait_for_no_other(settings, tokenizer):
+    """Also two that read the same blocks at once, and one without documents; each says what it has read."""
+    with open('few.jsonl', 'w') as file:
+        file.write('{"id": "1", "text": "alone"}\n{"id": "2", "text": ""}\n')
+    streamed = [DatasetConfig('train.parquet', **STREAMED),
+                DatasetConfig('few.jsonl', streaming=True, shuffle_buffer_size=1)]
+
+    def read(rank, ranks):
+        datasets, news = open_all_datasets(streamed, tokenizer, settings, print), []
+        found = list(read_parts(datasets, tokenizer, rank, ranks, news.append))
+        return ([number for part in found for number in part.rows.id.tolist()],
+                [number for part in found for number in part.rowless.tolist()], news)
+    with ThreadPoolExecutor() as pool:
+        alone, again, *shared = pool.map(read, (0, 0, 0, 1, 2), (1, 1, 3, 3, 3))
+    assert alone[0] == again[0] and len(alone[1]) == 1
+    for part in (0, 1):
+        assert sorted(alone[part]) == sorted(number for found in shared for number in found[part])
+    assert [len(news) for *_, news in shared] == [2, 2, 2] and alone[2][-1] == 'few.jsonl: 1 documents, 1 empty'
+    assert all(f'documents, read by process {n} of 3' in news[0] for n, (*_, news) in enumerate(shared, 1))
+
+
+def test_max_documents_of_a_stream_are_the_first_ones_in_every_epoch(settings, tokenizer, open_stream):
+    config = DatasetConfig(split_file('train.parquet', 4), max_documents=5, **STREAMED)
+    stream = open_stream(config, workers=1, seed=3)
+    batches = [next(stream) for _ in range(400)]
+    assert batches[-1].state['lanes']['0']['places']['0'][0]['epoch'] >= 2
+    filled = {number for part in read_parts(open_all_datasets([config], tokenizer, settings, print), tokenizer)
+              for number in part.rows.doc_id.tolist()}
+    assert set(np.unique([batch.doc_ids for batch in batches if batch.doc_ids.size])) - {0} == filled
+    assert len(filled) == 5
+
+
+def test_a_reader_that_the_system_kills_is_a_line_with_what_to_lower(open_stream):
+    stream = open_stream(DatasetConfig('train.parquet', **STREAMED), workers=1)
+    next(stream)
+    stream.lanes[0].process.kill()
+    with pytest.raises(UserError, match='reader 1 of the streamed datasets was ended, with code -9.*lower stream_work'):
+        while True:
+            next(stream)
+
+
 def test_val_text_of_a_stream_is_its_first_tokens(settings, tokenizer):
     head, = open_datasets([DatasetConfig('train.parquet', **STREAMED)], tokenizer, settings, head=5000)
     whole, = open_datasets([DatasetConfig('train.parquet', source='stdlib')], tokenizer, settings)
@@ -229,6 +271,14 @@ def test_a_block_that_was_removed_to_make_room_is_read_again(open_stream, settin
     assert found == expected
 
 
+OPEN = '''
+from configurator import load_settings, user_errors_as_one_line
+from data.blocks import open_all_datasets
+from data.documents import DatasetConfig
+with user_errors_as_one_line():
+    open_all_datasets([DatasetConfig("someone/things", streaming=True)], None, load_settings(["--stream_timeout=1"]),
+                      print)
+'''
 READ = '''
 import datasets, json, sys
 datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0.01
@@ -269,6 +319,11 @@ def test_a_stream_of_the_hub_goes_on_where_the_network_broke_and_gives_up_in_one
         answer = run('-c', READ, '2', folder=tmp_path, env=env, check=False)
         assert answer.returncode == 3 and "for the dataset 'someone/things', and stream_timeout is 2 (" in answer.stderr
         assert answer.stderr.splitlines()[-1].startswith('error: waited 2 s')
+    answer = run('-c', OPEN, folder=tmp_path, env=env, check=False)  # the hub is away when the run begins
+    assert answer.returncode == 3 and 'waiting for the dataset someone/things: ' in answer.stdout
+    assert answer.stderr.startswith('error: waited ') and 'stream_timeout is 1 (' in answer.stderr
+    answer = run('-c', OPEN, folder=tmp_path, env=env | dict(HF_HUB_OFFLINE='1'), check=False)
+    assert answer.returncode == 2 and 'the hub did not provide it' in answer.stderr
 
 
 def test_a_run_on_a_streamed_mixture_says_the_shares_and_ends_with_a_checkpoint_when_it_is_used_up(workspace):

@@ -132,6 +132,8 @@ def test_a_changed_document_over_many_parts_keeps_its_unchanged_chunks(workspace
     ('--retrieval_milvus_uri=http://127.0.0.1:9', 'no Milvus answers at http://127.0.0.1:9'),
     ('--retrieval_milvus_uri=http://root:hush@127.0.0.1:9', 'retrieval_milvus_uri holds a user or a password'),
     ('--retrieval_chunk_size=32', 'chunk_size: it has 16, the run 32'),
+    ('--val_datasets=[{"path": "./train.parquet", "source": "stdlib", "val_fraction": 0.1}]',
+     "in val_datasets as './train.parquet' with val_fraction=0.1"),
 ])
 def test_what_cannot_be_filled_is_one_clear_line_and_exit_code_2(workspace, argument, said):
     answer = run('-m', 'retrieval.populate', 'config.py', argument, '--retrieval_milvus_token=hush', folder=workspace,
