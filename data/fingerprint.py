@@ -7,7 +7,7 @@ import json
 import os
 
 from configurator import write_atomically
-from data.documents import as_dataset_configs
+from data.documents import as_dataset_configs, names_of
 
 FILE = 'corpus.json'
 
@@ -36,10 +36,10 @@ def write_fingerprint(found, folder):
 def describe_corpus(datasets):
     """
     One line that names the corpora of a list of datasets: of a prepared one the folder and its hash, of any other the
-    path alone, whose figures are not comparable.
+    path and subset alone, whose figures are not comparable.
     """
-    names = []
-    for config in as_dataset_configs(datasets, 'datasets'):
+    names, configs = [], as_dataset_configs(datasets, 'datasets')
+    for config, plain_name in zip(configs, names_of(configs), strict=True):
         folder, name = os.path.split(os.path.abspath(config.path))
         try:
             with open(os.path.join(folder, FILE), encoding='utf-8') as file:
@@ -47,5 +47,5 @@ def describe_corpus(datasets):
             is_prepared = isinstance(found, dict) and 'hash' in found and name.removesuffix('.parquet') in found
         except (OSError, ValueError):
             is_prepared = False
-        names.append(f'{os.path.basename(folder)} {found["hash"]}' if is_prepared else config.path)
+        names.append(f'{os.path.basename(folder)} {found["hash"]}' if is_prepared else plain_name)
     return ', '.join(dict.fromkeys(names))

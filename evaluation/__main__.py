@@ -29,7 +29,7 @@ from configurator import (
 )
 from data.chunk_store import open_datasets
 from data.corpus import chunk_bytes, chunk_texts, read_corpus
-from data.documents import as_dataset_configs
+from data.documents import as_dataset_configs, names_of
 from data.fingerprint import describe_corpus
 from data.tokenizer import vocabulary_hash
 from evaluation.figures import plot_overlap, plot_similarity, summarize, table
@@ -102,7 +102,7 @@ def main(cleanup):
     keep_freed_memory()
     started = time.perf_counter()
     nats, retrieved = evaluate_corpus(model, corpus, settings.batch_size, device, context, retriever)
-    report = dict(out_dir=arguments.out_dir, step=step, data=', '.join(config.path for config in configs),
+    report = dict(out_dir=arguments.out_dir, step=step, data=', '.join(names_of(configs)),
                   corpus=describe_corpus(configs), baseline=arguments.baseline, notes=[])
     if arguments.without_copies and retrieved:
         report['notes'].append(f'pointers into passages that share {arguments.without_copies} or more tokens with the '
@@ -145,22 +145,44 @@ def configs_of_data(arguments, settings):
     """
     if not arguments.data:
         return as_dataset_configs(settings.val_datasets, 'val_datasets')
-    train = as_dataset_configs(settings.train_datasets, 'train_datasets')
-    known = {resolve(config.path): config for config in [*train,
-                                                         *as_dataset_configs(settings.val_datasets, 'val_datasets')]}
-    like = [config for config in train if arguments.like is None or arguments.like in (config.source, config.name)
-            or resolve(arguments.like) == resolve(config.path)]
+    filtered = set()
+
+    def without_filter(entry):  # of which a checkpoint keeps the name; columns and source are enough for other files
+        if not isinstance(entry, dict) or not isinstance(entry.get('filter_fn'), str):
+            return entry
+        filtered.add(resolve(entry['path']))
+        return {**entry, 'filter_fn': None}
+    lists = {name: as_dataset_configs(list(map(without_filter, getattr(settings, name))), name)
+             for name in ('train_datasets', 'val_datasets')}
+    train = lists['train_datasets']
+
+    def is_like(config):
+        return arguments.like in (None, config.source, config.name) or resolve(arguments.like) == resolve(config.path)
+    like = [config for config in train if is_like(config)]
     choices = ', '.join(' '.join(filter(None, [config.path, config.name, config.source])) for config in train)
     if not like:
         raise UserError(f'--like={arguments.like} is neither path nor name nor source of one of the train_datasets of '
                         f'the run: {choices}; name one of them')
-    if len({(config.source, config.text_field, config.id_field) for config in like}) > 1 and not all(
-            resolve(path) in known for path in arguments.data):
-        raise UserError(f'the train_datasets of the run have several columns or sources ({choices}): name one that has '
-                        f'those of --data by its path, name or source in --like, so that documents are recognized')
-    unknown = {name: getattr(like[0], name) for name in ('text_field', 'id_field', 'source', 'skip_bad')}
-    return as_dataset_configs([known.get(resolve(path), {**unknown, 'path': path}) for path in arguments.data],
-                              '--data')
+    several = UserError(f'the train_datasets of the run have several columns, sources or subsets ({choices}): name one '
+                        f'that has those of --data by its path, name or source in --like, so that documents are '
+                        f'recognized')
+    chosen = []
+    for path in arguments.data:
+        # what stands in both lists is read as val_datasets do
+        known = [config for name in ('val_datasets', 'train_datasets') for config in lists[name]
+                 if resolve(config.path) == resolve(path)]
+        subsets = {(config.name, config.split) for config in known}
+        if len(subsets) > 1:
+            known = [config for config in known if is_like(config)]
+            subsets = {(config.name, config.split) for config in known}
+        if len(subsets) > 1 or (not known and len({(c.source, c.text_field, c.id_field) for c in like}) > 1):
+            raise several
+        if known and resolve(path) in filtered:
+            raise UserError(f'--data={path} is a dataset of the run with a filter_fn, of which a checkpoint keeps the '
+                            f'name alone: give the config file, too')
+        chosen.append(known[0] if known else {'path': path, **{
+            name: getattr(like[0], name) for name in ('text_field', 'id_field', 'source', 'skip_bad')}})
+    return as_dataset_configs(chosen, '--data')
 
 
 def resolve(path):

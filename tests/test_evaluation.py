@@ -372,7 +372,14 @@ def test_data_has_the_columns_and_the_source_of_the_train_set_that_it_is_like():
     assert sources(['new.csv'], train=['a.jsonl', 'b.jsonl']) == [('new.csv', '', 'text')]
     with pytest.raises(UserError, match='--data holds .*path must not be empty'):
         sources([''], like='docs')
-    for like, said in ((None, 'several columns or sources'), ('wiki', 'several columns or sources'),
+    with pytest.raises(UserError, match='several columns, sources or subsets .*wiki de german'):
+        sources(['wiki'])
+    assert sources(['wiki'], like='german') == [('wiki', 'german', 'text')]
+    filtered = [dict(path='a.jsonl', source='a', filter_fn='wanted')]  # as a checkpoint has it
+    assert sources(['new.csv'], train=filtered) == [('new.csv', 'a', 'text')]
+    with pytest.raises(UserError, match='--data=./a.jsonl is a dataset of the run with a filter_fn.*the config file'):
+        sources(['./a.jsonl'], train=filtered)
+    for like, said in ((None, 'several columns, sources'), ('wiki', 'several columns, sources'),
                        ('wrong', '--like=wrong is neither path nor name nor source')):
         with pytest.raises(UserError, match=f'{said}.*wiki de german'):
             sources(['new.csv'], like=like)
