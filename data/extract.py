@@ -72,7 +72,7 @@ def decode(data, encoding=''):
         raise Skipped('binary')
     found = DECLARED.search(data[:1024])
     declared = found[1].decode('ascii', 'replace').lower() if found else ''
-    if declared.startswith('utf'):  # it is not, as neither is this
+    if declared.startswith('utf'):  # not UTF-8, whatever it declares
         declared = ''
     declared = 'cp1252' if declared in LATIN else declared
     for candidate in filter(None, [marked] if marked else ['utf-8', declared, encoding]):

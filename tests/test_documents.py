@@ -1,6 +1,7 @@
 """What is read of files, folders and patterns, and what is refused by name."""
 import bz2
 import gzip
+import importlib
 import io
 import json
 import lzma
@@ -428,6 +429,14 @@ def test_a_filter_fn_that_changes_reads_anew_and_one_that_does_not_reads_once(se
     assert len(open_all(passed_on)[0]) == documents(20_000) and len(read_anew) == 4  # another function
     saved, = json.loads(json.dumps(loaded.without_secrets()))['train_datasets']  # in a checkpoint
     assert saved['filter_fn'] == 'wanted'
+    shutil.copy('mine.py', 'renamed.py')
+    assert len(open_all(load_settings(['config.py', 'renamed.py']))[0]) > 0 and len(read_anew) == 4
+    monkeypatch.syspath_prepend('.')
+    for count, least in ((5, '100'), (6, '20_001')):  # a function that is imported, whose module changes
+        Path('imported.py').write_text(FILTERED.replace('20_000', least))
+        module = importlib.reload(importlib.import_module('imported'))
+        open_all(settings.replace(train_datasets=module.train_datasets))
+        assert len(read_anew) == count
 
 
 FILTERED = '''
@@ -472,6 +481,18 @@ def test_a_dataset_of_both_lists_has_to_be_shared_by_both_alike(train, val, said
     check_sides([DatasetConfig('d.jsonl', **train)], [DatasetConfig('d.jsonl', **train), DatasetConfig('e', **val)])
 
 
+@pytest.mark.parametrize('one, other', [
+    (dict(path='d.jsonl'), dict(path='./d.jsonl')), (dict(path='*.jsonl'), dict(path='d.jsonl')),
+    (dict(path='some/thing'), dict(path='some/thing', revision='main')),
+])
+def test_a_dataset_is_known_on_both_sides_whatever_it_is_called_there(folder, one, other):
+    Path('d.jsonl').write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match='val_fraction=0.0, and in val_datasets.* with val_fraction=0.1'):
+        check_sides([DatasetConfig(**one)], [DatasetConfig(**other, val_fraction=0.1)])
+    check_sides([DatasetConfig(**one, val_fraction=0.1)], [DatasetConfig(**other, val_fraction=0.1)])
+    check_sides([DatasetConfig(**one)], [DatasetConfig('e.jsonl', val_fraction=0.1)])
+
+
 def test_max_documents_reads_the_first_with_text(folder):
     rows = [dict(text='x' * (number % 2 * number)) for number in range(40)]
     Path('d.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
@@ -485,6 +506,7 @@ def test_max_documents_reads_the_first_with_text(folder):
     (dict(shuffle_buffer_size=5), 'shuffle_buffer_size is of streamed datasets, and streaming is False'),
     (dict(shuffle_buffer_size=0, streaming=True), 'shuffle_buffer_size must be at least 1'),
     (dict(filter_fn='wanted'), "filter_fn must be a function, but is 'wanted': a checkpoint keeps its name alone"),
+    (dict(filter_fn=bool), r"a dict with a filter_fn, .*: write DatasetConfig\('d.jsonl', filter_fn=...\)"),
     (dict(max_documents=1.5), 'max_documents must be a whole number'), (dict(streaming=1), 'streaming must be a bool'),
 ])
 def test_an_option_that_cannot_be_is_refused_by_name(options, said):
@@ -526,6 +548,9 @@ def test_prepare_makes_the_splits_of_a_local_copy(tmp_path, name):
         assert run(script, f'--from={tmp_path}/raw', folder=tmp_path).stdout == first
     assert describe_corpus([str(paths['train'])]) in f'{name} {first.split()[-1]}' and not list(tmp_path.rglob('*.tmp'))
     (tmp_path / 'none').mkdir()
+    if name == 'openwebtext':
+        answer = run(script, f'--from={source}', '--val_fraction=0', folder=tmp_path, check=False)
+        assert answer.returncode == 2 and '--val_fraction is 0.0: choose a share' in answer.stderr
     answer = run(script, f'--from={tmp_path}/none', folder=tmp_path, check=False)
     assert answer.returncode == 2 and answer.stderr.startswith('error: ') and answer.stderr.count('\n') == 1
 

@@ -134,7 +134,7 @@ def test_bad_input_is_one_clear_line_and_leaves_everything_as_it_was(project, mi
             ([one], 'this gives 0 train and 1 val documents: name a folder with more'),
             ([one, twin], "would both be the document 'one/a.txt'"),
             ([mine, '--name=a b'], "cannot be called 'a b'"), ([mine, '--name=quickstart'], 'of another corpus'),
-            ([mine, '--val_share=1'], 'choose a share between 0 and 1'),
+            ([mine, '--val_fraction=1'], 'choose a share between 0 and 1'),
             ([mine, '--encoding=klingon'], 'none that Python knows')):
         answer = prepare_in(project, *arguments, check=False)
         assert answer.returncode == 2 and answer.stderr.count('\n') == 1 and said in answer.stderr, answer.stderr

@@ -32,7 +32,7 @@ from data.extract import ENDINGS, KINDS, TEXT, Skipped, check_readers, extract
 from data.prepare import SMALL, is_val, write_corpus
 from data.tokenizer import load_tokenizer
 
-VAL_SHARE = 0.05
+VAL_FRACTION = 0.05
 MAX_BYTES = 512_000_000  # of a file
 EPOCHS = 4
 OTHER = 'other kinds: '
@@ -84,7 +84,7 @@ def parse_arguments():
     parser.add_argument('--endings', default='', metavar='.ENDING,...', help='more endings of files that are text')
     parser.add_argument('--encoding', default='', help='of text that is not UTF-8 and declares no other, such as '
                         'cp1252 (default: such files are left out)')
-    parser.add_argument('--val_share', type=float, default=VAL_SHARE,
+    parser.add_argument('--val_fraction', type=float, default=VAL_FRACTION,
                         help='share of the documents that is held out (default: %(default)s)')
     parser.add_argument('--overwrite', action='store_true',
                         help='make tokenizer, embedding and config anew; what was trained and populated with the old '
@@ -93,8 +93,9 @@ def parse_arguments():
     arguments.kinds = arguments.kinds.split(',')
     if unknown := [kind for kind in arguments.kinds if kind not in ENDINGS]:
         raise UserError(f'--kinds has {unknown[0]!r}: choose from {", ".join(ENDINGS)}')
-    if not 0 < arguments.val_share < 1:
-        raise UserError(f'--val_share is {arguments.val_share}: choose a share between 0 and 1, such as {VAL_SHARE}')
+    if not 0 < arguments.val_fraction < 1:
+        raise UserError(f'--val_fraction is {arguments.val_fraction}: choose a share between 0 and 1, such as '
+                        f'{VAL_FRACTION}')
     if arguments.encoding:
         try:
             b' '.decode(arguments.encoding, 'replace')
@@ -261,7 +262,7 @@ def main():
     before = corpus / 'val.parquet'
     is_there = before.exists() and not arguments.overwrite
     held_out = files.keys() & pq.read_table(before, columns=['id'])['id'].to_pylist() if is_there else ()
-    documents = read_documents(files, left_out, arguments.val_share, arguments.encoding, held_out)
+    documents = read_documents(files, left_out, arguments.val_fraction, arguments.encoding, held_out)
     written = write_corpus(documents, corpus, f'{", ".join(folders)}: this gives', tokenizer, 'name a folder with more')
     write_atomically(json.dumps(left_out, indent=1), f'{corpus}/left_out.json')
     print('\n'.join(describe(files, left_out)))

@@ -22,8 +22,7 @@ import pyarrow.parquet as pq
 
 from configurator import UserError, user_errors_as_one_line
 from data.chunking import hash64
-from data.fingerprint import fingerprint, write_fingerprint
-from data.prepare import writing
+from data.prepare import write_splits
 from data.python_source.prepare import TESTS, VENDORED, looks_generated
 
 FOLDER = Path(__file__).resolve().parent
@@ -103,13 +102,9 @@ def main():
         raise UserError(f'{arguments.package} has {len(modules)} modules, too few for two halves: name a larger '
                         f'--package')
     kept = without_copies(documents)
-    with writing(((half, name, name, text) for half, name, text in kept), FOLDER, ('added', 'held_out')) as written:
-        for half in written:
-            print(f'{half:9} {written[half].documents:6,} documents {written[half].bytes:12,} bytes')
-        found = fingerprint({half: written[half].read() for half in written})
-    write_fingerprint(found, FOLDER)
+    write_splits(((half, name, name, text) for half, name, text in kept), FOLDER, ('added', 'held_out'))
     print(f'left out: {len(documents) - len(kept)} held-out documents that are nearly copies of added ones or have no '
-          f'longer line\nfingerprint {found["hash"]}')
+          f'longer line')
 
 
 if __name__ == '__main__':

@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tqdm import tqdm
 
-from configurator import user_errors_as_one_line
-from data.documents import as_dataset_configs, load_documents
+from configurator import UserError, user_errors_as_one_line
+from data.chunking import document_hash
+from data.documents import DatasetConfig, load_documents
 from data.prepare import write_splits
 
 FOLDER = Path(__file__).resolve().parent
@@ -31,16 +32,17 @@ def main():
                         help='a copy, or a dataset of the hub (default: %(default)s)')
     parser.add_argument('--val_fraction', type=float, default=0.0005, help='of the pages (default: %(default)s)')
     arguments = parser.parse_args()
-    entry = dict(path=arguments.source, val_fraction=arguments.val_fraction, id_field='')
-    write_splits(read(entry), FOLDER, ('train', 'val'))
+    if not 0 < arguments.val_fraction < 1:
+        raise UserError(f'--val_fraction is {arguments.val_fraction}: choose a share between 0 and 1, such as 0.0005')
+    write_splits(read(arguments.source, arguments.val_fraction), FOLDER, ('train', 'val'))
 
 
-def read(entry):
+def read(source, val_fraction):
     """Yields (split, id, title, text) of the pages, which have no titles."""
-    for split in ('train', 'val'):
-        documents = load_documents(as_dataset_configs([entry], f'{split}_datasets'))
-        for document in tqdm(documents, desc=split, unit=' pages', unit_scale=True, disable=not sys.stderr.isatty()):
-            yield split, document.id, '', document.text
+    held_out = DatasetConfig(source, val_fraction=val_fraction, held_out=True)
+    pages = load_documents([DatasetConfig(source, id_field='')])
+    for page in tqdm(pages, desc='reading', unit=' pages', unit_scale=True, disable=not sys.stderr.isatty()):
+        yield 'val' if held_out.holds(document_hash('', page.id)) else 'train', page.id, '', page.text
 
 
 if __name__ == '__main__':
