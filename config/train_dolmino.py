@@ -13,15 +13,13 @@ def part(name, **options):
 
 
 out_dir = 'out/dolmino'
-train_datasets = [part(name, weight=share, val_fraction=0.001) for name, share in _SHARES.items()]
-val_datasets = [part(name, val_fraction=0.001) for name in _SHARES]
+train_datasets = [part(name, weight=share, val_fraction=0.01) for name, share in _SHARES.items()]
+val_datasets = [part(name, val_fraction=0.01) for name in _SHARES]
+eval_tokens = 200_000  # of each part eval_tokens / val_fraction are read for them before the first step
 stream_workers = 2
 eval_interval = 1000
 
-batch_size = 12
-block_size = 1024
-gradient_accumulation_steps = 5 * 8  # 491,520 tokens a step
-max_iters = 100000
+max_iters = 100_000  # of 491,520 tokens
 
 retrieval_milvus_uri = 'http://localhost:19530'
 retrieval_collection = 'dolmino'

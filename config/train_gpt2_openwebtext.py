@@ -9,12 +9,6 @@ train_datasets = [DatasetConfig('data/openwebtext/train.parquet')]
 val_datasets = [DatasetConfig('data/openwebtext/val.parquet')]
 eval_interval = 1000
 
-batch_size = 12
-block_size = 1024
-gradient_accumulation_steps = 5 * 8  # 491,520 tokens a step
-max_iters = 600000
-lr_decay_iters = 600000
-weight_decay = 1e-1
-
+# train.py's defaults are nanoGPT's: 600,000 steps of 491,520 tokens
 retrieval_milvus_uri = 'http://localhost:19530'
 retrieval_collection = 'openwebtext'
