@@ -151,5 +151,7 @@ def is_of_network(error):
         return False
     if isinstance(error, (UserError, *PERMANENT)) or getattr(error, 'errno', None) in NO_ROOM:
         return False
+    if isinstance(error, RuntimeError) and 'client has been closed' in str(error):  # by the hub's own retry
+        return True
     roots = {kind.__module__.partition('.')[0] for kind in type(error).__mro__}
     return isinstance(error, (OSError, TimeoutError)) or type(error).__name__ == 'TimeoutError' or bool(roots & NETWORK)

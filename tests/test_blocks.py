@@ -249,6 +249,15 @@ def test_a_reader_without_documents_is_said(open_stream):
         next(open_stream(DatasetConfig('one.jsonl', streaming=True)))
 
 
+def test_bad_rows_of_a_stream_are_left_out_and_said(open_stream):
+    with open('bad.jsonl', 'w') as file:
+        file.write('{"text": "some words"}\n{"text": 5}\n' * 20)
+    news = []
+    next(open_stream(DatasetConfig('bad.jsonl', streaming=True, skip_bad=True), workers=1, say=news.append))
+    said, = [line for line in news if 'bad rows' in line]
+    assert said == 'bad.jsonl, by reader 1 since it began: 1 documents, 19 duplicates, 20 bad rows left out'
+
+
 def test_a_stream_whose_files_are_others_is_not_resumed(open_stream):
     config = DatasetConfig('train.parquet', **STREAMED)
     stream = open_stream(config, workers=1)
