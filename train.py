@@ -251,8 +251,10 @@ def main(cleanup):
         say(news)
 
     warn_once = functools.cache(lambda text: say(text) if ranks.is_master else None)
+    # prompts have not been precomputed: an offline run writes its samples without retrieval
     prompt_retriever = functools.cache(lambda: cleanup.enter_context(closing(
-        Retriever(settings, tokenizer, ranks.device, say_or_stop))) if settings.use_retrieval else None)
+        Retriever(settings, tokenizer, ranks.device, say_or_stop)))
+        if settings.use_retrieval and not settings.retrieval_offline else None)
     interval, found_themselves = Interval(state.step, loader.waited), Counter()
     for batch in val_batches:  # of what is trained on alone it is said whether it found itself
         interval.counts.update({**batch.counts, **dict.fromkeys(batch.counts.keys() & OF_TRAINING, 0)})

@@ -24,10 +24,10 @@ from retrieval.knowledge_base import (
     open_as_made,
     take_defaults,
 )
-from retrieval.match_index import describe_revision
 
 FORMAT = 1  # of the file
 KEY = b'nanoretro.collection'  # of the footer
+OF_DATABASE = ('index', 'vectors', 'mode')  # in which a collection may differ from the file's
 ROWS = 2048  # in a group, which are held in memory
 
 
@@ -42,16 +42,15 @@ def export_rows(knowledge_base, path, show_progress):
     """Write the collection to a file, by ascending ids. Number of rows and bytes. UserError if it changes meanwhile."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    revision, count = describe_revision(knowledge_base), 0
+    state, expected, count = knowledge_base.state(), knowledge_base.count(), 0
     schema = schema_of(knowledge_base.metadata.dimension, np.float32)
-    about = json.dumps(dict(format=FORMAT, revision=revision, metadata=asdict(knowledge_base.metadata)))
+    about = json.dumps(dict(format=FORMAT, revision=state, metadata=asdict(knowledge_base.metadata)))
 
     def save(tmp_path):
         nonlocal count
         with (pq.ParquetWriter(tmp_path, schema.with_metadata({KEY: about}), compression='zstd',
                                use_dictionary=['document'], write_page_checksum=True) as writer,
-              tqdm(total=knowledge_base.count(), desc='rows', unit=' rows', unit_scale=True,
-                   disable=not show_progress) as bar):
+              tqdm(total=expected, desc='rows', unit=' rows', unit_scale=True, disable=not show_progress) as bar):
             for rows in knowledge_base.all_rows([name for name in schema.names if name != 'id'], ROWS):
                 rows.sort(key=lambda row: row['id'])
                 columns = {name: [row[name] for row in rows] for name in schema.names[:-1]}
@@ -60,12 +59,12 @@ def export_rows(knowledge_base, path, show_progress):
                 writer.write_table(pa.table(columns, schema=schema))
                 count += len(rows)
                 bar.update(len(rows))
-        if describe_revision(knowledge_base) != revision:
+        if knowledge_base.state() != state:
             raise UserError(f'the collection has changed while it was exported, and {path!r} was not written: start '
                             f'again when it is complete')
-        if count != int(revision.split()[1]):
-            raise UserError(f'Milvus counts {int(revision.split()[1]):,} rows of the collection and gives {count:,}, '
-                            f'and {path!r} was not written: see whether the server is well')
+        if count != expected:
+            raise UserError(f'Milvus counts {expected:,} rows of the collection and gives {count:,}, and {path!r} was '
+                            f'not written: see whether the server is well')
     try:
         save_atomically(save, path)
     except FileNotFoundError as error:
@@ -90,13 +89,14 @@ def import_rows(path, settings, named, say, show_progress):
     try:
         knowledge_base = open_as_made(settings)
     except NoCollection:
-        if 'retrieval_index' in named:  # another may suit another database
-            run.index = settings.retrieval_index
+        # others may suit another database
+        run = replace(run, **{field: getattr(settings, f'retrieval_{field}') for field in OF_DATABASE
+                              if f'retrieval_{field}' in named})
         knowledge_base = KnowledgeBase(settings.retrieval_milvus_uri, settings.retrieval_milvus_token,
                                        settings.retrieval_collection, run, create=True,
                                        expected=file.metadata.num_rows)
     try:
-        held = replace(knowledge_base.metadata, index=metadata.index, mode=metadata.mode)
+        held = replace(knowledge_base.metadata, **{field: getattr(metadata, field) for field in OF_DATABASE})
         if different := describe_difference(asdict(held), 'it has', asdict(metadata), 'the file'):
             raise UserError(f'{path} does not fit collection {settings.retrieval_collection!r} in '
                             f'{settings.retrieval_milvus_uri} ({different}): import it into another '
@@ -157,6 +157,7 @@ def add_rows(file, knowledge_base, show_progress):
         for batch in file.iter_batches(ROWS):
             table = batch.select(batch.schema.names[:-1]).to_pydict()
             vectors = batch.column('embedding').flatten().to_numpy().reshape(len(batch), -1)
+            vectors = vectors.astype(knowledge_base.metadata.vectors)
             rows = [dict(zip(table, values, strict=True)) | dict(embedding=vector)
                     for *values, vector in zip(*table.values(), vectors, strict=True)]
             ids.append(np.array(table['id'], dtype=np.int64))

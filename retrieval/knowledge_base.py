@@ -58,11 +58,13 @@ REQUEST = 2048  # rows, ids or queries per request: servers accept no message ov
 RATE_LIMIT = 8  # code of Milvus' answer
 PASSING = ('not (yet )?(ready|available|loaded|fully loaded|serving|healthy|shard leader)|unavailable|offline|'
            'rate limit|too many requests|time ?out|timed out|deadline|connection|recovering|initializing|'
-           'no available|node not (found|match)|index not found|no vector index')  # in the text of an answer
+           "no available|node not (found|match)|index not found|no vector index|state .released|dropped on loaded")  # in the text of an answer
 ANSWER_TIMEOUT = 10  # seconds that a server may take to answer the first call
 IMPORT_STATES = {'Completed': 'done', 'Failed': 'failed', 'Failed and cleaned': 'failed'}  # the others are running
 GRPC = {  # pymilvus pings every 10 s, also between two requests, for which gRPC's servers and proxies hang up
     'grpc.keepalive_permit_without_calls': 0, 'grpc.keepalive_time_ms': 60_000, 'grpc.keepalive_timeout_ms': 20_000}
+OF_INDEX = {'index_type', 'metric_type', 'field_name', 'index_name', 'params', 'total_rows', 'indexed_rows',
+            'pending_index_rows', 'state'}  # in what is said of an index, beside its parameters
 RETRIES = 1  # by pymilvus, which retries in silence; we wait ourselves, and say so (waiting.py)
 
 
@@ -82,6 +84,8 @@ class Metadata:
 
 
 NAMES = {'vocabulary_hash': 'tokenizer', 'embedding_hash': 'embedding_model'}  # of what the hashes are of
+SETTINGS = dict(vocabulary_hash='tokenizer', chunk_size='retrieval_chunk_size', vectors='retrieval_vectors',
+                embedding_hash='retrieval_embedding_model', index='retrieval_index', mode='retrieval_mode')  # of fields
 TAKEN = dict(tokenizer='tokenizer', retrieval_chunk_size='chunk_size',
              retrieval_embedding_model='embedding_model')  # settings that a run takes from a collection: their fields
 OF_GRID = ('tokenizer', 'retrieval_chunk_size')  # those of them that a GPT needs, too
@@ -101,6 +105,24 @@ def open_knowledge_base(settings, vocabulary_hash, embedder, create=False, expec
                         vectors=settings.retrieval_vectors, mode=settings.retrieval_mode)
     return KnowledgeBase(settings.retrieval_milvus_uri, settings.retrieval_milvus_token, settings.retrieval_collection,
                          metadata, create, expected, settings.retrieval_search_params)
+
+
+def new_index(index, uri):
+    """The retrieval_index of a new collection, which 'auto' leaves to the database."""
+    return index if index != 'auto' else 'IVF_FLAT' if is_local(uri) else 'HNSW'
+
+
+def check_new(index, vectors, uri):
+    """UserError if index or vectors of a new collection are unknown, or none of a local file."""
+    kind, _ = parse_index(new_index(index, uri))
+    if vectors not in ('float32', 'float16'):
+        raise UserError(f"retrieval_vectors {vectors!r} is neither 'float32' nor 'float16'")
+    if is_local(uri) and kind not in IN_LITE:
+        raise UserError(f'retrieval_index {kind!r} is none of Milvus Lite, which would look at every row: use '
+                        f'{", ".join(sorted(IN_LITE))}, or a Milvus server')
+    if is_local(uri) and vectors == 'float16':
+        raise UserError("retrieval_vectors 'float16' are none of Milvus Lite: use 'float32', or a Milvus server from "
+                        'version 2.4 on')
 
 
 def parse_index(name):
@@ -133,15 +155,17 @@ def build_parameters(kind, rows):
     return parameters
 
 
-def open_as_made(settings):
+def open_as_made(settings, load=True):
     """The collection that the settings name, whatever made it: its `metadata` says. NoCollection if there is none."""
-    return KnowledgeBase(settings.retrieval_milvus_uri, settings.retrieval_milvus_token, settings.retrieval_collection)
+    return KnowledgeBase(settings.retrieval_milvus_uri, settings.retrieval_milvus_token, settings.retrieval_collection,
+                         load=load)
 
 
-def take_from_collection(settings, named, say):
+def take_from_collection(settings, named, say, may_be_away=False):
     """
     The settings, with the collection's tokenizer, chunk size and embedding model in place of defaults: of those that
-    are not among the `named` ones, which the user has set. `say` is told. As they were, if there is no collection.
+    are not among the `named` ones, which the user has set. `say` is told. As they were, if there is no collection, or
+    if no Milvus answers and none is needed, as by a GPT, or by whatever says that it `may_be_away`.
     """
     keys = [key for key in TAKEN if key not in named and (settings.use_retrieval or key in OF_GRID)]
     if not keys:
@@ -152,11 +176,14 @@ def take_from_collection(settings, named, say):
         return take_defaults(settings, [key for key in keys if key in OF_GRID], metadata, 'what was precomputed', say
                              ).replace(**{key: metadata.embedding_model for key in keys if key not in OF_GRID})
     try:
-        with closing(open_as_made(settings)) as knowledge_base:
+        with closing(open_as_made(settings, load=False)) as knowledge_base:
             metadata = knowledge_base.metadata
     except NoCollection:
         return settings
     except Unreachable as error:
+        if may_be_away or not settings.use_retrieval:
+            say(f'{error}; {" and ".join(keys)} are the defaults, not those of a collection')
+            return settings
         raise UserError(f'{error}; or set {" and ".join(keys)}, which are taken from the collection where nothing sets '
                         f'them') from error
     where = f'collection {settings.retrieval_collection!r} in {settings.retrieval_milvus_uri}'
@@ -214,11 +241,13 @@ class KnowledgeBase:
     """
     One collection. `uri` is a path that ends in .db (Milvus Lite) or a server's http(s) address; the token is used
     and never shown. Without `metadata` it is opened whatever made it. `create` makes a missing collection, which is a
-    UserError otherwise, with an index for the `expected` number of rows. `search_params` override those of the index. A
-    local database is served by a process that all share (local_server.py).
+    UserError otherwise, with an index for the `expected` number of rows. `search_params` override those of the index.
+    Rows are there from load() on, which is part of opening unless `load` is False. A local database is served by a
+    process that all share (local_server.py).
     """
 
-    def __init__(self, uri, token, collection, metadata=None, create=False, expected=SEGMENT, search_params=None):
+    def __init__(self, uri, token, collection, metadata=None, create=False, expected=SEGMENT, search_params=None,
+                 load=True):
         check_uri(uri)
         if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]{0,254}', collection):  # Milvus Lite takes others, a server does not
             raise UserError(f'retrieval_collection {collection!r} cannot be the name of one: use letters, digits and '
@@ -229,12 +258,16 @@ class KnowledgeBase:
                 raise UserError(f"retrieval_vectors {metadata.vectors!r} is neither 'float32' nor 'float16'")
             if metadata.mode not in SCORES:
                 raise UserError(f'retrieval_mode {metadata.mode!r} is not one of {", ".join(SCORES)}')
-            index = metadata.index if metadata.index != 'auto' else 'IVF_FLAT' if is_local(uri) else 'HNSW'
-            parse_index(index)
-            self.new_index = index
+            self.new_index = new_index(metadata.index, uri)
+            parse_index(self.new_index)
             if metadata.index == 'auto':
                 metadata = replace(metadata, index=None)
-        self.lists = 0  # of an IVF index
+        for name, value in self.search_params.items():
+            if not isinstance(value, (int, float)):
+                raise UserError(f'retrieval_search_params: {name!r} is {value!r}, and no number: write it as in '
+                                f"{{'ef': 256}}")
+        self.loads, self.makes_index = load, False  # whether a missing index is ours to make
+        self.lists, self.seen = 0, None  # of an IVF index, as of the revision seen last
         uri = os.path.expanduser(uri) if is_local(uri) else uri
         self.uri, self.token, self.collection, self.metadata = uri, token, collection, metadata
         self.client = self.lease = None
@@ -259,13 +292,27 @@ class KnowledgeBase:
                         raise no_collection(self.uri, self.collection)
                     self._create()
                 self._check_metadata(self._properties())  # one just made, too, may be somebody else's
-                if create and 'embedding' not in self.client.list_indexes(self.collection):  # it was interrupted
+                if (create or self.makes_index) and not self.has_index():  # it was interrupted
                     self._create_index(self.metadata.index, self.expected)
-                self.client.load_collection(self.collection, timeout=timeout)
-                self._look_at_index()
+            if self.loads:
+                self.load(timeout)
         except BaseException:
             self.close()
             raise
+
+    def load(self, timeout=None):
+        """Have the database read the rows. Unreachable while there is no index, which it would do without."""
+        if not self.has_index():
+            raise Unreachable(f'the index of collection {self.collection!r} in {self.uri} is being made anew, or that '
+                              f'was interrupted: if nothing makes it, run python -m retrieval.populate CONFIG')
+        with self._errors():
+            self.client.load_collection(self.collection, timeout=timeout)
+        self._look_at_index()
+
+    def has_index(self):
+        """Whether there is an index of the embeddings."""
+        with self._errors():
+            return 'embedding' in self.client.list_indexes(self.collection)
 
     def _errors(self):
         return milvus_errors(self.uri, bool(self.token), self.collection)
@@ -305,9 +352,7 @@ class KnowledgeBase:
 
     def _look_at_index(self):
         """Find out how many lists an IVF index has, which says how many of them a search has to read."""
-        found = self.client.describe_index(self.collection, 'embedding') or {}
-        found = found.get('params') or found  # of older servers
-        self.lists = int((json.loads(found) if isinstance(found, str) else found).get('nlist', 0))
+        self.lists = int(self.describe_index().get('params', {}).get('nlist', 0))
 
     def fit_index(self, say):
         """Make the index anew if the collection has outgrown it. Whether it had. Until then searches are refused."""
@@ -317,25 +362,19 @@ class KnowledgeBase:
         if 'nlist' in parameters or wanted <= OUTGROWN * self.lists:
             return False
         say(f'making the index anew: {wanted:,} lists suit the rows that there are now, and it has {self.lists:,}')
+        self.makes_index, self.expected = True, rows  # also if it is interrupted, and opened again
         with self._errors():
             self.client.release_collection(self.collection)
             self.client.drop_index(self.collection, 'embedding')
             self._create_index(self.metadata.index, rows)
-            self.client.load_collection(self.collection)
-            self._look_at_index()
+        self.load()
+        self.makes_index = False
         return True
 
     def _check_version(self):
         """UserError if the server lacks what the new collection needs. Milvus Lite would take it, and do without."""
-        kind, _ = parse_index(self.new_index)
-        version = self.server_version()
-        if is_local(self.uri):
-            if kind not in IN_LITE:
-                raise UserError(f'retrieval_index {kind!r} is none of Milvus Lite, which would look at every row: use '
-                                f'{", ".join(sorted(IN_LITE))}, or a Milvus server')
-            if self.metadata.vectors == 'float16':
-                raise UserError("retrieval_vectors 'float16' are none of Milvus Lite: use 'float32', or a Milvus "
-                                'server from version 2.4 on')
+        check_new(self.new_index, self.metadata.vectors, self.uri)
+        kind, version = self.new_index.split()[0], self.server_version()
         since, old = INDEXES[kind][1], f'and {self.uri} is version {".".join(map(str, version))}'
         if since and not is_local(self.uri) and version < since:
             raise UserError(f'retrieval_index {kind!r} needs a Milvus server from version {since[0]}.{since[1]} on, '
@@ -345,9 +384,8 @@ class KnowledgeBase:
                             f"'float32', or a newer server")
 
     def server_version(self):
-        """As a tuple of numbers; that of services which do not tell is above all."""
-        found = re.search(r'(\d+)\.(\d+)(?:\.(\d+))?', self.client.get_server_version())
-        return tuple(int(number or 0) for number in found.groups()) if found else (99,)
+        """As a tuple of numbers."""
+        return parse_version(self.client.get_server_version())
 
     def _properties(self):
         return self.client.describe_collection(self.collection, retry_times=RETRIES).get('properties', {})
@@ -362,7 +400,21 @@ class KnowledgeBase:
         if properties.get(PROPERTY) != self.made_by:  # it was dropped, and made anew
             self._check_metadata(properties)
         revision = properties.get(REVISION, CHANGING)
+        if revision != self.seen:  # its index may have been made anew, by another process
+            self._look_at_index()
+            self.seen = revision
         return None if revision == CHANGING else revision
+
+    def state(self):
+        """
+        What is derived from the rows is of this revision and number of rows, which other programs may change; a string.
+        Unreachable while they change.
+        """
+        revision = self.revision()
+        if revision is None:
+            raise Unreachable(f'collection {self.collection!r} is being filled, or filling it was interrupted: let '
+                              f'python -m retrieval.populate or retrieval.kb finish')
+        return state_of(revision, self.count())
 
     def _set_revision(self, revision):
         for _ in range(2):  # Milvus 2.3 stores the value of the alteration before the last
@@ -529,10 +581,14 @@ class KnowledgeBase:
 
     def describe_index(self):
         """What the database says of the index of the embeddings, as a dict: type, parameters, rows that are indexed."""
+        if not self.has_index():
+            return {}
         with self._errors():
             found = self.client.describe_index(self.collection, 'embedding', retry_times=RETRIES) or {}
-        return {key: found[key] for key in ('index_type', 'metric_type', 'params', 'indexed_rows', 'state')
-                if key in found}
+        state = {key: found[key] for key in ('index_type', 'metric_type', 'indexed_rows', 'state') if key in found}
+        # older servers give parameters as JSON, or among the rest
+        params = found.get('params') or {key: value for key, value in found.items() if key not in OF_INDEX}
+        return state | dict(params=json.loads(params) if isinstance(params, str) else params)
 
     def size_on_disk(self):
         """Bytes of a local collection; None of a server's, which does not tell."""
@@ -601,13 +657,15 @@ class KnowledgeBase:
         """Of a search for `limit` rows. A filtered one has to look further."""
         kind, _ = parse_index(self.metadata.index)
         if kind.startswith('IVF'):  # of the lists, as many as find 97 % of the two nearest (docs/scaling.md)
-            params = {'nprobe': self.lists if is_filtered else min(self.lists, max(16, math.ceil(self.lists ** 0.5)))}
+            lists = max(1, self.lists)
+            params = {'nprobe': lists if is_filtered else min(lists, max(16, math.ceil(lists ** 0.5)))}
             params |= {'refine_k': 4} if kind == 'IVF_RABITQ' else {}
         elif kind.startswith('HNSW'):
             params = {'ef': 1024 if is_filtered else 128}
         else:
             params = {'search_list': 1024 if is_filtered else 128} if kind == 'DISKANN' else {}
-        params |= {} if is_filtered else self.search_params
+        for name, value in self.search_params.items():
+            params[name] = max(value, params.get(name, value)) if is_filtered else value
         for name in {'ef', 'search_list'} & params.keys():
             params[name] = max(params[name], limit)  # Milvus refuses a limit above them
         return params
@@ -618,6 +676,10 @@ class KnowledgeBase:
         if self.lease is not None:
             self.lease.close()
         self.client = self.lease = None
+
+
+def state_of(revision, rows):
+    return f'{revision} {rows}'
 
 
 def new_revision():
@@ -652,10 +714,15 @@ def check_uri(uri):
                         f'address such as http://127.0.0.1:19530')
 
 
+def parse_version(name):
+    """'v2.3.5-lite' as (2, 3, 5). Milvus Lite and clouds name theirs otherwise: that is above all."""
+    found = re.match(r'v?(\d+)\.(\d+)(?:\.(\d+))?', name)
+    return tuple(int(number or 0) for number in found.groups()) if found else (99,)
+
+
 def check_full_text(version, uri, mode):
     """UserError if a server of this version, such as 'v2.3.5-lite', cannot search by words."""
-    found = re.match(r'v?(\d+)\.(\d+)', version)  # Milvus Lite and clouds name theirs otherwise
-    if found and tuple(map(int, found.groups())) < FULL_TEXT:
+    if parse_version(version) < FULL_TEXT:
         raise UserError(f'Milvus at {uri} is version {version}, and retrieval_mode {mode!r} searches by words, which '
                         f'servers do from {".".join(map(str, FULL_TEXT))} on: use a newer server or a local file, or '
                         f"retrieval_mode 'dense'")
@@ -730,8 +797,7 @@ def describe_difference(found, it_has, wanted, the_run):
     """
     names = {'tokenizer', 'embedding_model'}  # they may differ where the hashes agree
     wrong = [key for key in wanted if key not in names and wanted[key] not in (None, found.get(key))]
-    labels = NAMES | {'mode': 'retrieval_mode'}
-    return '; '.join(f'{labels.get(key, key)}: {it_has} {describe(found, key)}, {the_run} {describe(wanted, key)}'
+    return '; '.join(f'{SETTINGS.get(key, key)}: {it_has} {describe(found, key)}, {the_run} {describe(wanted, key)}'
                      for key in wrong)
 
 

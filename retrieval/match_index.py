@@ -132,7 +132,7 @@ class MatchIndex:
         Answer for the collection's revision from now on; build the index if there is none for it. Unreachable, if the
         collection is being changed. UserError if the folder cannot be used.
         """
-        revision = revision or describe_revision(knowledge_base)
+        revision = revision or knowledge_base.state()
         if revision == self.revision:
             return
         self.revision, self.segments = None, []
@@ -191,10 +191,10 @@ class MatchIndex:
             if name.endswith('.tmp'):  # of a process that was killed
                 remove(f'{self.folder}/{name}')
         for _ in range(READ_AGAIN):
-            revision = describe_revision(knowledge_base)
+            revision = knowledge_base.state()
             documents = read_documents(knowledge_base, f'{self.folder}/rows.tmp', self.token_type, self.end_of_text,
                                        self.say, self.show_progress)
-            if describe_revision(knowledge_base) == revision:
+            if knowledge_base.state() == revision:
                 break
         else:
             raise Unreachable('the collection changes again and again while its exact-match index is built')
@@ -300,7 +300,6 @@ class MatchIndex:
                 best = (int(lengths[i]), int(segment.doc_ids[number]), int(places[i] + 1 - segment.starts[number]))
         return best
 
-
     def continue_run(self, tokens, count):
         """
         How the longest run of the last of tokens (T,) goes on: its length, and up to `count` tokens (m,) of the place
@@ -332,15 +331,6 @@ def map_arrays(folder):
     types = dict(text=token_type, order=np.uint32, shared=np.uint8, following=token_type, document=np.uint32,
                  first=np.int64, top=np.uint64, starts=np.int64, doc_ids=np.int64, hashes=np.int64)
     return {name: np.asarray(map_file(f'{folder}/{name}.bin', dtype)) for name, dtype in types.items()}
-
-
-def describe_revision(knowledge_base):
-    """What an index is of: the collection's revision, and its size, which other programs may change."""
-    revision = knowledge_base.revision()
-    if revision is None:
-        raise Unreachable(f'collection {knowledge_base.collection!r} is being filled, or filling it was interrupted: '
-                          f'let python -m retrieval.populate or retrieval.kb finish')
-    return f'{revision} {knowledge_base.count()}'
 
 
 def read_documents(knowledge_base, path, token_type, end_of_text, say, show_progress):

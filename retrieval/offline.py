@@ -9,22 +9,26 @@ from configurator import UserError
 from retrieval.neighbor_cache import VERSION, NeighborCache, cache_name, short_hash
 
 COMMAND = 'python -m retrieval.precompute CONFIG'
-OF_NEIGHBORS = ('retrieval_mode', 'retrieval_embedding_model', 'retrieval_index', 'retrieval_search_params',
-                'retrieval_rerank')  # settings that pointers do not depend on
+OF_NEIGHBORS = ('retrieval_mode', 'retrieval_embedding_model', 'retrieval_search_params',
+                'retrieval_rerank')  # settings that pointers do not depend on; the index is the collection's
 OF_SETTINGS = ('retrieval_chunk_size', 'retrieval_k_neighbors', 'retrieval_pointers',
                *OF_NEIGHBORS)  # in a label, under their names
 
 
 def label_of(settings, vocabulary):
     """What the settings say of how neighbors and pointers are found; `vocabulary` is the tokenizer's hash."""
-    label = {name: getattr(settings, name) for name in OF_SETTINGS} | dict(tokenizer=vocabulary, version=VERSION)
-    return label if settings.retrieval_k_neighbors else {k: v for k, v in label.items() if k not in OF_NEIGHBORS}
+    # words need no embedding model
+    unread = ('retrieval_embedding_model',) if settings.retrieval_mode == 'bm25' else ()
+    unread = unread if settings.retrieval_k_neighbors else OF_NEIGHBORS
+    label = {name: getattr(settings, name) for name in OF_SETTINGS if name not in unread}
+    return label | dict(tokenizer=vocabulary, version=VERSION)
 
 
 def train_set(settings, stream):
     """What identifies the sequences of a SequenceStream, whatever part of them a rank takes."""
     state = stream.state()
-    return dict(set='train', block_size=settings.block_size, seed=state['seed'], datasets=state['datasets'])
+    return dict(set='train', block_size=settings.block_size, seed=state['seed'], datasets=state['datasets'],
+                epochs=[dataset.config.epochs for dataset in stream.datasets])
 
 
 def val_set(settings, datasets):

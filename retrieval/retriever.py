@@ -17,7 +17,7 @@ import numpy as np
 from configurator import UserError
 from data.tokenizer import vocabulary_hash
 from retrieval.embedding import Embedder, EmbedderInfo
-from retrieval.knowledge_base import HIT, open_knowledge_base
+from retrieval.knowledge_base import HIT, open_knowledge_base, state_of
 from retrieval.leaks import SPARE, hits_without_leaks, search_stage
 from retrieval.local_server import Unreachable
 from retrieval.match_index import open_match_index, run_lengths
@@ -249,7 +249,7 @@ class Retriever:
             if revision is None and self.cache:
                 self.say('the collection is being filled, or filling it was interrupted: no neighbors are cached until '
                          'python -m retrieval.populate has finished')
-        revision = revision and f'{revision} {self.size}'
+        revision = revision and state_of(revision, self.size)
         if self.cache:
             self.cache.use_revision(revision)
         return revision

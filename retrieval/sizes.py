@@ -1,10 +1,10 @@
 """What a collection takes, in memory and on disk, and how long to fill: by arithmetic, from a sample of its rows."""
 import io
 
-from retrieval.knowledge_base import SEGMENT, build_parameters, is_local, parse_index
+from retrieval.knowledge_base import SEGMENT, build_parameters, new_index, parse_index
 
 INSERTS = 4500  # rows/s that a local file and a server were measured to take (docs/costs.md)
-MATCHES = 13.1  # bytes of the exact-match index a token, 17.1 above 65,536 token ids
+MATCHES = 13.1  # bytes of the exact-match index a token
 
 
 def index_bytes(kind, dimension, vector_bytes, parameters):
@@ -20,10 +20,9 @@ def describe_sizes(settings, rows, vectors, chunks, rate):
     """Lines about `chunks` chunks like the sampled Rows, with their vectors (n, D); `rate` is in chunks/s."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    dimension, local = vectors.shape[1], is_local(settings.retrieval_milvus_uri)
+    dimension = vectors.shape[1]
     vector_bytes = dimension * (2 if settings.retrieval_vectors == 'float16' else 4)
-    name = settings.retrieval_index if settings.retrieval_index != 'auto' else 'IVF_FLAT' if local else 'HNSW'
-    kind, parameters = parse_index(name)
+    kind, parameters = parse_index(new_index(settings.retrieval_index, settings.retrieval_milvus_uri))
     parameters = build_parameters(kind, chunks) | parameters
     file = io.BytesIO()
     tokens = [line[:length] for line, length in zip(rows.tokens.tolist(), rows.length.tolist(), strict=True)]

@@ -55,6 +55,11 @@ def check_settings(settings):
         check_sides(*(as_dataset_configs(getattr(settings, name), name) for name in ('train_datasets', 'val_datasets')))
     if settings.retrieval_offline and not settings.use_retrieval:
         raise UserError('retrieval_offline is True, but a GPT reads no neighbors: leave it out, or set use_retrieval')
+    if settings.retrieval_offline and settings.train_datasets and not settings.eval_only and (
+            streamed := [config.path for config in as_dataset_configs(settings.train_datasets, 'train_datasets')
+                         if config.streaming]):
+        raise UserError(f'retrieval_offline reads what was precomputed, and of {streamed[0]!r}, which is streamed, '
+                        f'nothing can be: set its streaming=False, or leave one of them out')
     if settings.retrieval_offline and settings.multiple_choice_benchmarks:
         raise UserError('retrieval_offline reads what was precomputed alone, and multiple_choice_benchmarks ask the '
                         'database: leave one of them out')
