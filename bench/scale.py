@@ -117,7 +117,8 @@ def measure_milvus(settings, tokenizer, chunks, count, batches, folder, server):
 
     def search(batch, stage, excluded=()):
         return search_stage(knowledge_base, vectors[batch], real.doc_id[batch], stage, K + SPARE, excluded)
-    with closing(open_knowledge_base(settings, vocabulary_hash(tokenizer), embedder, create=True)) as knowledge_base:
+    with closing(open_knowledge_base(settings, vocabulary_hash(tokenizer), embedder, create=True,
+                                     expected=count)) as knowledge_base:
         if knowledge_base.count() != count:
             found |= fill(knowledge_base, blocks(real, vectors, count, end), count, folder)
         wait_for_index(knowledge_base, count, folder)
@@ -136,7 +137,7 @@ def measure_milvus(settings, tokenizer, chunks, count, batches, folder, server):
                                      each, real.doc_id[asked, None], K, K + SPARE)
     exact = search_exactly(real, vectors, count, asked, end)
     is_found = hits['score'] >= exact - 1e-4  # rank for rank: equal texts have equal scores
-    return found | dict(recall=float(is_found.mean()), disk_mb=size_of(folder))
+    return found | dict(recall=float(is_found.mean()), disk_mb=size_of(folder), index=knowledge_base.metadata.index)
 
 
 def fill(knowledge_base, parts, count, folder):
@@ -176,7 +177,7 @@ def measure_matches(settings, tokenizer, chunks, count, batches):
     """As measure_milvus, of the exact-match index of the same chunks; what is searched for are pointers."""
     (real, vectors, _), end, C = chunks, tokenizer.eot_token, settings.retrieval_chunk_size
     numbers = draw_batches(real, count, batches)
-    index = MatchIndex('', 'scale', end, tokenizer.n_vocab)
+    index = MatchIndex('', end, tokenizer.n_vocab)
     tokens = np.empty((count, C), dtype=index.token_type)
     doc_ids, done = np.empty(count, dtype=np.int64), 0
     for rows, _ in blocks(real, vectors, count, end):
@@ -235,7 +236,6 @@ def measure(backend, settings, tokenizer, chunks, count, batches, kept):
                 server = cleanup.enter_context(MilvusServer(f'{folder}/server'))
                 settings = settings.replace(retrieval_milvus_uri=server.uri, retrieval_milvus_token='')
             found = measure_milvus(settings, tokenizer, chunks, count, batches, folder, server)
-            found |= dict(index=settings.retrieval_index)
     real, vectors, _ = chunks
     return dict(backend=backend, rows=count, real=min(count, len(real.id)), dimension=vectors.shape[1],
                 chunk_size=settings.retrieval_chunk_size, batch=BATCH, batches=batches,

@@ -14,6 +14,7 @@ import uuid
 import numpy as np
 
 from configurator import UserError
+from retrieval.knowledge_base import UNTOLD, is_local
 
 FILE = 256 << 20  # bytes of vectors and tokens in a file, about
 SINCE = (2, 3, 4)  # version of the first server that imports Parquet
@@ -23,14 +24,15 @@ POLL = 0.5  # seconds
 class Imports:
     """Files of rows that a server imports into the collection."""
 
-    def __init__(self, knowledge_base, settings):
+    def __init__(self, knowledge_base, settings, wait):
+        """wait(work) is what work() returns, called again while Milvus is away."""
         version = knowledge_base.server_version()
         if version < SINCE:
             raise UserError(f'--bulk=True needs a Milvus server from version 2.3.4 on, which imports Parquet, and '
                             f'{knowledge_base.uri} is version {".".join(map(str, version))}: leave it out, or use a '
                             f'newer server')
         self.system, self.folder = open_folder(settings.retrieval_bulk_dir)
-        self.knowledge_base, self.prefix = knowledge_base, f'{settings.retrieval_collection}-'
+        self.knowledge_base, self.wait, self.prefix = knowledge_base, wait, f'{settings.retrieval_collection}-'
         self.tables, self.size, self.files = [], 0, {}  # {id of a task: path}
 
     def add(self, rows, vectors, is_new):
@@ -39,7 +41,7 @@ class Imports:
         if not len(rows.id):
             return
         if not is_new:  # an import does not look for others of the same id
-            self.knowledge_base.delete(list(self.knowledge_base.rows(rows.id, [], latest=True)))
+            self.wait(lambda: self.knowledge_base.delete(list(self.knowledge_base.rows(rows.id, [], latest=True))))
         vectors = vectors.astype(self.knowledge_base.metadata.vectors)
         tokens = [line[:length] for line, length in zip(rows.tokens, rows.length.tolist(), strict=True)]
         if vectors.dtype == np.float16:  # its bytes
@@ -66,6 +68,7 @@ class Imports:
         except OSError as error:
             raise cannot_write(self.folder, error) from error
         name = path if self.system.type_name == 'local' else path.partition('/')[2]  # within the server's bucket
+        # not begun again if the answer is lost: the rows might be imported twice
         self.files[self.knowledge_base.start_import(name)] = path
         self.tables, self.size = [], 0
 
@@ -74,7 +77,7 @@ class Imports:
         self.send()
         while self.files:
             for task, path in list(self.files.items()):
-                state, reason = self.knowledge_base.import_state(task)
+                state, reason = self.wait(lambda task=task: self.knowledge_base.import_state(task))
                 if state == 'failed':
                     raise UserError(f'Milvus cannot import {path} ({reason}): see that retrieval_bulk_dir names a '
                                     f'folder that the server reads under the same path, or its own bucket')
@@ -82,21 +85,28 @@ class Imports:
                     self.system.delete_file(path)
                     del self.files[task]
             time.sleep(POLL if self.files else 0)
-        self.knowledge_base.refresh()
+        self.wait(self.knowledge_base.refresh)
 
-    def finish_earlier(self, say):
-        """Wait for imports of a run that was interrupted: what they import is not missing. Remove its files."""
+    def remove_earlier(self):
+        """Remove the files of a run that was interrupted."""
         from pyarrow.fs import FileSelector
-        said = False
-        while self.knowledge_base.is_importing():
-            if not said:
-                say('waiting for the server to import the files of an earlier run')
-            said = True
-            time.sleep(POLL)
         for entry in self.system.get_file_info(FileSelector(self.folder)):
             if entry.base_name.startswith(self.prefix) and entry.base_name.endswith('.parquet'):
                 self.system.delete_file(entry.path)
-        self.knowledge_base.refresh()
+
+
+def wait_for_imports(knowledge_base, wait, say):
+    """Wait for imports of a run that was interrupted: what they import is not missing."""
+    if is_local(knowledge_base.uri) or not SINCE <= knowledge_base.server_version() < UNTOLD or wait(
+            knowledge_base.revision) is not None:
+        return
+    said = False
+    while wait(knowledge_base.is_importing):
+        if not said:
+            say('waiting for the server to import the files of an earlier run')
+        said = True
+        time.sleep(POLL)
+    wait(knowledge_base.refresh)
 
 
 def open_folder(folder):

@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 
 from system import pick_device
@@ -29,22 +29,26 @@ import numpy as np
 
 from configurator import UserError, load_settings, named_settings, to_json, user_errors_as_one_line, visible
 from data.chunk_store import open_datasets
-from data.documents import DatasetConfig, as_dataset_configs
+from data.documents import DatasetConfig, as_dataset_configs, find_files
 from data.tokenizer import load_tokenizer, vocabulary_hash
-from retrieval.embedding import Embedder
+from retrieval.embedding import Embedder, EmbedderInfo
 from retrieval.kb_file import export_rows, import_rows
 from retrieval.knowledge_base import (
     FIELDS,
     VERSION,
+    describe_score,
     open_as_made,
     open_knowledge_base,
+    state_of,
     take_from_collection,
     writing,
 )
 from retrieval.leaks import SPARE, hits_without_leaks, search_stage
-from retrieval.match_index import describe_revision, match_index_folder, open_match_index
+from retrieval.local_server import Unreachable
+from retrieval.match_index import match_index_folder, open_match_index
 from retrieval.neighbor_cache import DATA, NeighborCache, cache_name
 from retrieval.populate import populate
+from retrieval.waiting import wait_for_milvus
 
 PART = 2048  # rows that are read together with their vectors
 LEAST = 0.95  # recall below which validate ends with 1
@@ -96,11 +100,15 @@ def parse_arguments():
     arguments, others = parser.parse_known_args()
     overrides = [a for a in others if a.startswith('-') or a.endswith('.py')]
     words = [a for a in others if a not in overrides]
-    count = {'search': 1, 'export': 1, 'import': 1}.get(arguments.command, 0)
-    if len(words) != count and not (arguments.command == 'add' and words):
-        wanted = {'search': 'one text, in quotes', 'export': 'one FILE', 'import': 'one FILE',
-                  'add': 'one FILE or more'}.get(arguments.command, 'no argument beside config files')
-        raise UserError(f'{arguments.command} takes {wanted}, and got {", ".join(map(repr, words)) or "none"}: see '
+    named = [a for a in overrides if not a.startswith('-')]
+    if arguments.command == 'search' and not words and len(named) > 1:  # the text, which ends in .py
+        overrides.remove(named[-1])
+        words.append(named[-1])
+    wanted = {'search': 1, 'export': 1, 'import': 1}.get(arguments.command, 0)
+    if len(words) != wanted and not (arguments.command == 'add' and words):
+        what = {'search': 'one text, in quotes', 'export': 'one FILE', 'import': 'one FILE',
+                'add': 'one FILE or more'}.get(arguments.command, 'no argument beside config files')
+        raise UserError(f'{arguments.command} takes {what}, and got {", ".join(map(repr, words)) or "none"}: see '
                         f'python -m retrieval.kb {arguments.command} --help')
     for name in ('k', 'chunks'):
         if (count := getattr(arguments, name, None)) is not None and not 0 < count <= 10_000:
@@ -113,9 +121,9 @@ def parse_arguments():
     return arguments, words, settings
 
 
-def open_collection(settings, any_version=False):
+def open_collection(settings, any_version=False, load=True):
     """The collection, whatever made it. UserError if its rows are of another version of nanoRETRO."""
-    knowledge_base = open_as_made(settings)
+    knowledge_base = open_as_made(settings, load)
     found = knowledge_base.metadata.version
     if found != VERSION and not any_version:
         knowledge_base.close()
@@ -124,16 +132,28 @@ def open_collection(settings, any_version=False):
     return knowledge_base
 
 
-def open_to_read(settings, tokenizer):
-    """The collection with the embedding model that made it, and the model."""
-    embedder = Embedder(settings.retrieval_embedding_model, pick_device(settings.device))
-    with closing(open_collection(settings)) as found:
+def open_to_read(settings):
+    """The collection with the embedding model that made it; the model, which words do not need; and the tokenizer."""
+    with closing(open_collection(settings)) as found:  # before a model is loaded for nothing
         settings = settings.replace(retrieval_index=found.metadata.index, retrieval_vectors=found.metadata.vectors)
-    return open_knowledge_base(settings, vocabulary_hash(tokenizer), embedder), embedder
+        tokenizer, name = load_tokenizer(settings.tokenizer), settings.retrieval_embedding_model
+        embedder = EmbedderInfo(name, None, None) if settings.retrieval_mode == 'bm25' else Embedder(
+            name, pick_device(settings.device))
+        return open_knowledge_base(settings, vocabulary_hash(tokenizer), embedder), embedder, tokenizer
+
+
+def count_if_loaded(knowledge_base):
+    """The number of rows; None while the index is being made anew, without which Milvus does not count them."""
+    try:
+        knowledge_base.load()
+        return knowledge_base.count()
+    except Unreachable:
+        return None
 
 
 def end_change(knowledge_base, settings, say):
-    """Begin a new revision, and bring the exact-match index to it, as populate does."""
+    """Begin a new revision, with an index of its size, and bring the exact-match index to it, as populate does."""
+    wait_for_milvus(lambda: knowledge_base.fit_index(say), knowledge_base.open, settings.retrieval_timeout, say)
     knowledge_base.flush()
     if settings.retrieval_pointers and knowledge_base.count():
         tokenizer = load_tokenizer(settings.tokenizer)
@@ -141,8 +161,8 @@ def end_change(knowledge_base, settings, say):
 
 
 def run_info(settings, arguments, _, say):
-    with closing(open_collection(settings, any_version=True)) as knowledge_base:
-        made_by, revision, rows = knowledge_base.metadata, knowledge_base.revision(), knowledge_base.count()
+    with closing(open_collection(settings, any_version=True, load=False)) as knowledge_base:
+        made_by, revision, rows = knowledge_base.metadata, knowledge_base.revision(), count_if_loaded(knowledge_base)
         folder = match_index_folder(settings, made_by.vocabulary_hash)
         found = dict(collection=settings.retrieval_collection, uri=settings.retrieval_milvus_uri, **vars(made_by),
                      rows=rows, revision=revision, bytes_on_disk=knowledge_base.size_on_disk(),
@@ -153,7 +173,7 @@ def run_info(settings, arguments, _, say):
     indexed = f', {index["indexed_rows"]:,} rows indexed' if 'indexed_rows' in index else ''
     lines = dict(
         collection=f'{found["collection"]} in {found["uri"]}',
-        rows=f'{rows:,}',
+        rows='not counted: the index is being made anew, or that was interrupted' if rows is None else f'{rows:,}',
         revision=revision or 'none: it is being changed, or changing it was interrupted',
         tokenizer=f'{made_by.tokenizer} ({made_by.vocabulary_hash})',
         chunks=f'of {made_by.chunk_size} tokens',
@@ -177,7 +197,7 @@ def describe_matches(folder, revision, rows):
         documents = sum(os.path.getsize(f'{path}/doc_ids.bin') // 8 - len(segment['masked'])
                         for path, segment in zip(segments, manifest['segments'], strict=True))
         size = sum(os.path.getsize(entry) for path in segments for entry in os.scandir(path))
-        is_current = manifest['revision'] == f'{revision} {rows}'
+        is_current = manifest['revision'] == state_of(revision, rows)
         state = 'up to date' if is_current else 'of an earlier revision, and follows when it is needed'
         return dict(state=state, documents=documents, bytes=size)
     except (OSError, ValueError, KeyError, TypeError):
@@ -225,11 +245,11 @@ def run_search(settings, arguments, words, say):
     text, = words
     if not text.strip():
         raise UserError('the text to search for is empty: give some')
-    tokenizer = load_tokenizer(settings.tokenizer)
-    knowledge_base, embedder = open_to_read(settings, tokenizer)
+    knowledge_base, embedder, tokenizer = open_to_read(settings)
     with closing(knowledge_base):
-        vectors = embedder.embed([text])
-        if not vectors.any():
+        mode = knowledge_base.metadata.mode
+        vectors = None if mode == 'bm25' else embedder.embed([text])
+        if vectors is not None and not vectors.any():
             raise UserError(f'the embedding model maps {text!r} to zero, so nothing is near it: give a longer text')
         hits = knowledge_base.search(vectors, arguments.k, texts=[text])[0]
         hits = hits[hits['score'] > -np.inf]
@@ -244,8 +264,8 @@ def run_search(settings, arguments, words, say):
     if arguments.json:
         return print(to_json(dict(text=text, neighbors=found), ensure_ascii=False))
     for rank, neighbor in enumerate(found, 1):
-        print(f'{rank}. {visible(neighbor["document"])}, chunk {neighbor["chunk"]}, score {neighbor["score"]:.3f}\n'
-              f'{indented(neighbor["text"])}')
+        print(f'{rank}. {visible(neighbor["document"])}, chunk {neighbor["chunk"]}, '
+              f'{describe_score(mode, neighbor["score"])}\n{indented(neighbor["text"])}')
         if neighbor['continuation']:
             print(f'   then:\n{indented(neighbor["continuation"])}')
 
@@ -258,7 +278,7 @@ def run_add(settings, arguments, words, say):
     datasets = [dataset_of(path, settings, arguments) for path in words]
     open_collection(settings).close()  # it has to be there
     with writing(settings):
-        # through the grid, the ids and the ending of populate
+        # by populate, so rows are those that it would write
         done, _ = populate(settings.replace(train_datasets=datasets), sys.stderr.isatty(), say=say)
     print(f'collection {settings.retrieval_collection!r} in {settings.retrieval_milvus_uri}: {done["added"]:,} of '
           f'{done["chunks"]:,} chunks were written now, {done["changed"]:,} documents had changed; it has '
@@ -267,11 +287,13 @@ def run_add(settings, arguments, words, say):
 
 def dataset_of(path, settings, arguments):
     """The DatasetConfig of a file: its fields are those of the entry of train_datasets that holds it, if one does."""
-    config, place = DatasetConfig(path), os.path.abspath(os.path.expanduser(path))
+    config, place = DatasetConfig(path), os.path.realpath(os.path.expanduser(path))
     for entry in as_dataset_configs(settings.train_datasets, 'train_datasets') if settings.train_datasets else []:
-        held = os.path.abspath(os.path.expanduser(entry.path))
-        if place == held or place.startswith(held + os.sep):
-            config = replace(entry, path=path)
+        folder, held = os.path.realpath(os.path.expanduser(entry.path)), set()
+        with suppress(UserError):  # it may be missing
+            held = {os.path.realpath(file) for file in find_files(entry).paths}
+        if place == folder or place.startswith(folder + os.sep) or place in held:
+            config = replace(entry, path=path, max_documents=0)
     given = {name: getattr(arguments, name) for name in ('source', 'text_field', 'id_field')}
     return replace(config, **{name: value for name, value in given.items() if value is not None})
 
@@ -326,13 +348,12 @@ def run_import(settings, arguments, words, say):
 
 
 def run_validate(settings, arguments, words, say):
-    tokenizer = load_tokenizer(settings.tokenizer)
     k = arguments.k or settings.retrieval_k_neighbors or 2
-    doc_ids, texts = val_chunks(settings, tokenizer, arguments.chunks, say)
     # words have no exact search to compare with
-    knowledge_base, embedder = open_to_read(settings.replace(retrieval_mode='dense'), tokenizer)
+    knowledge_base, embedder, tokenizer = open_to_read(settings.replace(retrieval_mode='dense'))
     with closing(knowledge_base):
-        revision = describe_revision(knowledge_base)
+        doc_ids, texts = val_chunks(settings, tokenizer, arguments.chunks, say)
+        state = knowledge_base.state()
         vectors = embedder.embed(texts)
         doc_ids, vectors = doc_ids[vectors.any(axis=1)], vectors[vectors.any(axis=1)]
         if not len(vectors):
@@ -344,7 +365,7 @@ def run_validate(settings, arguments, words, say):
         numbers = np.arange(len(vectors))
         hits, _ = hits_without_leaks(find_hits, numbers, numbers, doc_ids[:, None], k, k + SPARE)
         best, of_hits, rows, without, copies = scan(knowledge_base, vectors, doc_ids, hits['id'], k)
-        if describe_revision(knowledge_base) != revision:
+        if knowledge_base.state() != state:
             raise UserError('the collection has changed while it was validated: start again when it is complete')
     is_hit, is_there = hits['score'] > -np.inf, best > -np.inf
     # of equally near rows, any counts
@@ -361,7 +382,8 @@ def run_validate(settings, arguments, words, say):
               f'out\n{fewer:.2%} of them have fewer than {k} neighbors\n{rows:,} rows: {copies:,} repeat the text of '
               f'another, {without:,} have no embedding')
         if recall < arguments.least:
-            print(f'recall is below {arguments.least}: search further, or use another retrieval_index')
+            print(f'recall is below {arguments.least}: search further, by retrieval_search_params, or use another '
+                  f'retrieval_index')
         if without:
             print('rows without an embedding are never found: remove their documents, and run python -m '
                   'retrieval.populate CONFIG')
@@ -370,7 +392,8 @@ def run_validate(settings, arguments, words, say):
 
 def val_chunks(settings, tokenizer, count, say):
     """doc_ids (n,) and texts of up to `count` chunks of the val documents, spread evenly, that retrieval would ask."""
-    datasets = open_datasets(as_dataset_configs(settings.val_datasets, 'val_datasets'), tokenizer, settings, say)
+    datasets = open_datasets(as_dataset_configs(settings.val_datasets, 'val_datasets'), tokenizer, settings, say,
+                             head=2 * count * settings.retrieval_chunk_size)  # tokens of those that are streamed
     total, doc_ids, texts = sum(dataset.num_chunks for dataset in datasets), [], []
     for dataset in datasets:
         some = max(1, min(dataset.num_chunks, -(-2 * count * dataset.num_chunks // total)))  # not all can be asked for
@@ -411,9 +434,11 @@ def scan(knowledge_base, vectors, doc_ids, hit_ids, k):
 
 
 def run_drop(settings, arguments, words, say):
-    with closing(open_collection(settings, any_version=True)) as knowledge_base, writing(settings):
-        rows, folder = knowledge_base.count(), match_index_folder(settings, knowledge_base.metadata.vocabulary_hash)
-        what = (f'collection {settings.retrieval_collection!r} in {settings.retrieval_milvus_uri}, {rows:,} rows'
+    with closing(open_collection(settings, any_version=True, load=False)) as knowledge_base, writing(settings):
+        rows = count_if_loaded(knowledge_base)
+        folder = match_index_folder(settings, knowledge_base.metadata.vocabulary_hash)
+        what = (f'collection {settings.retrieval_collection!r} in {settings.retrieval_milvus_uri}'
+                + ('' if rows is None else f', {rows:,} rows')
                 + f'; its exact-match index in {folder}' * os.path.isdir(folder) + '; its neighbors in the cache')
         if not arguments.yes:
             raise UserError(f'this would remove {what}: give --yes to do it')

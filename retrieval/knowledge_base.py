@@ -36,6 +36,7 @@ SCORES = {'dense': 'similarity', 'bm25': 'BM25 score', 'hybrid': 'RRF score'}  #
 DIGITS = {'dense': 5, 'bm25': 3, 'hybrid': 7}  # to which the scores of equally near rows are equal
 BM25 = {'bm25_k1': 1.2, 'bm25_b': 0.75}  # Milvus' defaults; Milvus Lite has another k1
 RRF = 60  # reciprocal rank fusion: a row's score is the sum of 1 / (RRF + rank) over the two searches
+UNTOLD = (99,)  # version of a service that does not tell it
 FULL_TEXT = (2, 5)  # version of Milvus from which on servers search by words
 HNSW = {'M': 16, 'efConstruction': 200}
 INDEXES = {  # parameters of the build beside those that follow the size, and the first version of a server that has it
@@ -58,7 +59,8 @@ REQUEST = 2048  # rows, ids or queries per request: servers accept no message ov
 RATE_LIMIT = 8  # code of Milvus' answer
 PASSING = ('not (yet )?(ready|available|loaded|fully loaded|serving|healthy|shard leader)|unavailable|offline|'
            'rate limit|too many requests|time ?out|timed out|deadline|connection|recovering|initializing|'
-           "no available|node not (found|match)|index not found|no vector index|state .released|dropped on loaded")  # in the text of an answer
+           'no available|node not (found|match)|index not found|no vector index|'
+           'state .released|dropped on loaded')  # in the text of an answer
 ANSWER_TIMEOUT = 10  # seconds that a server may take to answer the first call
 IMPORT_STATES = {'Completed': 'done', 'Failed': 'failed', 'Failed and cleaned': 'failed'}  # the others are running
 GRPC = {  # pymilvus pings every 10 s, also between two requests, for which gRPC's servers and proxies hang up
@@ -203,17 +205,14 @@ def take_defaults(settings, keys, metadata, where, say):
 
 
 @contextmanager
-def writing(settings, shared=False):
-    """
-    Keep other commands of this machine from changing the collection meanwhile. UserError if one is doing so. Several
-    may be `shared`, as populate is, which adds rows alone.
-    """
+def writing(settings):
+    """Keep other commands of this machine from changing the collection meanwhile. UserError if one is doing so."""
     uri, name = settings.retrieval_milvus_uri, settings.retrieval_collection
     place = os.path.realpath(os.path.expanduser(uri)) if is_local(uri) else uri
     path = f'{tempfile.gettempdir()}/nanoretro-writer-{os.getuid()}-{hash64(place, name) & (2**64 - 1):016x}'
     with open(path, 'a+') as file:
         try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f'another process is changing collection {name!r} in {uri}: wait for its end, and start '
                             f'again') from None
@@ -717,7 +716,7 @@ def check_uri(uri):
 def parse_version(name):
     """'v2.3.5-lite' as (2, 3, 5). Milvus Lite and clouds name theirs otherwise: that is above all."""
     found = re.match(r'v?(\d+)\.(\d+)(?:\.(\d+))?', name)
-    return tuple(int(number or 0) for number in found.groups()) if found else (99,)
+    return tuple(int(number or 0) for number in found.groups()) if found else UNTOLD
 
 
 def check_full_text(version, uri, mode):

@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, count
 
@@ -34,9 +35,17 @@ from data.blocks import open_all_datasets
 from data.chunk_store import Chunks, open_datasets
 from data.documents import as_dataset_configs, check_sides
 from data.tokenizer import load_tokenizer, vocabulary_hash
-from retrieval.bulk import Imports, open_folder
+from retrieval.bulk import Imports, open_folder, wait_for_imports
 from retrieval.embedding import Embedder, EmbedderInfo
-from retrieval.knowledge_base import MAX_TEXT, SEGMENT, is_local, open_knowledge_base, take_from_collection, writing
+from retrieval.knowledge_base import (
+    MAX_TEXT,
+    SEGMENT,
+    check_new,
+    is_local,
+    open_knowledge_base,
+    take_from_collection,
+    writing,
+)
 from retrieval.match_index import open_match_index
 from retrieval.ranks import Ranks
 from retrieval.sizes import describe_sizes
@@ -277,14 +286,15 @@ def populate(settings, show_progress, sync=False, say=print, ranks=None, bulk=Fa
                                        expected=progress.total or SEGMENT)
         if ranks.is_master:  # the others wait until there is a collection
             knowledge_base = open_it(create=True)
-            imports = Imports(knowledge_base, settings) if bulk else None
+            imports = Imports(knowledge_base, settings, wait) if bulk else None
+            wait_for_imports(knowledge_base, wait, say)
             if imports:
-                imports.finish_earlier(say)
+                imports.remove_earlier()
             done['before'] = knowledge_base.count()
         done['before'] = ranks.gather('before', done['before'])[0]
         if not ranks.is_master:
             knowledge_base = open_it(create=False)
-            imports = Imports(knowledge_base, settings) if bulk else None
+            imports = Imports(knowledge_base, settings, wait) if bulk else None
         start, waiting = time.monotonic(), deque()
         progress.reset()  # its rate excludes the start-up
         while part or waiting:
@@ -376,6 +386,7 @@ def receive(parts, reader, say):
 
 def dry_run(settings):
     """Print what populate would do to an empty collection, what it takes, and how long, by embedding some chunks."""
+    check_new(settings.retrieval_index, settings.retrieval_vectors, settings.retrieval_milvus_uri)
     tokenizer = load_tokenizer(settings.tokenizer)
     configs = as_dataset_configs(settings.train_datasets, 'train_datasets')
     if any(config.streaming for config in configs):
@@ -430,14 +441,15 @@ def main():
     options, arguments = read_options(sys.argv[1:])
     if '--help' in arguments or '-h' in arguments:
         print(__doc__, *(f'  --{name}=False\n        {text}' for name, text in OPTIONS.items()), '', sep='\n')
-    settings = load_settings(arguments).replace(retrieval_offline=False)  # a run's, which does without a database
+    settings = load_settings(arguments).replace(retrieval_offline=False)  # that is for runs: filling needs the database
     if options['bulk'] and is_local(settings.retrieval_milvus_uri):
         raise UserError('--bulk=True is of no use to Milvus Lite, which imports no files: leave it out, or name a '
                         'server in retrieval_milvus_uri')
     if options['bulk']:
         open_folder(settings.retrieval_bulk_dir)
     with Ranks() as ranks:
-        settings = take_from_collection(settings, named_settings(arguments), print if ranks.is_master else lambda _: 0)
+        settings = take_from_collection(settings, named_settings(arguments),
+                                        print if ranks.is_master else lambda news: None, options['dry_run'])
         if options['dry_run']:
             if ranks.world_size > 1 or options['sync'] or options['bulk']:
                 raise UserError('--dry_run=True inserts and removes nothing, in one process: start it without '
@@ -446,7 +458,7 @@ def main():
             return
         if ranks.is_master:
             print(f'filling collection {settings.retrieval_collection!r}', flush=True)
-        with writing(settings, shared=True):
+        with writing(settings) if ranks.is_master else nullcontext():  # for all ranks
             done, seconds = populate(settings, sys.stderr.isatty(), options['sync'], print, ranks, options['bulk'])
         if ranks.is_master:
             report(settings, done, seconds, options['sync'], ranks.world_size)

@@ -13,7 +13,7 @@ from datetime import timedelta
 
 from configurator import UserError
 
-LAUNCHER = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+LAUNCHER = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
 POLL = 0.1  # seconds between two looks at the store
 LOST = 'the first process of the run has ended, or cannot be reached: start the command again'
 
@@ -24,9 +24,11 @@ class Ranks:
     def __init__(self):
         found = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
         self.rank, self.world_size, self.local_rank, self.store = 0, 1, 0, None
+        self.local_world_size = 1  # processes on this node
         try:
             if 'RANK' in found or 'WORLD_SIZE' in found:
                 self.rank, self.world_size, self.local_rank = (int(found[name]) for name in LAUNCHER[:3])
+                self.local_world_size = int(found.get('LOCAL_WORLD_SIZE', self.world_size))
             if self.world_size > 1:
                 from torch.distributed import rendezvous
                 self.store, _, _ = next(rendezvous('env://', timeout=timedelta(minutes=10)))

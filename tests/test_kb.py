@@ -165,8 +165,6 @@ def test_commands_that_change_a_collection_wait_for_no_other_but_say_so(settings
         assert 'another process is changing collection' in kb('drop', '--yes', code=2)
         said = run('-m', 'retrieval.populate', 'config.py', folder=workspace, check=False)
         assert said.returncode == 2 and 'another process is changing collection' in said.stderr
-    with writing(settings, shared=True), writing(settings, shared=True):
-        pass
 
 
 def test_a_run_takes_from_the_collection_what_it_does_not_set_and_says_so(workspace, kb):
