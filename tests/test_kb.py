@@ -6,18 +6,20 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from bench.milvus_server import MilvusServer, why_not
-from configurator import UserError, user_errors_as_one_line
+from configurator import UserError, load_settings, user_errors_as_one_line
+from data.documents import DatasetConfig
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
 from generation.worker import LiveCollection
-from retrieval.kb import main, open_collection
-from retrieval.knowledge_base import KnowledgeBase, writing
+from retrieval.kb import dataset_of, main, open_collection
+from retrieval.knowledge_base import KnowledgeBase, take_from_collection, writing
 from retrieval.retriever import Retriever
 from retrieval.suffix_array import DEPTH
 from tests.conftest import CONFIG, open_all, run, spawn, wait_until
@@ -75,7 +77,22 @@ def test_info_stats_and_search_tell_what_is_in_the_collection(settings, workspac
     best = kb.json('search', row['text'], '-k', '1')['neighbors'][0]
     assert best['text'] == row['text'] and best['score'] > 0.999 and best['continuation']
     shown = kb('search', row['text'], '-k', '1')
-    assert best['document'] in shown and f'chunk {best["chunk"]}' in shown
+    assert best['document'] in shown and f'chunk {best["chunk"]}, similarity ' in shown
+    assert kb.json('search', 'see setup.py', '-k', '1')['text'] == 'see setup.py'
+    wrong = kb('search', 'text', '--retrieval_collection=typo', '--retrieval_embedding_model=nowhere', code=2)
+    assert "no collection 'typo' in milvus.db" in wrong
+
+
+def test_a_file_is_read_as_the_entry_that_holds_it_reads_it_and_whole(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{}')
+    (tmp_path / 'link.jsonl').symlink_to(tmp_path / 'a.jsonl')
+    entry = DatasetConfig(f'{tmp_path}/*.jsonl', source='m', val_fraction=0.5, max_documents=3)
+    settings = load_settings([]).replace(train_datasets=[entry, DatasetConfig('nowhere.jsonl')])
+    given = SimpleNamespace(source=None, text_field=None, id_field='key')
+    for name in ('a.jsonl', 'link.jsonl'):
+        found = dataset_of(str(tmp_path / name), settings, given)
+        assert (found.source, found.val_fraction, found.max_documents, found.id_field) == ('m', 0.5, 0, 'key')
+    assert dataset_of(str(tmp_path / 'b.jsonl'), settings, given).source == ''
 
 
 def test_added_documents_give_the_rows_that_populate_gives_and_removed_ones_take_theirs_with_them(
@@ -130,6 +147,26 @@ def test_an_exported_collection_is_imported_row_for_row_also_after_a_part_of_it(
     assert whole_rows(settings, **there) == wanted
 
 
+def test_vectors_that_the_database_lacks_are_imported_as_others_and_the_index_follows_the_size(
+        settings, workspace, kb, monkeypatch):
+    kb('export', 'kb.parquet')
+    table = pq.read_table('kb.parquet')
+    about = json.loads(table.schema.metadata[b'nanoretro.collection'])
+    about['metadata']['vectors'] = 'float16'  # as if a server had written it
+    pq.write_table(table.replace_schema_metadata({'nanoretro.collection': json.dumps(about)}), 'half.parquet',
+                   write_page_checksum=True)
+    other = ['--retrieval_collection=other']
+    assert "use 'float32'" in kb('import', 'half.parquet', *other, code=2)
+    with closing(open_collection(settings)) as knowledge_base:
+        made = KnowledgeBase('milvus.db', '', 'other', knowledge_base.metadata, create=True, expected=10)
+    assert made.lists == 16
+    made.close()
+    monkeypatch.setattr('retrieval.knowledge_base.OUTGROWN', 1)
+    kb('import', 'half.parquet', '--retrieval_vectors=float32', *other)
+    assert whole_rows(settings, retrieval_collection='other') == whole_rows(settings)
+    assert int(kb.json('info', *other)['index_state']['params']['nlist']) > 16
+
+
 def test_a_file_that_is_damaged_or_of_other_settings_is_not_imported(settings, workspace, kb):
     kb('export', 'kb.parquet')
     whole = (workspace / 'kb.parquet').read_bytes()
@@ -165,6 +202,14 @@ def test_commands_that_change_a_collection_wait_for_no_other_but_say_so(settings
         assert 'another process is changing collection' in kb('drop', '--yes', code=2)
         said = run('-m', 'retrieval.populate', 'config.py', folder=workspace, check=False)
         assert said.returncode == 2 and 'another process is changing collection' in said.stderr
+
+
+def test_a_gpt_needs_no_database_and_says_what_it_goes_by():
+    said, settings = [], load_settings([]).replace(retrieval_milvus_uri='http://127.0.0.1:9', use_retrieval=False)
+    assert take_from_collection(settings, set(), said.append) is settings
+    assert 'tokenizer and retrieval_chunk_size are the defaults' in said[0]
+    with pytest.raises(UserError, match='or set retrieval_chunk_size'):
+        take_from_collection(settings.replace(use_retrieval=True), {'tokenizer'}, said.append)
 
 
 def test_a_run_takes_from_the_collection_what_it_does_not_set_and_says_so(workspace, kb):

@@ -217,6 +217,52 @@ def test_rows_are_removed_by_id_and_documents_found_and_all_rows_listed(knowledg
     assert knowledge_base.which_documents({0: 1, -1: 2, -2: 30}) == {0, -1}
 
 
+def test_an_index_that_is_being_made_anew_is_waited_for_and_made_by_whoever_was_making_it(
+        knowledge_base, uri, monkeypatch):
+    def stop(*_):
+        raise Unreachable('away')
+    rows = make_rows(20)
+    knowledge_base.upsert(rows)
+    knowledge_base.flush()
+    monkeypatch.setattr(knowledge_base, '_create_index', stop)
+    monkeypatch.setattr('retrieval.knowledge_base.build_parameters', lambda kind, rows: {'nlist': 1})
+    with pytest.raises(Unreachable):
+        knowledge_base.fit_index(print)
+    monkeypatch.undo()
+    with pytest.raises(Unreachable, match='is being made anew'):
+        KnowledgeBase(uri, '', 'rows', METADATA)
+    opened = KnowledgeBase(uri, '', 'rows', METADATA, load=False)
+    assert opened.metadata == METADATA and opened.describe_index() == {}
+    opened.close()
+    knowledge_base.open()  # as a filling that has waited
+    assert knowledge_base.describe_index()['index_type'] == 'FLAT' and knowledge_base.count() == 20
+    assert knowledge_base.search(np.array([rows[3]['embedding']]), 1)['id'].tolist() == [[-2]]
+
+
+def test_a_running_process_reads_as_many_lists_as_an_index_has_that_another_made_anew(tmp_path):
+    metadata = dataclasses.replace(METADATA, index='IVF_FLAT')
+    opened = [KnowledgeBase(str(tmp_path / 'kb.db'), '', 'rows', metadata, create=True, expected=10) for _ in range(2)]
+    reader, writer = opened
+    writer.upsert(make_rows(2000))
+    assert reader.revision() is None and reader.lists == 16 and writer.fit_index(print)
+    writer.flush()
+    assert reader.revision() and reader.lists == writer.lists == 51
+    assert reader._search_parameters(2, True) == {'nprobe': 51}
+    for knowledge_base in opened:
+        knowledge_base.close()
+
+
+def test_parameters_of_a_search_are_numbers_and_a_filtered_one_takes_no_less(uri):
+    def parameters(**wanted):
+        made = KnowledgeBase(uri, '', 'hnsw', dataclasses.replace(METADATA, index='HNSW'), True, search_params=wanted)
+        made.close()
+        return made._search_parameters(2, False), made._search_parameters(2, True)
+    assert parameters(ef=4096) == ({'ef': 4096}, {'ef': 4096}) and parameters(ef=64) == ({'ef': 64}, {'ef': 1024})
+    assert parameters(more=True)[1] == {'ef': 1024, 'more': True}
+    with pytest.raises(UserError, match="retrieval_search_params: 'ef' is '64', and no number"):
+        parameters(ef='64')
+
+
 @pytest.mark.parametrize('call, said', [
     (lambda kb: kb.client.query(kb.collection, filter='nothing > 3', limit=1), 'refuses: .*nothing'),
     (lambda kb: kb.client.query(kb.collection, filter='id >', limit=1), 'refuses'),
@@ -235,6 +281,8 @@ def test_a_request_that_is_wrong_is_not_waited_for(knowledge_base, call, said):
     (MilvusException(8, 'request is rejected by grpc RateLimiter middleware, please retry later'), True),
     (MilvusException(1, 'service not ready[querynode=1]: Initializing'), True),
     (MilvusException(101, "collection not loaded[collection=5]"), True),
+    (MilvusException(1, "Collection is in state 'released', call load() first"), True),
+    (MilvusException(1, 'vector index cannot be dropped on loaded collection: 5'), True),
     (MilvusException(65535, 'fail to search on QueryNode 3: node offline[node=3]'), True),
     (MilvusException(503, 'channel not available[channel=by-dev-rootcoord-dml_0]'), True),
     (MilvusException(2200, 'whatever', retriable=True), True),

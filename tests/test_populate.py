@@ -319,6 +319,7 @@ def test_a_dry_run_tells_what_a_collection_takes_and_makes_none(prepared, tmp_pa
 @pytest.mark.parametrize('options, said', [
     (['--bulk=True'], '--bulk=True is of no use to Milvus Lite'),
     (['--bulk=yes'], "'--bulk=yes' is none of --bulk=True and --bulk=False"),
+    (['--dry_run=True', '--retrieval_index=DISKANN'], "'DISKANN' is none of Milvus Lite, which "),
     (['--dry_run=True', '--sync=True'], '--dry_run=True inserts and removes nothing, in one process'),
     (['--retrieval_index=IVF_RABITQ', '--retrieval_collection=new'], "'IVF_RABITQ' is none of Milvus Lite, which "),
     (['--retrieval_index=DISKANN', '--retrieval_collection=new'], "'DISKANN' is none of Milvus Lite, which "),

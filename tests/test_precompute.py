@@ -1,4 +1,5 @@
 """Precomputed neighbors and pointers, and training from them without a database."""
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from configurator import UserError, load_settings
+from data.documents import DatasetConfig
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
 from retrieval.neighbor_cache import USABLE, bytes_of
@@ -16,6 +18,8 @@ from retrieval.offline import open_cache, train_set
 from retrieval.retriever import OfflineRetriever
 from tests.conftest import open_all, run, run_ranks, spawn
 from tests.test_train import losses
+from tests.test_wandb import OFFLINE
+from training.checks import check_settings
 
 TRAIN = Path(__file__).parents[1] / 'train.py'
 
@@ -40,21 +44,28 @@ def test_an_offline_run_has_the_losses_of_the_live_one_and_needs_no_database(wor
     assert 'train, rank 0: 128 chunks are in the cache, 48 of them' in again
     for name in ('milvus.db', 'embedding', 'out/matches'):
         shutil.rmtree(workspace / name)
-    train(workspace, '--out_dir=offline', '--retrieval_offline=True')
+    run(TRAIN, 'config.py', '--out_dir=offline', '--retrieval_offline=True', '--wandb_log=True', folder=workspace,
+        env=OFFLINE | dict(WANDB_DIR=str(workspace)))
     assert losses(workspace, 'offline') == losses(workspace, 'live') and len(losses(workspace, 'live')[0]) == 8
+    tables = [json.loads(path.read_text())['data'] for path in workspace.glob('**/media/table/samples*.json')]
+    assert tables and all(row[1] == '' != row[2] for table in tables for row in table)  # without retrieval
 
     settings = load_settings(['config.py'])
-    stream = SequenceStream(open_all(settings), settings.block_size, 8, seed=settings.seed)
     tokenizer = load_tokenizer(settings.tokenizer)
     for change, said in ((dict(retrieval_k_neighbors=1), 'retrieval_k_neighbors: they have 2, the run 1'),
                          (dict(retrieval_pointers=8), 'retrieval_pointers: they have 32, the run 8'),
+                         (dict(train_datasets=[DatasetConfig('train.parquet', source='stdlib', epochs=1)]),
+                          'epochs: they have \\[0\\], the run \\[1\\]'),
                          (dict(block_size=32), 'block_size: they have 64, the run 32'),
                          (dict(retrieval_collection='other'), 'nothing was precomputed for collection'),
                          (dict(retrieval_cache_gb=0.0), 'retrieval_cache_gb is 0')):
         changed = settings.replace(**change)
         with pytest.raises(UserError, match=said), closing(OfflineRetriever(changed, tokenizer)) as retriever:
+            stream = SequenceStream(open_all(changed), changed.block_size, 8, seed=settings.seed)
             retriever.check(train_set(changed, stream), 64)
-    with closing(OfflineRetriever(settings, tokenizer)) as retriever:
+    # the index is the collection's
+    with closing(OfflineRetriever(settings.replace(retrieval_index='IVF_FLAT'), tokenizer)) as retriever:
+        stream = SequenceStream(open_all(settings), settings.block_size, 8, seed=settings.seed)
         retriever.check(train_set(settings, stream), 64)
         batch = next(SequenceStream(open_all(settings), settings.block_size, 8, seed=7))  # none of those
         with pytest.raises(UserError, match='chunks have no neighbors in .*run python -m retrieval.precompute'):
@@ -92,6 +103,13 @@ def test_what_was_precomputed_outlives_a_change_of_the_collection_until_it_is_pr
     said = precompute(workspace, '--max_iters=2').stdout
     assert 'the collection has changed since 2 sets were precomputed' in said and '64 of them' in said
     train(workspace, '--max_iters=2', '--retrieval_offline=True')
+
+
+def test_an_offline_run_does_not_read_a_stream():
+    streamed = DatasetConfig('train.parquet', streaming=True)
+    settings = load_settings([]).replace(retrieval_offline=True, use_retrieval=True, train_datasets=[streamed])
+    with pytest.raises(UserError, match="of 'train.parquet', which is streamed, nothing can be"):
+        check_settings(settings)
 
 
 def test_what_does_not_fit_into_the_cache_is_refused_before_anything_is_computed(workspace):
