@@ -134,6 +134,7 @@ class Together:
                 client.sendall(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('ranks, workers', [(2, 1), (1, 2)])
 def test_searches_of_several_ranks_and_workers_are_in_flight_together_on_a_server(server, undisturbed, monkeypatch,
                                                                                    ranks, workers):
@@ -223,6 +224,7 @@ def test_one_rank_that_stops_stops_all_with_a_checkpoint(workspace):
     assert f'the newest checkpoint is out/checkpoints/step-{saved.step}' in said
 
 
+@pytest.mark.slow
 def test_a_stop_during_an_evaluation_loses_nothing_and_the_evaluation_is_made_up_for(workspace):
     """It is of many sequences, one at a time."""
     options = ['config.py', '--max_iters=12', '--eval_interval=6', '--batch_size=1', '--dropout=0.1',
@@ -335,6 +337,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_and_no_partial_o
     run(ROOT / 'train.py', *common, '--max_iters=8', '--init_from=resume', folder=workspace)
 
 
+@pytest.mark.slow
 def test_an_exception_in_a_step_still_saves_the_last_finished_one(workspace, tmp_path):
     """Out of memory at step 6, by a model that raises it."""
     (tmp_path / 'sitecustomize.py').write_text('''

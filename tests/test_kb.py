@@ -280,6 +280,7 @@ def test_pointers_follow_at_once_when_neighbors_have_seen_a_new_revision(setting
     assert retriever.matches.revision.split()[0] == retriever.revision
 
 
+@pytest.mark.slow
 def test_a_trainer_goes_on_with_the_new_revision_while_documents_are_added(workspace, settings, kb):
     (workspace / 'new.txt').write_text('def another_function(x): return x + 1\n' * 300)
     with open(workspace / 'log', 'w') as log:

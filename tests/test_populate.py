@@ -224,6 +224,7 @@ def test_a_chunk_whose_text_is_longer_than_a_row_names_its_document(workspace, s
         error.value)
 
 
+@pytest.mark.slow
 def test_a_copy_that_was_renamed_moved_and_written_in_another_format_is_the_same_collection(workspace, settings):
     documents = [('a', LONG), ('b', LONG + 'b')]
     fill(workspace, documents)
@@ -252,6 +253,7 @@ def test_no_stage_is_busier_than_all_of_the_time(workspace):
     assert 0 < int(re.search(r'was busy (\d+)% of the time', said).group(1)) <= 100
 
 
+@pytest.mark.slow
 def test_a_chunk_that_changes_to_one_without_a_vector_is_removed_and_that_is_done_once(workspace, settings):
     fill(workspace, [('a', LONG), ('b', LONG + 'b')])
     assert '1 changed documents' in fill(workspace, [('a', '\x02\x03\x04'), ('b', LONG + 'b')])
@@ -260,6 +262,7 @@ def test_a_chunk_that_changes_to_one_without_a_vector_is_removed_and_that_is_don
     assert '0 of them written now, 0 changed' in said and 'removed: 0 chunks' in said
 
 
+@pytest.mark.slow
 def test_a_document_that_is_cut_within_a_run_of_spaces_loses_what_stood_beyond(workspace, settings):
     spaces = ' \n' * 100
     fill(workspace, [('a', LONG + spaces + 'the end that is gone'), ('b', 'other')])

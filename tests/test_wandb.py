@@ -78,6 +78,7 @@ def test_training_and_evaluation_log_curves_scores_samples_and_the_report(worksp
         assert path.is_dir() or b'hush' not in path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_a_new_one_does_not(workspace):
     env = OFFLINE | dict(WANDB_DIR=str(workspace))
     common = ['config.py', '--use_retrieval=False', '--wandb_log=True']
