@@ -2,6 +2,8 @@
 import json
 import struct
 
+import pytest
+
 from tests.conftest import ROOT, SHARED, run
 
 OFFLINE = dict(WANDB_MODE='offline', WANDB_SILENT='true', WANDB_DIR='')
