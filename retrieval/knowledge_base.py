@@ -13,6 +13,7 @@ import math
 import os
 import re
 import tempfile
+import time
 import uuid
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -67,6 +68,7 @@ GRPC = {  # pymilvus pings every 10 s, also between two requests, for which gRPC
     'grpc.keepalive_permit_without_calls': 0, 'grpc.keepalive_time_ms': 60_000, 'grpc.keepalive_timeout_ms': 20_000}
 OF_INDEX = {'index_type', 'metric_type', 'field_name', 'index_name', 'params', 'total_rows', 'indexed_rows',
             'pending_index_rows', 'state'}  # in what is said of an index, beside its parameters
+LEAVING = 8  # seconds that the processes of a killed command may take to end
 RETRIES = 1  # by pymilvus, which retries in silence; we wait ourselves, and say so (waiting.py)
 
 
@@ -211,11 +213,16 @@ def writing(settings):
     place = os.path.realpath(os.path.expanduser(uri)) if is_local(uri) else uri
     path = f'{tempfile.gettempdir()}/nanoretro-writer-{os.getuid()}-{hash64(place, name) & (2**64 - 1):016x}'
     with open(path, 'a+') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f'another process is changing collection {name!r} in {uri}: wait for its end, and start '
-                            f'again') from None
+        deadline = time.monotonic() + LEAVING
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(f'another process is changing collection {name!r} in {uri}: wait for its end, and '
+                                    f'start again') from None
+                time.sleep(0.1)
         yield
 
 
