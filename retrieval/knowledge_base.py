@@ -167,9 +167,9 @@ def open_as_made(settings, load=True):
 
 def take_from_collection(settings, named, say, may_be_away=False):
     """
-    The settings, with the collection's tokenizer, chunk size and embedding model in place of defaults: of those that
-    are not among the `named` ones, which the user has set. `say` is told. As they were, if there is no collection, or
-    if no Milvus answers and none is needed, as by a GPT, or by whatever says that it `may_be_away`.
+    The settings, with the collection's tokenizer, chunk size and embedding model in place of defaults. Settings in
+    `named`, which the user has set, are kept. Reports the changes to `say`. Without a collection the settings are
+    returned unchanged, as they are for a GPT, or with `may_be_away`, while Milvus is unreachable.
     """
     keys = [key for key in TAKEN if key not in named and (settings.use_retrieval or key in OF_GRID)]
     if not keys:
