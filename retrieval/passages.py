@@ -5,21 +5,14 @@ text. Any model can read them in its prompt, also one that has no neighbors.
     with closing(PassageFinder(settings, tokenizer)) as finder:
         passages, = finder.find(['What does textwrap.dedent do?'])
 """
-from dataclasses import dataclass
-
 import numpy as np
 
 from configurator import UserError
+from data.conversations import Passage
 from retrieval.knowledge_base import FIELDS
 from retrieval.leaks import SPARE, hits_without_leaks, search_stage
 from retrieval.local_server import Unreachable
 from retrieval.retriever import READ_AGAIN, Retriever
-
-
-@dataclass
-class Passage:
-    title: str
-    text: str
 
 
 class PassageFinder(Retriever):

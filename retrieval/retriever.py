@@ -117,12 +117,13 @@ class Retriever:
     def _wait(self, work):
         return wait_for_milvus(work, self.knowledge_base.open, self.timeout, self.say)
 
-    def retrieve_for_text(self, chunks):
+    def retrieve_for_text(self, chunks, doc_id=0):
         """
-        The Neighbors of chunks (B, L, C), -1 where there is no token, of a text that is no document of the collection.
-        A chunk that holds the end of a document is its last and gets none.
+        The Neighbors of chunks (B, L, C), -1 where there is no token, of a text that is no document of the collection,
+        or of one about its document `doc_id`, of which there is none then. A chunk that holds the end of a document is
+        its last and gets none.
         """
-        doc_ids = np.zeros(chunks.shape[:2], dtype=np.int64)
+        doc_ids = np.full(chunks.shape[:2], doc_id, dtype=np.int64)
         return self.retrieve(chunks, doc_ids, (chunks == self.tokenizer.eot_token).any(-1))
 
     def point(self, tokens, doc_ids=None, patience=0.0, last=None):
