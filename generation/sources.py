@@ -13,21 +13,22 @@ PATIENCE = 1.0  # seconds for which the exact-match index is taken to be up to d
 
 
 class CollectionSource:
-    """The collection that a Retriever searches."""
+    """The collection that a Retriever searches, but for the document `doc_id`, which the text is of or about."""
 
-    def __init__(self, retriever):
-        self.retriever, self.index = retriever, retriever.index
+    def __init__(self, retriever, doc_id=0):
+        self.retriever, self.index, self.doc_id = retriever, retriever.index, doc_id
         self.has_neighbors, self.has_pointers = retriever.k > 0, retriever.matches is not None
         self.mode = retriever.mode  # what scores are of
 
     def retrieve(self, chunks):
         """Neighbors (N, K, R) of chunks (N, C), -1 where one has no token, their mask, and hits (N, K)."""
-        found = self.retriever.retrieve_for_text(chunks[:, None])
+        found = self.retriever.retrieve_for_text(chunks[:, None], self.doc_id)
         return found.tokens[:, 0].astype(np.int64), found.mask[:, 0], found.hits[:, 0]
 
     def point(self, tokens, last=None):
         """Pointers (B, n, P, 3) of tokens (B, n), or of the `last` of them."""
-        return self.retriever.point(tokens, patience=PATIENCE, last=last)
+        doc_ids = np.full((len(tokens), 1), self.doc_id, dtype=np.int64)
+        return self.retriever.point(tokens, doc_ids, PATIENCE, last)
 
     def draft(self, tokens, count):
         """What followed the longest run of the last of tokens (n,): its length, and up to `count` tokens (m,)."""

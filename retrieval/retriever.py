@@ -118,12 +118,13 @@ class Retriever:
     def _wait(self, work):
         return wait_for_milvus(work, self.knowledge_base.open, self.timeout, self.say)
 
-    def retrieve_for_text(self, chunks):
+    def retrieve_for_text(self, chunks, doc_id=0):
         """
-        The Neighbors of chunks (B, L, C), -1 where there is no token, of a text that is no document of the collection.
-        A chunk that holds the end of a document is its last and gets none. What pads a conversation in front is no end.
+        The Neighbors of chunks (B, L, C), -1 where there is no token, of a text that is no document of the collection,
+        or of one about its document `doc_id`, of which there is none then. A chunk that holds the end of a document is
+        its last and gets none; end-of-text that pads a conversation in front ends nothing.
         """
-        doc_ids, is_end = np.zeros(chunks.shape[:2], dtype=np.int64), chunks == self.tokenizer.eot_token
+        doc_ids, is_end = np.full(chunks.shape[:2], doc_id, dtype=np.int64), chunks == self.tokenizer.eot_token
         is_padding = np.logical_and.accumulate(is_end | (chunks < 0), axis=-1)
         return self.retrieve(chunks, doc_ids, (is_end & ~is_padding).any(-1) | is_padding.all(-1))
 
