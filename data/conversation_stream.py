@@ -9,6 +9,7 @@ of each dataset are drawn and which of them wait, and every rank packs the same 
 """
 import json
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -137,10 +138,11 @@ class ConversationSet:
         found = {}
         for conversation in read_conversations(config, self.counts):
             content = json.dumps([conversation.messages, [[p.title, p.text] for p in conversation.passages]])
-            found.setdefault((conversation.doc_id, hash64(conversation.id, content)), conversation)
+            found.setdefault((conversation.doc_id, hash64(content)), conversation)
         self.counts.duplicates = self.counts.documents - len(found)
         self.counts.documents = len(found)
         self.hash = f'{hash64(writer.describe(), self.live, *sorted(found)) & (2**64 - 1):016x}'
+        self.contents = {key[1] for key in found}
         self.conversations, self.cut = [found[key] for key in sorted(found)], 0  # that were cut when they were drawn
         if settings.passages and not self.live and not any(c.passages for c in self.conversations):
             raise UserError(f"passages is {settings.passages!r}, and no conversation of {config.path!r} has ctxs: "
@@ -232,7 +234,7 @@ class ConversationStream:
         bins, room = [[] for _ in range(self.step_size)], [Room(self.chunks) for _ in range(self.step_size)]
         while True:
             new = self._draw(WINDOW - len(self.waiting))
-            self.waiting += read_together(self.datasets, new, self.find_passages)
+            self.waiting = self.waiting + read_together(self.datasets, new, self.find_passages)
             left = []
             for key, example in self.waiting:
                 place = next((i for i in range(self.step_size) if room[i].takes(example)), None)
@@ -248,6 +250,17 @@ class ConversationStream:
             raise UserError(f'train_datasets are used up, after {self.taken.sum():,} conversations: all have been read '
                             f'as often as their epochs say; raise these, leave them at 0, or lower max_iters')
         return bins
+
+    def estimate_padding(self):
+        """The share of sequences that no conversation fills, of the first ones; None if passages are to be found."""
+        if any(dataset.live for dataset in self.datasets):
+            return None
+        bins, before = [], (self.taken.copy(), self.waiting)
+        with suppress(UserError):  # their epochs may end
+            while self.taken.sum() - before[0].sum() < PROBED:
+                bins += self.pack_step()
+        self.taken, self.waiting = before
+        return padding_of(bins, self.chunks * self.chunk_size) if bins else None
 
     def __iter__(self):
         return self

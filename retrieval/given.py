@@ -36,7 +36,7 @@ class GivenPassages:
                     index, place = index_passages(passages, end, self.tokenizer.n_vocab), slice(first * C, last * C)
                     pointers[b, place] = index.find(batch.tokens[b:b + 1, place], np.zeros((1, 1), dtype=np.int64),
                                                     self.num_pointers)[0]
-        return replace(batch, neighbors=neighbors, neighbor_mask=mask, pointers=pointers)
+        return replace(batch, neighbors=neighbors, neighbor_mask=mask, pointers=pointers, given=None)
 
     def close(self):
         pass
