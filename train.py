@@ -120,6 +120,12 @@ retrieval_cache_gb = 10.0  # its maximum size; 0 disables
 retrieval_matches_dir = 'out/matches'  # exact-match index of the collection, shared by all runs; on a local disk
 retrieval_offline = False  # train without a database, from what python -m retrieval.precompute has stored in the cache
 retrieval_timeout = 600.0  # seconds to wait for an unreachable Milvus before saving a checkpoint and ending the run
+# instruction tuning (sft.py)
+template = ''  # of conversations: 'instructretro', 'plain', or a text with {system}, {user}, {assistant}; '': documents
+passages = ''  # that go with a question: '' none, 'prompt' as text before it, 'neighbors' read or pointed into
+passages_from = 'file'  # 'file': the example's own ctxs; 'collection': retrieved for it, its own document left out
+num_passages = 2  # of each question, at most
+freeze_retrieval = False  # tune the decoder alone, as InstructRetro does: retrieval is silent, and stays as it is
 # optimizer
 learning_rate = 6e-4  # peak learning rate
 max_iters = 600000  # steps
