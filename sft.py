@@ -2,8 +2,8 @@
 Tunes a pretrained model on conversations, so that it answers: instruction tuning, with the training loop of train.py.
 
     python sft.py config/sft_quickstart.py                                    # from the quickstart's model
-    python sft.py --init_from=out/my_run --out_dir=out/tuned --template=plain --train_datasets="['chats.jsonl']" \\
-        --val_datasets="['held_out.jsonl']"
+    python sft.py --init_from=out/my_run --out_dir=out/tuned --template=plain \\
+        --train_datasets="['chats.jsonl']" --val_datasets="['held_out.jsonl']"
     python sft.py config/sft_quickstart.py --passages=prompt --passages_from=collection    # with passages to read
     python sft.py config/sft_quickstart.py --freeze_retrieval=True            # the decoder alone, as InstructRetro does
     python sft.py config/sft_quickstart.py --init_from=resume                 # go on after an interruption
