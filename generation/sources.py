@@ -7,7 +7,7 @@ import numpy as np
 
 from configurator import UserError
 from retrieval.knowledge_base import FIELDS
-from retrieval.match_index import Documents, MatchIndex, Segment, index_documents
+from retrieval.match_index import index_passages
 
 PATIENCE = 1.0  # seconds for which the exact-match index is taken to be up to date
 
@@ -82,11 +82,7 @@ class PassageSource:
             self.neighbors, self.mask = np.zeros((K, R), dtype=np.int64), np.zeros((K, R), dtype=bool)
             for i, t in enumerate(tokens):
                 self.neighbors[i, :len(t)], self.mask[i, :len(t)] = t[:R], True
-        end, token_type = tokenizer.eot_token, np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
-        self.index = MatchIndex('', end, tokenizer.n_vocab)
-        documents = Documents(np.arange(1, 1 + len(tokens)), np.zeros(len(tokens), dtype=np.int64),
-                              [np.append(t, end).astype(token_type) for t in tokens])
-        self.index.segments = [Segment('passages', index_documents(documents, end, token_type), [])]
+        self.index = index_passages(tokens, tokenizer.eot_token, tokenizer.n_vocab)
 
     def retrieve(self, chunks):
         N = len(chunks)

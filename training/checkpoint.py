@@ -332,22 +332,30 @@ def gpt2_settings(name):
     return fields | dict(tokenizer=path if is_other else 'gpt2')
 
 
+def find_source(settings):
+    """The Checkpoint that a run starts from or resumes; None if it is a GPT-2. UserError if there is no such model."""
+    source = settings.init_from
+    if source in ('scratch', 'resume'):
+        return load_checkpoint(settings.out_dir, for_resume=not settings.eval_only)
+    if is_gpt2(source):
+        return None
+    if not os.path.isdir(source):
+        raise UserError(f"init_from {source!r} is neither 'scratch' nor 'resume' nor a folder nor one of {GPT2}")
+    return load_export(source) or load_checkpoint(source)
+
+
 def source_settings(settings):
     """
     What a run takes from the model that it starts from or resumes, where its config says nothing, as a dict: the
     architecture and the tokenizer. UserError if there is no such model.
     """
-    source = settings.init_from
+    source, checkpoint = settings.init_from, find_source(settings)
+    if checkpoint is None:
+        return gpt2_settings(source)
     if source in ('scratch', 'resume'):
-        checkpoint = load_checkpoint(settings.out_dir, for_resume=not settings.eval_only)
         tokenizer = checkpoint.settings['tokenizer']
         is_there = tokenizer == 'gpt2' or os.path.isfile(tokenizer)  # it may be of a run that has gone on or is gone
         return checkpoint.model | dict(tokenizer=tokenizer if is_there else checkpoint.tokenizer_path)
-    if is_gpt2(source):
-        return gpt2_settings(source)
-    if not os.path.isdir(source):
-        raise UserError(f"init_from {source!r} is neither 'scratch' nor 'resume' nor a folder nor one of {GPT2}")
-    checkpoint = load_export(source) or load_checkpoint(source)
     keys = checkpoint.model if checkpoint.model['use_retrieval'] else OF_GPT
     return {key: checkpoint.model[key] for key in keys} | dict(tokenizer=checkpoint.tokenizer_path)
 
