@@ -1,9 +1,9 @@
 # InstructRetro's instruction tuning (Wang et al. 2023, arXiv 2310.07713) of a RETRO of your own, with the open blend
 # that Megatron-LM published beside it: 1,000 steps of 128 at a constant learning rate of 5e-6, on the decoder alone.
 #     python data/instructretro/prepare.py && python sft.py config/sft_instructretro.py --init_from=out/retro_857m
-# What differs: the sets, as data/instructretro/prepare.py says; conversations are packed, so a step of 128 sequences has
-# more than 128 of them; and the private sets that the paper's own models were tuned on, too, are not to be had, which by
-# Megatron-LM's account changes accuracy by one or two points.
+# What differs: the sets, as data/instructretro/prepare.py says; conversations are packed, so a step of 128 sequences
+# has more than 128 of them; and the private sets that the paper's own models were tuned on, too, are not to be had,
+# which by Megatron-LM's account changes accuracy by one or two points.
 from data.documents import DatasetConfig
 
 out_dir = 'out/sft_instructretro'

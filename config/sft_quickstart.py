@@ -10,7 +10,7 @@ log_interval = 10
 
 train_datasets = [DatasetConfig('data/docstrings/train.jsonl')]
 val_datasets = [DatasetConfig('data/docstrings/val.jsonl')]
-template = 'plain'
+template = '{system}\n\nQuestion: {user}\n\nAnswer: """{assistant}"""'  # as docstrings begin: pointers find them
 gradient_accumulation_steps = 1
 batch_size = 8
 
