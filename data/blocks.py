@@ -144,8 +144,9 @@ class BlockReader:
         if not rows or counts.documents >= most:
             if not documents and not self.may_be_empty:
                 raise UserError(f'dataset {self.config.path!r} has no documents with text ({counts.describe()})' + (
-                    f' for reader {self.lane + 1} of {self.lanes}: name another, or leave streaming out'
-                    if self.lanes > 1 else ': name another'))
+                    f' for reader {self.lane + 1} of {self.lanes}: lower stream_workers, as it has too few documents '
+                    f'for as many readers, leave streaming out, or name another' if self.lanes > 1 else
+                    ': name another'))
             following.update(epoch=position['epoch'] + 1, documents=0, state=None)
         more['following'] = following
 
@@ -187,6 +188,8 @@ class Lane:
     def next_sequence(self, number):
         """(ChunkedDataset, number of one of its sequences, its part of the seed) of a dataset, or None at its end."""
         place = self.places[number]
+        while self.pipe.poll():  # an error in a rarely drawn dataset ends the run now, and not hours later
+            self._receive()
         while True:
             if self._has_ended(number, place.position):
                 return None
