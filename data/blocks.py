@@ -23,13 +23,12 @@ from configurator import Settings, UserError
 from data.chunk_store import (
     VERSION,
     ChunkedDataset,
-    is_whole,
+    find_meta,
     locked,
     make_room,
     name_of,
     open_datasets,
     place_of,
-    read_meta,
     remove,
     state_of,
     usable_cache,
@@ -121,13 +120,14 @@ class BlockReader:
             folder = f'{parent}/{self.base}-{name_of(json.dumps(position, sort_keys=True))}'
             with locked(f'{parent}/{self.base}.lock',
                         lambda: self.say(f'waiting for another process, which is reading {self.config.path}')):
-                if not is_whole(folder):
+                meta = find_meta(folder)  # once: another process may be done with the block, and remove it
+                if meta is None:
                     counts, more = Counts(), {}
                     say = self.say if not position['block'] else lambda news: None  # later ones are read meanwhile
                     build(folder, self._documents(position, counts, more), counts, self.tokenizer,
                           self.settings.retrieval_chunk_size, say, self.config.path, is_block=True, more=more)
                     make_room(parent, self.settings.data_cache_gb)
-                return folder, read_meta(folder)['following']
+                return folder, (meta or more)['following']
 
     def _documents(self, position, counts, more):
         """Yields the Documents of the block at a position, and writes the position after it to more['following']."""
