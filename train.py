@@ -33,8 +33,9 @@ from data.fingerprint import describe_corpus
 from data.tokenizer import load_tokenizer, token_byte_counts, tokenizer_json
 from evaluation.validation import evaluate, run_benchmarks
 from model import RETRO, RETROConfig
-from retrieval.knowledge_base import is_local, take_from_collection
+from retrieval.inherit import take_from_collection
 from retrieval.loader import Loader
+from retrieval.local_server import is_local
 from retrieval.retriever import Retriever
 from training.checkpoint import (
     RunState,

@@ -37,19 +37,15 @@ from data.documents import as_dataset_configs, check_sides
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from retrieval.bulk import Imports, open_folder, wait_for_imports
 from retrieval.embedding import Embedder, EmbedderInfo
-from retrieval.knowledge_base import (
-    MAX_TEXT,
-    SEGMENT,
-    check_new,
-    is_local,
-    open_knowledge_base,
-    take_from_collection,
-    writing,
-)
+from retrieval.index import SEGMENT, check_new
+from retrieval.inherit import take_from_collection
+from retrieval.knowledge_base import MAX_TEXT, open_knowledge_base
+from retrieval.local_server import is_local
 from retrieval.match_index import open_match_index
 from retrieval.ranks import Ranks
 from retrieval.sizes import describe_sizes
 from retrieval.waiting import wait_for_milvus
+from retrieval.writer import writing
 
 AHEAD = 4  # Parts that may queue before a stage
 SAMPLE = 10  # seconds of embedding, to estimate all of it

@@ -25,7 +25,8 @@ from data.corpus import val_batches
 from data.documents import as_dataset_configs
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer, vocabulary_hash
-from retrieval.knowledge_base import open_as_made, take_from_collection
+from retrieval.inherit import take_from_collection
+from retrieval.knowledge_base import open_as_made
 from retrieval.leaks import SPARE
 from retrieval.loader import Loader
 from retrieval.neighbor_cache import USABLE, bytes_of

@@ -41,7 +41,7 @@ from configurator import (
 from data.tokenizer import load_tokenizer, token_bytes, vocabulary_hash
 from model import RETRO, RETROConfig, gpt2_fields
 from retrieval.embedding import quiet
-from retrieval.knowledge_base import is_local
+from retrieval.local_server import is_local
 from training.checks import NotFinite
 
 VERSION = 1  # of the layout
