@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import UserError, drop_secrets_from_argv, load_settings, named_settings, user_errors_as_one_line
+from data.conversations import check_documents
 from data.fingerprint import describe_corpus
 from data.tokenizer import load_tokenizer, token_byte_counts, tokenizer_json
 from evaluation.validation import evaluate, run_benchmarks
@@ -153,9 +154,7 @@ def read_settings(arguments):
     if settings.init_from != 'scratch' or settings.eval_only:
         given = source_settings(settings)
         settings = load_settings(arguments, given=given)
-    if settings.template:
-        raise UserError(f'template is {settings.template!r}, which is of conversations, and this trains on documents: '
-                        f'run python sft.py, or leave template out')
+    check_documents(settings)
     return settings, given
 
 

@@ -15,8 +15,10 @@ from data.tokenizer import load_tokenizer, tokenizer_json
 from generation.engine import Engine, Request
 from generation.sampling import Sampling
 from model import RETRO, RETROConfig
+from retrieval import populate, precompute
 from retrieval.loader import open_conversations
 from retrieval.passages import PassageFinder
+from retrieval.static_embedding import fit_embedding
 from tests.conftest import ROOT, run, run_ranks
 from tests.test_train import losses, metrics
 from training.checkpoint import RunState, load_checkpoint, load_run, save_checkpoint
@@ -161,7 +163,7 @@ FROZEN = ['--freeze_retrieval=True', '--retrieval_milvus_uri=http://127.0.0.1:9'
 
 
 def test_the_gate_is_exact_after_tuning_the_decoder_alone(pretrained, frozen):
-    """As InstructRetro does: what retrieval adds keeps its weights to the bit, and the decoder learns as a GPT would."""
+    """As InstructRetro does: what retrieval adds keeps its weights to the bit, and the decoder learns."""
     before = dict(load(pretrained, 'pretrained')[2].named_parameters())
     assert 'of which' in frozen.stdout and 'are trained' in frozen.stdout and 'retrieving' not in frozen.stdout
     after, decoder = assert_gate_is_exact(pretrained, 'frozen')
@@ -276,13 +278,20 @@ def test_what_cannot_be_tuned_is_one_line(chats, flags, said):
 
 
 @pytest.mark.parametrize('flags, said', [
-    (['--template=plain'], 'run python sft.py'),
+    (['--template=plain'], 'the datasets are conversations.*python sft.py tunes'),
     (['--passages=prompt'], "passages is 'prompt', which is of instruction tuning"),
     (['--freeze_retrieval=True'], 'freeze_retrieval is True, which is of instruction tuning'),
 ])
 def test_training_on_documents_refuses_what_is_of_tuning(chats, flags, said):
     with pytest.raises(UserError, match=said):
         check_settings(train.read_settings(['config.py', *flags])[0])
+
+
+@pytest.mark.parametrize('read', [populate.main, precompute.main, lambda: fit_embedding(load_settings(['tune.py']))])
+def test_what_reads_documents_says_that_a_config_is_of_conversations(chats, read, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['main', 'tune.py'])
+    with pytest.raises(UserError, match='the datasets are conversations, and this reads documents'):
+        read()
 
 
 def test_a_server_that_the_model_alone_names_gets_no_token(chats, monkeypatch):
