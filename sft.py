@@ -10,7 +10,7 @@ Tunes a pretrained model on conversations, so that it answers: instruction tunin
     python sft.py --help                                                      # all settings
 
 Architecture, tokenizer and how retrieval is done are those of the model in init_from: an out_dir, a checkpoint's
-folder, an export, or 'gpt2'. Datasets are conversations (data/conversations.py), and the loss is on their answers alone.
+folder, an export, or 'gpt2'. Datasets are conversations (data/conversations.py), and the loss is on answers alone.
 """
 import os
 from contextlib import ExitStack

@@ -29,12 +29,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import UserError, drop_secrets_from_argv, load_settings, named_settings, user_errors_as_one_line
+from data.conversations import check_documents
 from data.fingerprint import describe_corpus
 from data.tokenizer import load_tokenizer, token_byte_counts, tokenizer_json
 from evaluation.validation import evaluate, run_benchmarks
 from model import RETRO, RETROConfig
-from retrieval.knowledge_base import is_local, take_from_collection
+from retrieval.inherit import take_from_collection
 from retrieval.loader import Loader
+from retrieval.local_server import is_local
 from retrieval.retriever import Retriever
 from training.checkpoint import (
     RunState,
@@ -152,9 +154,7 @@ def read_settings(arguments):
     if settings.init_from != 'scratch' or settings.eval_only:
         given = source_settings(settings)
         settings = load_settings(arguments, given=given)
-    if settings.template:
-        raise UserError(f'template is {settings.template!r}, which is of conversations, and this trains on documents: '
-                        f'run python sft.py, or leave template out')
+    check_documents(settings)
     return settings, given
 
 
@@ -251,6 +251,8 @@ def main(cleanup, read_settings=read_settings):
         if retrieves and loader.size:
             print(f'retrieving from {loader.size:,} chunks of {settings.retrieval_collection!r} in '
                   f'{settings.retrieval_milvus_uri}')
+        elif retrieves:
+            print('reading the passages that go with each conversation')
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         is_partly_frozen = settings.retrofit or settings.freeze_retrieval
         print(f'{"RETRO" if settings.use_retrieval else "GPT"} of {model.num_parameters() / 1e6:.2f} M parameters'
@@ -272,7 +274,7 @@ def main(cleanup, read_settings=read_settings):
     # prompts have not been precomputed: an offline run writes its samples without retrieval
     prompt_retriever = functools.cache(lambda: cleanup.enter_context(closing(
         Retriever(settings, tokenizer, ranks.device, say_or_stop)))
-        if retrieves and not settings.retrieval_offline else None)
+        if retrieves and settings.passages != 'neighbors' and not settings.retrieval_offline else None)
     interval, found_themselves = Interval(state.step, loader.waited), Counter()
     for batch in val_batches:  # of what is trained on alone it is said whether it found itself
         interval.counts.update({**batch.counts, **dict.fromkeys(batch.counts.keys() & OF_TRAINING, 0)})
