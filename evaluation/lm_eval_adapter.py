@@ -17,7 +17,7 @@ import sys
 import warnings
 from contextlib import ExitStack, closing
 
-from system import autocast, pick_dtype
+from system import autocast, is_device, pick_dtype
 
 from configurator import UserError, check_range, reason_of, to_json, user_errors_as_one_line, visible, write_atomically
 from data.conversations import find_template, render
@@ -54,7 +54,8 @@ class RETROForLMEval(TemplateLM):
     def __init__(self, out_dir='out', retrieval=None, batch_size=None, device=None, max_batch_size=None, run=None,
                  retriever=None, **settings):
         super().__init__()
-        settings |= {'device': device} if device else {}
+        if device and is_device(device):  # lm_eval names a GPU where there is none
+            settings['device'] = device
         self.settings, self.encoding, self.network, self._device = run or load_run(
             out_dir, [f'--{key}={value}' for key, value in settings.items()])
         if retrieval not in (None, 'on', 'off'):

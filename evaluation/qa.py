@@ -23,9 +23,16 @@ from system import autocast, keep_freed_memory, pick_dtype
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, check_range, to_json, user_errors_as_one_line, visible, write_atomically
+from configurator import (
+    UserError,
+    as_plain,
+    check_range,
+    to_json,
+    user_errors_as_one_line,
+    visible,
+    write_atomically,
+)
 from data.conversations import Passage, find_template, render
-from data.documents import as_dataset_configs
 from data.tokenizer import token_byte_counts
 from evaluation.figures import ARMS, figure, interval
 from evaluation.losses import bits_per_byte, bootstrap
@@ -76,6 +83,9 @@ def main(cleanup):
     arguments, overrides = parse_arguments()
     step = load_checkpoint(arguments.out_dir).step
     settings, tokenizer, model, device = load_run(arguments.out_dir, overrides)
+    if arguments.max_new_tokens >= model.config.block_size:
+        raise UserError(f'--max_new_tokens is {arguments.max_new_tokens}, and the block has {model.config.block_size} '
+                        f'tokens, for the question, too: use less')
     template = find_template(arguments.template or settings.template or 'plain')
     if not (arguments.template or settings.template):
         say('the model was not tuned on conversations: questions are asked in the template plain; --template names '
@@ -85,7 +95,7 @@ def main(cleanup):
     as_neighbors = passages != 'none' and passages_as == 'neighbors'
     arms = choose_arms(arguments, model.config, as_neighbors)
     results = make_folder(arguments.results or arguments.out_dir)
-    questions, left_out = read_questions(arguments.data, find_source(arguments, settings))
+    questions, left_out = read_data(arguments, settings)
     total = len(questions)
     if 0 < arguments.max_questions < total:
         chosen = sorted(random.Random(0).sample(range(total), arguments.max_questions))
@@ -158,16 +168,17 @@ def choose_arms(arguments, config, as_neighbors):
     return [arguments.retrieval] if arguments.retrieval else ['on', 'off']
 
 
-def find_source(arguments, settings):
-    """The source of the documents that questions name."""
-    if arguments.source is not None:
-        return arguments.source
-    sources = sorted({config.source for config in as_dataset_configs(
-        [{**c, 'filter_fn': None} if isinstance(c, dict) else c for c in settings.train_datasets], 'train_datasets')})
-    if len(sources) > 1:
-        raise UserError(f'the train_datasets of the run have several sources ({", ".join(map(repr, sources))}): name '
-                        f'that of the documents that the questions are about in --source')
-    return sources[0] if sources else ''
+def read_data(arguments, settings):
+    """The Questions of --data, and what was left out. UserError if nobody says which source their documents have."""
+    sources = {entry.get('source', '') if isinstance(entry, dict) else ''
+               for entry in as_plain(settings.train_datasets)}
+    source = arguments.source if arguments.source is not None else min(sources, default='')
+    questions, left_out = read_questions(arguments.data, source)
+    if len(sources) > 1 and arguments.source is None and any(question.document for question in questions):
+        raise UserError(f'the train_datasets of the run have several sources '
+                        f'({", ".join(map(repr, sorted(sources)))}): name that of the documents that the questions are '
+                        f'about in --source')
+    return questions, left_out
 
 
 def describe_own_documents(questions, knowledge_base):
@@ -198,9 +209,6 @@ def ask(question, passages, template, tokenizer, config, max_new_tokens, counts)
     """
     align = config.retrieval_chunk_size if config.has_neighbors else 0
     room = config.block_size - max_new_tokens
-    if room < 1:
-        raise UserError(f'--max_new_tokens is {max_new_tokens}, and the block has {config.block_size} tokens for the '
-                        f'question, too: use less')
     passages, whole = list(passages), len(passages)
     while True:
         prompt, _ = render(template, question.messages, tokenizer, passages, align)

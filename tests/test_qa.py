@@ -154,8 +154,7 @@ def test_the_page_shows_questions_answers_and_passages_and_nothing_in_them_is_ma
     report, lines = ask('--passages=file', '--max_questions=4', '--shown=9', monkeypatch=monkeypatch)
     page = (workspace / 'retro/questions.html').read_text()
     assert report['questions'] == 4 and report['of'] == 5 and page.count('<article') == len(lines) == 4
-    for line in lines:
-        assert line['question'].replace('</pre>', '') in page or EVIL in line['question']
+    assert all(line['question'] in page for line in lines if EVIL not in line['question'])
     assert '<script>document' not in page and page.count('<script>') == 1 and 'x = 1' in page and 'gold' in page
     # and the page of python -m evaluation has them, too, while they are of its checkpoint
     other = dict(out_dir='retro', data='val', corpus='val', documents=1, tokens=2, bytes=3, notes=[], benchmarks={},
@@ -163,7 +162,8 @@ def test_the_page_shows_questions_answers_and_passages_and_nothing_in_them_is_ma
     for step, shown in ((3, True), (4, False)):
         write_report(workspace / 'report.html', other, [], None, None, None, None, None, 'none',
                      read_answers('retro', step))
-        assert ('What does heappush' in (workspace / 'report.html').read_text()) == shown
+        shown_question = next(line['question'] for line in lines if EVIL not in line['question'])
+        assert (shown_question in (workspace / 'report.html').read_text()) == shown
 
 
 def test_a_gpt_answers_with_passages_in_its_prompt_and_no_arm_is_named_on(tuned, monkeypatch):
