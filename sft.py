@@ -2,15 +2,15 @@
 Tunes a pretrained model on conversations, so that it answers: instruction tuning, with the training loop of train.py.
 
     python sft.py config/sft_quickstart.py                                    # from the quickstart's model
-    python sft.py --init_from=out/my_run --out_dir=out/tuned --template=plain --train_datasets="['chats.jsonl']" \\
-        --val_datasets="['held_out.jsonl']"
+    python sft.py --init_from=out/my_run --out_dir=out/tuned --template=plain \\
+        --train_datasets="['chats.jsonl']" --val_datasets="['held_out.jsonl']"
     python sft.py config/sft_quickstart.py --passages=prompt --passages_from=collection    # with passages to read
     python sft.py config/sft_quickstart.py --freeze_retrieval=True            # the decoder alone, as InstructRetro does
     python sft.py config/sft_quickstart.py --init_from=resume                 # go on after an interruption
     python sft.py --help                                                      # all settings
 
 Architecture, tokenizer and how retrieval is done are those of the model in init_from: an out_dir, a checkpoint's
-folder, an export, or 'gpt2'. Datasets are conversations (data/conversations.py), and the loss is on their answers alone.
+folder, an export, or 'gpt2'. Datasets are conversations (data/conversations.py), and the loss is on answers alone.
 """
 import os
 from contextlib import ExitStack

@@ -29,12 +29,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import UserError, drop_secrets_from_argv, load_settings, named_settings, user_errors_as_one_line
+from data.conversations import check_documents
 from data.fingerprint import describe_corpus
 from data.tokenizer import load_tokenizer, token_byte_counts, tokenizer_json
 from evaluation.validation import evaluate, run_benchmarks
 from model import RETRO, RETROConfig
-from retrieval.knowledge_base import is_local, take_from_collection
+from retrieval.inherit import take_from_collection
 from retrieval.loader import Loader
+from retrieval.local_server import is_local
 from retrieval.retriever import Retriever
 from training.checkpoint import (
     RunState,
@@ -152,9 +154,7 @@ def read_settings(arguments):
     if settings.init_from != 'scratch' or settings.eval_only:
         given = source_settings(settings)
         settings = load_settings(arguments, given=given)
-    if settings.template:
-        raise UserError(f'template is {settings.template!r}, which is of conversations, and this trains on documents: '
-                        f'run python sft.py, or leave template out')
+    check_documents(settings)
     return settings, given
 
 

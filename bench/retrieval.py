@@ -37,9 +37,8 @@ from data.fingerprint import describe_corpus
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
 from retrieval.embedding import Embedder
-from retrieval.knowledge_base import is_local
 from retrieval.loader import Loader
-from retrieval.local_server import join_server
+from retrieval.local_server import is_local, join_server
 from retrieval.populate import populate
 from retrieval.retriever import STALE, Retriever
 from retrieval.static_embedding import is_static_embedding, save

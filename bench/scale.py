@@ -40,8 +40,9 @@ from data.documents import as_dataset_configs
 from data.fingerprint import describe_corpus
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from retrieval.embedding import Embedder
-from retrieval.knowledge_base import is_local, open_knowledge_base
+from retrieval.knowledge_base import open_knowledge_base
 from retrieval.leaks import SPARE, hits_without_leaks, search_stage
+from retrieval.local_server import is_local
 from retrieval.match_index import Documents, MatchIndex, Segment, index_documents, plan_merges
 from retrieval.populate import Rows, read_parts
 

@@ -35,9 +35,8 @@ from configurator import load_settings, user_errors_as_one_line
 from data.fingerprint import describe_corpus
 from data.tokenizer import load_tokenizer
 from model import RETRO, RETROConfig
-from retrieval.knowledge_base import is_local
 from retrieval.loader import Loader
-from retrieval.local_server import join_server
+from retrieval.local_server import is_local, join_server
 
 TURN = 4  # steps: short, so that whatever else the machine does affects all arms alike
 BUSY = 'while True: sum(range(100_000))'  # the process that keeps a core busy

@@ -23,13 +23,12 @@ from configurator import Settings, UserError
 from data.chunk_store import (
     VERSION,
     ChunkedDataset,
-    is_whole,
+    find_meta,
     locked,
     make_room,
     name_of,
     open_datasets,
     place_of,
-    read_meta,
     remove,
     state_of,
     usable_cache,
@@ -121,13 +120,14 @@ class BlockReader:
             folder = f'{parent}/{self.base}-{name_of(json.dumps(position, sort_keys=True))}'
             with locked(f'{parent}/{self.base}.lock',
                         lambda: self.say(f'waiting for another process, which is reading {self.config.path}')):
-                if not is_whole(folder):
+                meta = find_meta(folder)  # once: another process may be done with the block, and remove it
+                if meta is None:
                     counts, more = Counts(), {}
                     say = self.say if not position['block'] else lambda news: None  # later ones are read meanwhile
                     build(folder, self._documents(position, counts, more), counts, self.tokenizer,
                           self.settings.retrieval_chunk_size, say, self.config.path, is_block=True, more=more)
                     make_room(parent, self.settings.data_cache_gb)
-                return folder, read_meta(folder)['following']
+                return folder, (meta or more)['following']
 
     def _documents(self, position, counts, more):
         """Yields the Documents of the block at a position, and writes the position after it to more['following']."""
@@ -144,8 +144,9 @@ class BlockReader:
         if not rows or counts.documents >= most:
             if not documents and not self.may_be_empty:
                 raise UserError(f'dataset {self.config.path!r} has no documents with text ({counts.describe()})' + (
-                    f' for reader {self.lane + 1} of {self.lanes}: name another, or leave streaming out'
-                    if self.lanes > 1 else ': name another'))
+                    f' for reader {self.lane + 1} of {self.lanes}: lower stream_workers, as it has too few documents '
+                    f'for as many readers, leave streaming out, or name another' if self.lanes > 1 else
+                    ': name another'))
             following.update(epoch=position['epoch'] + 1, documents=0, state=None)
         more['following'] = following
 
@@ -187,6 +188,8 @@ class Lane:
     def next_sequence(self, number):
         """(ChunkedDataset, number of one of its sequences, its part of the seed) of a dataset, or None at its end."""
         place = self.places[number]
+        while self.pipe.poll():  # an error in a rarely drawn dataset ends the run now, and not hours later
+            self._receive()
         while True:
             if self._has_ended(number, place.position):
                 return None

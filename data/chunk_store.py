@@ -163,11 +163,12 @@ def read_meta(folder):
     return meta
 
 
-def is_whole(folder):
+def find_meta(folder):
+    """As read_meta, or None if the folder is missing or damaged."""
     try:
-        return bool(read_meta(folder))
+        return read_meta(folder)
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def map_file(path, dtype):
@@ -223,7 +224,7 @@ def open_dataset(config, files, tokenizer, settings, say, head=None):
                     lambda: open_with_datasets(config, files), config, files, settings.stream_timeout, say)
             state = state_of(files)
             folder = f'{base}-{name_of(state)}'
-            was_whole = is_whole(folder)
+            was_whole = find_meta(folder) is not None
             if not was_whole:
                 if os.path.isdir(folder):
                     say(f'{folder} is damaged: reading {config.path} again')

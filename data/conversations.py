@@ -135,6 +135,13 @@ def render(template, messages, tokenizer, passages=(), align=0):
     return tokens, is_answer
 
 
+def check_documents(settings):
+    """UserError if the datasets of a run are conversations, where documents are read."""
+    if settings.template:
+        raise UserError(f'template is {settings.template!r}, so the datasets are conversations, and this reads '
+                        f'documents: name the config of the pretraining; python sft.py tunes')
+
+
 def read_conversations(config, counts=None):
     """
     Yields the Conversations of a DatasetConfig, in the order of its files, and counts them in `counts`, a Counts, as

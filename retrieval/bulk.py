@@ -14,7 +14,8 @@ import uuid
 import numpy as np
 
 from configurator import UserError
-from retrieval.knowledge_base import UNTOLD, is_local
+from retrieval.knowledge_base import UNTOLD
+from retrieval.local_server import is_local
 
 FILE = 256 << 20  # bytes of vectors and tokens in a file, about
 SINCE = (2, 3, 4)  # version of the first server that imports Parquet

@@ -32,23 +32,16 @@ from data.chunk_store import open_datasets
 from data.documents import DatasetConfig, as_dataset_configs, find_files
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from retrieval.embedding import Embedder, EmbedderInfo
+from retrieval.inherit import take_from_collection
 from retrieval.kb_file import export_rows, import_rows
-from retrieval.knowledge_base import (
-    FIELDS,
-    VERSION,
-    describe_score,
-    open_as_made,
-    open_knowledge_base,
-    state_of,
-    take_from_collection,
-    writing,
-)
+from retrieval.knowledge_base import FIELDS, VERSION, describe_score, open_as_made, open_knowledge_base, state_of
 from retrieval.leaks import SPARE, hits_without_leaks, search_stage
 from retrieval.local_server import Unreachable
 from retrieval.match_index import match_index_folder, open_match_index
 from retrieval.neighbor_cache import DATA, NeighborCache, cache_name
 from retrieval.populate import populate
 from retrieval.waiting import wait_for_milvus
+from retrieval.writer import writing
 
 PART = 2048  # rows that are read together with their vectors
 LEAST = 0.95  # recall below which validate ends with 1

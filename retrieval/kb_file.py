@@ -13,16 +13,15 @@ from tqdm import tqdm
 
 from configurator import UserError, save_atomically
 from data.tokenizer import load_tokenizer, vocabulary_hash
+from retrieval.inherit import OF_GRID, take_defaults
 from retrieval.knowledge_base import (
     FIELDS,
-    OF_GRID,
     VERSION,
     KnowledgeBase,
     Metadata,
     NoCollection,
     describe_difference,
     open_as_made,
-    take_defaults,
 )
 
 FORMAT = 1  # of the file

@@ -3,8 +3,6 @@ The Milvus collection that a model retrieves from. A row is whole: a chunk's id,
 and its tokens with those of its continuation. The collection's properties say what made it, and name its revision.
 The only file that talks to Milvus: to a local file through Milvus Lite, or to any server by its URI.
 """
-import ast
-import fcntl
 import glob
 import itertools
 import json
@@ -12,18 +10,15 @@ import logging
 import math
 import os
 import re
-import tempfile
-import time
 import uuid
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 
 from configurator import UserError
-from data.chunking import hash64
-from retrieval.local_server import Unreachable, forget_server, join_server
-from retrieval.offline import open_cache, read_records
+from retrieval.index import INDEXES, SEGMENT, build_parameters, check_new, new_index, parse_index
+from retrieval.local_server import Unreachable, forget_server, is_local, join_server
 
 os.environ.setdefault('GRPC_VERBOSITY', 'NONE')  # its errors come as exceptions, too
 
@@ -39,20 +34,7 @@ BM25 = {'bm25_k1': 1.2, 'bm25_b': 0.75}  # Milvus' defaults; Milvus Lite has ano
 RRF = 60  # reciprocal rank fusion: a row's score is the sum of 1 / (RRF + rank) over the two searches
 UNTOLD = (99,)  # version of a service that does not tell it
 FULL_TEXT = (2, 5)  # version of Milvus from which on servers search by words
-HNSW = {'M': 16, 'efConstruction': 200}
-INDEXES = {  # parameters of the build beside those that follow the size, and the first version of a server that has it
-    'FLAT': ({}, None),
-    'IVF_FLAT': ({}, None),
-    'IVF_SQ8': ({}, None),
-    'HNSW': (HNSW, None),
-    'AUTOINDEX': ({}, None),
-    'HNSW_SQ': (HNSW | {'sq_type': 'SQ8'}, (2, 5)),
-    'DISKANN': ({}, (2, 2)),
-    'IVF_RABITQ': ({'refine': True, 'refine_type': 'SQ8'}, (2, 6)),
-}
-IN_LITE = {'FLAT', 'IVF_FLAT', 'IVF_SQ8', 'HNSW', 'HNSW_SQ', 'AUTOINDEX'}  # it takes others and searches row by row
 FLOAT16 = (2, 4)  # version of the first server that has such vectors
-SEGMENT = 100_000  # rows that have an index of their own: of Milvus Lite at most, of a server about as many
 OUTGROWN = 2  # times as many lists as it has suit a collection now: its index is made anew
 MAX_TEXT = 65535  # bytes of a row's text, Milvus' limit
 MOST = 16384  # rows that Milvus returns for a query
@@ -68,7 +50,6 @@ GRPC = {  # pymilvus pings every 10 s, also between two requests, for which gRPC
     'grpc.keepalive_permit_without_calls': 0, 'grpc.keepalive_time_ms': 60_000, 'grpc.keepalive_timeout_ms': 20_000}
 OF_INDEX = {'index_type', 'metric_type', 'field_name', 'index_name', 'params', 'total_rows', 'indexed_rows',
             'pending_index_rows', 'state'}  # in what is said of an index, beside its parameters
-LEAVING = 8  # seconds that the processes of a killed command may take to end
 RETRIES = 1  # by pymilvus, which retries in silence; we wait ourselves, and say so (waiting.py)
 
 
@@ -90,9 +71,6 @@ class Metadata:
 NAMES = {'vocabulary_hash': 'tokenizer', 'embedding_hash': 'embedding_model'}  # of what the hashes are of
 SETTINGS = dict(vocabulary_hash='tokenizer', chunk_size='retrieval_chunk_size', vectors='retrieval_vectors',
                 embedding_hash='retrieval_embedding_model', index='retrieval_index', mode='retrieval_mode')  # of fields
-TAKEN = dict(tokenizer='tokenizer', retrieval_chunk_size='chunk_size',
-             retrieval_embedding_model='embedding_model')  # settings that a run takes from a collection: their fields
-OF_GRID = ('tokenizer', 'retrieval_chunk_size')  # those of them that a GPT needs, too
 
 
 class NoCollection(UserError):
@@ -111,136 +89,15 @@ def open_knowledge_base(settings, vocabulary_hash, embedder, create=False, expec
                          metadata, create, expected, settings.retrieval_search_params)
 
 
-def new_index(index, uri):
-    """The retrieval_index of a new collection, which 'auto' leaves to the database."""
-    return index if index != 'auto' else 'IVF_FLAT' if is_local(uri) else 'HNSW'
-
-
-def check_new(index, vectors, uri):
-    """UserError if index or vectors of a new collection are unknown, or none of a local file."""
-    kind, _ = parse_index(new_index(index, uri))
-    if vectors not in ('float32', 'float16'):
-        raise UserError(f"retrieval_vectors {vectors!r} is neither 'float32' nor 'float16'")
-    if is_local(uri) and kind not in IN_LITE:
-        raise UserError(f'retrieval_index {kind!r} is none of Milvus Lite, which would look at every row: use '
-                        f'{", ".join(sorted(IN_LITE))}, or a Milvus server')
-    if is_local(uri) and vectors == 'float16':
-        raise UserError("retrieval_vectors 'float16' are none of Milvus Lite: use 'float32', or a Milvus server from "
-                        'version 2.4 on')
-
-
-def parse_index(name):
-    """Type and parameters of a retrieval_index such as 'HNSW M=32 efConstruction=400'. UserError if it is none."""
-    kind, *rest = name.split() or ['']
-    if kind not in INDEXES:
-        raise UserError(f'retrieval_index {name!r} is not one of auto, {", ".join(INDEXES)}')
-    parameters = {}
-    for item in rest:
-        key, is_set, value = item.partition('=')
-        if not (is_set and key.isidentifier() and value):
-            raise UserError(f"retrieval_index {name!r}: {item!r} is no parameter; write it as in 'HNSW M=32 "
-                            f"efConstruction=400'")
-        try:
-            parameters[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            parameters[key] = value
-    return kind, parameters
-
-
-def build_parameters(kind, rows):
-    """
-    Those of an index of a number of rows. A search reads all of an IVF index's list heads and some of the lists: about
-    4 sqrt(n) lists for n rows balance that, and k-means needs 39 rows for each. Every segment has an index of its own.
-    """
-    parameters = dict(INDEXES[kind][0])
-    if kind.startswith('IVF'):
-        rows = min(rows, SEGMENT)
-        parameters['nlist'] = max(16, int(min(4 * rows ** 0.5, rows / 39)))
-    return parameters
-
-
 def open_as_made(settings, load=True):
     """The collection that the settings name, whatever made it: its `metadata` says. NoCollection if there is none."""
     return KnowledgeBase(settings.retrieval_milvus_uri, settings.retrieval_milvus_token, settings.retrieval_collection,
                          load=load)
 
 
-def take_from_collection(settings, named, say, may_be_away=False):
-    """
-    The settings, with the collection's tokenizer, chunk size and embedding model in place of defaults. Settings in
-    `named`, which the user has set, are kept. Reports the changes to `say`. Without a collection the settings are
-    returned unchanged, as they are for a GPT, or with `may_be_away`, while Milvus is unreachable.
-    """
-    keys = [key for key in TAKEN if key not in named and (settings.use_retrieval or key in OF_GRID)]
-    if not keys:
-        return settings
-    if settings.retrieval_offline:
-        with closing(open_cache(settings)) as cache:
-            metadata = Metadata(**read_records(cache, settings)[0]['made_by'])
-        return take_defaults(settings, [key for key in keys if key in OF_GRID], metadata, 'what was precomputed', say
-                             ).replace(**{key: metadata.embedding_model for key in keys if key not in OF_GRID})
-    try:
-        with closing(open_as_made(settings, load=False)) as knowledge_base:
-            metadata = knowledge_base.metadata
-    except NoCollection:
-        return settings
-    except Unreachable as error:
-        if may_be_away or not settings.use_retrieval:
-            say(f'{error}; {" and ".join(keys)} are the defaults, not those of a collection')
-            return settings
-        raise UserError(f'{error}; or set {" and ".join(keys)}, which are taken from the collection where nothing sets '
-                        f'them') from error
-    where = f'collection {settings.retrieval_collection!r} in {settings.retrieval_milvus_uri}'
-    return take_defaults(settings, keys, metadata, where, say)
-
-
-def take_defaults(settings, keys, metadata, where, say):
-    """The settings, with those of the keys from a Metadata, which `where` says the place of."""
-    taken = {key: getattr(metadata, TAKEN[key]) for key in keys}
-    lost = [key for key in ('tokenizer', 'retrieval_embedding_model') if key in taken and is_lost(key, taken[key])]
-    if lost:
-        raise UserError(f'{where} was made with {lost[0]} {taken[lost[0]]!r}, and nothing is there: name in {lost[0]} '
-                        f'where it is now')
-    if taken != {key: getattr(settings, key) for key in taken}:
-        say(f'taken from {where}: ' + ', '.join(f'{key} {value!r}' for key, value in taken.items()))
-    return settings.replace(**taken)
-
-
-@contextmanager
-def writing(settings):
-    """Keep other commands of this machine from changing the collection meanwhile. UserError if one is doing so."""
-    uri, name = settings.retrieval_milvus_uri, settings.retrieval_collection
-    place = os.path.realpath(os.path.expanduser(uri)) if is_local(uri) else uri
-    path = f'{tempfile.gettempdir()}/nanoretro-writer-{os.getuid()}-{hash64(place, name) & (2**64 - 1):016x}'
-    with open(path, 'a+') as file:
-        deadline = time.monotonic() + LEAVING
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f'another process is changing collection {name!r} in {uri}: wait for its end, and '
-                                    f'start again') from None
-                time.sleep(0.1)
-        yield
-
-
-def is_lost(key, name):
-    """Whether a tokenizer or an embedding model is named by a path that leads nowhere, and not by a hub's name."""
-    is_path = name.endswith('.json') if key == 'tokenizer' else name.startswith(('/', '.', '~')) or os.path.isdir(
-        os.path.dirname(name) or os.devnull)
-    return is_path and not os.path.exists(name)
-
-
 def describe_score(mode, score):
     """The score of a hit that was found by this retrieval_mode, for people."""
     return f'{SCORES[mode]} {score:.{4 if mode == "hybrid" else 2}f}'
-
-
-def is_local(uri):
-    """Whether a retrieval_milvus_uri is a local file."""
-    return '://' not in uri
 
 
 class KnowledgeBase:

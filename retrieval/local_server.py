@@ -51,6 +51,11 @@ class Lease:
         self.file.close()
 
 
+def is_local(uri):
+    """Whether a retrieval_milvus_uri is a local file."""
+    return '://' not in uri
+
+
 def join_server(path, create=False, timeout=600):
     """
     A Lease on the server of the database at `path`, which is started if there is none. With `create` a missing

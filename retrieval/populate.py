@@ -33,23 +33,20 @@ from tqdm import tqdm
 from configurator import UserError, load_settings, named_settings, user_errors_as_one_line
 from data.blocks import open_all_datasets
 from data.chunk_store import Chunks, open_datasets
+from data.conversations import check_documents
 from data.documents import as_dataset_configs, check_sides
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from retrieval.bulk import Imports, open_folder, wait_for_imports
 from retrieval.embedding import Embedder, EmbedderInfo
-from retrieval.knowledge_base import (
-    MAX_TEXT,
-    SEGMENT,
-    check_new,
-    is_local,
-    open_knowledge_base,
-    take_from_collection,
-    writing,
-)
+from retrieval.index import SEGMENT, check_new
+from retrieval.inherit import take_from_collection
+from retrieval.knowledge_base import MAX_TEXT, open_knowledge_base
+from retrieval.local_server import is_local
 from retrieval.match_index import open_match_index
 from retrieval.ranks import Ranks
 from retrieval.sizes import describe_sizes
 from retrieval.waiting import wait_for_milvus
+from retrieval.writer import writing
 
 AHEAD = 4  # Parts that may queue before a stage
 SAMPLE = 10  # seconds of embedding, to estimate all of it
@@ -442,6 +439,7 @@ def main():
     if '--help' in arguments or '-h' in arguments:
         print(__doc__, *(f'  --{name}=False\n        {text}' for name, text in OPTIONS.items()), '', sep='\n')
     settings = load_settings(arguments).replace(retrieval_offline=False)  # that is for runs: filling needs the database
+    check_documents(settings)
     if options['bulk'] and is_local(settings.retrieval_milvus_uri):
         raise UserError('--bulk=True is of no use to Milvus Lite, which imports no files: leave it out, or name a '
                         'server in retrieval_milvus_uri')

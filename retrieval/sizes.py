@@ -1,7 +1,7 @@
 """What a collection takes, in memory and on disk, and how long to fill: by arithmetic, from a sample of its rows."""
 import io
 
-from retrieval.knowledge_base import SEGMENT, build_parameters, new_index, parse_index
+from retrieval.index import SEGMENT, build_parameters, new_index, parse_index
 
 INSERTS = 4500  # rows/s that a local file and a server were measured to take (docs/costs.md)
 MATCHES = 13.1  # bytes of the exact-match index a token

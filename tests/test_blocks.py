@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -241,12 +242,16 @@ def test_rows_go_on_from_any_state_of_the_library_in_every_kind_of_source(tmp_pa
     assert len(orders) > 1  # of the files
 
 
-def test_a_reader_without_documents_is_said(open_stream):
+def test_a_dataset_with_fewer_documents_than_readers_ends_the_run_at_once_however_rarely_it_is_drawn(open_stream):
     with open('one.jsonl', 'w') as file:
         file.write('{"text": "alone"}\n')
-    with pytest.raises(UserError, match="'one.jsonl' has no documents with text .* for reader 2 of 2: name another, or "
-                                        'leave streaming out'):
-        next(open_stream(DatasetConfig('one.jsonl', streaming=True)))
+    stream = open_stream(DatasetConfig('train.parquet', **STREAMED, weight=1e6),
+                         DatasetConfig('one.jsonl', streaming=True, source='alone'))
+    with pytest.raises(UserError, match="'one.jsonl' has no documents with text .* for reader 2 of 2: lower "
+                                        'stream_workers'):
+        for _ in range(1000):
+            next(stream)
+            time.sleep(0.01)
 
 
 def test_bad_rows_of_a_stream_are_left_out_and_said(open_stream):

@@ -18,10 +18,12 @@ from data.documents import DatasetConfig
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
 from generation.worker import LiveCollection
+from retrieval.inherit import take_from_collection
 from retrieval.kb import dataset_of, main, open_collection
-from retrieval.knowledge_base import KnowledgeBase, take_from_collection, writing
+from retrieval.knowledge_base import KnowledgeBase
 from retrieval.retriever import Retriever
 from retrieval.suffix_array import DEPTH
+from retrieval.writer import writing
 from tests.conftest import CONFIG, open_all, run, spawn, wait_until
 
 WHOLE = ('doc_id', 'position', 'document', 'text', 'tokens', 'embedding')

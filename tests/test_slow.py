@@ -32,11 +32,11 @@ pytestmark = pytest.mark.slow
 SILENT = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def test_a_run_killed_eight_times_has_the_losses_of_an_unbroken_one(workspace):
-    options = ['config.py', '--max_iters=1500', '--eval_interval=10', '--dropout=0.1']
+def kill_again_and_again(workspace, options, times, after=lambda number: None):
+    """A run in `broken`, killed `times` times shortly after a checkpoint, resumed to its end; and an unbroken one."""
     run(ROOT / 'train.py', *options, '--out_dir=whole', folder=workspace)
-    dice, latest = random.Random(0), workspace / 'broken/checkpoints/latest'
-    for number in range(8):
+    dice, latest = random.Random(times), workspace / 'broken/checkpoints/latest'
+    for number in range(times):
         before = latest.read_text() if number else ''
         process = spawn(ROOT / 'train.py', *options, '--out_dir=broken', *['--init_from=resume'] * bool(number),
                         folder=workspace, **SILENT)
@@ -45,31 +45,26 @@ def test_a_run_killed_eight_times_has_the_losses_of_an_unbroken_one(workspace):
         assert process.poll() is None
         process.kill()
         process.wait()
+        after(number)
     run(ROOT / 'train.py', *options, '--out_dir=broken', '--init_from=resume', folder=workspace)
     assert losses(workspace, 'broken') == losses(workspace, 'whole')
     assert not list((workspace / 'broken').rglob('*.tmp*'))
 
 
+def test_a_run_killed_eight_times_has_the_losses_of_an_unbroken_one(workspace):
+    kill_again_and_again(workspace, ['config.py', '--max_iters=1500', '--eval_interval=10', '--dropout=0.1'], 8)
+
+
 def test_a_run_on_a_streamed_mixture_killed_five_times_has_the_losses_of_an_unbroken_one(workspace):
     """Weighted, shuffled, two readers, over epochs; its blocks are left as they are, or lost with the disk."""
     (workspace / 'stream.py').write_text(STREAM.replace('epochs=1', 'epochs=0'))
-    options = ['config.py', 'stream.py', '--max_iters=400', '--eval_interval=10', '--dropout=0.1']
-    run(ROOT / 'train.py', *options, '--out_dir=whole', folder=workspace)
-    dice, latest = random.Random(3), workspace / 'broken/checkpoints/latest'
-    for number in range(5):
-        before = latest.read_text() if number else ''
-        process = spawn(ROOT / 'train.py', *options, '--out_dir=broken', *['--init_from=resume'] * bool(number),
-                        folder=workspace, **SILENT)
-        wait_until(lambda b=before: latest.exists() and latest.read_text() != b, seconds=100)
-        time.sleep(1.5 * dice.random())
-        assert process.poll() is None
-        process.kill()
-        process.wait()
+
+    def lose_blocks(number):
         if number % 2:
             time.sleep(1)  # its readers end with it
             shutil.rmtree(workspace / 'out/datasets', ignore_errors=True)
-    run(ROOT / 'train.py', *options, '--out_dir=broken', '--init_from=resume', folder=workspace)
-    assert losses(workspace, 'broken') == losses(workspace, 'whole')
+    kill_again_and_again(workspace, ['config.py', 'stream.py', '--max_iters=400', '--eval_interval=10',
+                                     '--dropout=0.1'], 5, lose_blocks)
     last = [line['shares']['train.parquet'] for line in metrics(workspace, 'broken') if 'shares' in line][-1]
     assert last == pytest.approx(0.75, abs=0.001)
 

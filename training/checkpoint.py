@@ -41,7 +41,7 @@ from configurator import (
 from data.tokenizer import load_tokenizer, token_bytes, vocabulary_hash
 from model import RETRO, RETROConfig, gpt2_fields
 from retrieval.embedding import quiet
-from retrieval.knowledge_base import is_local
+from retrieval.local_server import is_local
 from training.checks import NotFinite
 
 VERSION = 1  # of the layout
@@ -286,9 +286,11 @@ def describe_resume(checkpoint, settings, world_size):
     """What a run that resumes with other processes or batches does not continue exactly, in one line, or ''."""
     old = load_settings([], given=checkpoint.settings)
     sizes = [run.batch_size * run.gradient_accumulation_steps for run in (old, settings)]
-    if old.retrofit != settings.retrofit:
-        effect = 'stays as it is' if settings.retrofit else 'is trained, too, from here on, with new optimizer state'
-        return f'retrofit is {settings.retrofit}, and was {old.retrofit}: the decoder {effect}'
+    for name, part in (('retrofit', 'decoder'), ('freeze_retrieval', 'part of retrieval')):
+        if getattr(old, name) != getattr(settings, name):
+            effect = ('stays as it is' if getattr(settings, name) else
+                      'is trained, too, from here on, with new optimizer state')
+            return f'{name} is {getattr(settings, name)}, and was {getattr(old, name)}: the {part} {effect}'
     if sizes[0] != sizes[1]:
         return (f'a step has {sizes[1]} sequences, and had {sizes[0]}: the documents go on where they were; losses, '
                 f'learning rate, and the tokens in metrics.jsonl are of steps of the new size')
