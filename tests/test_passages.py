@@ -30,7 +30,7 @@ def documents_of(settings):
     return list(load_documents(as_dataset_configs(settings.train_datasets, 'train_datasets')))
 
 
-def test_passages_are_those_of_an_exhaustive_search_that_leaves_out_ones_own_document(settings, tokenizer, workspace, backend):
+def test_passages_are_those_of_an_exhaustive_search_without_ones_own_document(settings, tokenizer, workspace, backend):
     """Computed here from the texts, with no database, for a model without neighbors; the collection is exact."""
     run('-m', 'retrieval.populate', 'config.py', '--retrieval_collection=exact', '--retrieval_index=FLAT',
         *['--retrieval_mode=hybrid'] * (backend == 'lite'), folder=workspace)
