@@ -82,6 +82,9 @@ class RETROForLMEval(TemplateLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
         options = []
         for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise UserError(f'the task has an answer of {len(continuation):,} tokens, and the block has '
+                                f'{self.max_length}: use a model with a larger block_size')
             tokens = (context + continuation)[-(self.max_length + 1):]  # the last one is not read
             options.append((tokens, max(1, len(tokens) - len(continuation))))
         found = log_likelihoods(self.network, self.encoding, options, self._device, self.context(), self.retriever,

@@ -92,6 +92,9 @@ def main(cleanup):
             'another')
     passages = arguments.passages or (settings.passages_from if settings.passages else 'none')
     passages_as = arguments.passages_as or settings.passages or 'prompt'
+    if arguments.passages_as and passages == 'none':
+        raise UserError(f'--passages_as={arguments.passages_as} is given, and no passages: leave it out, or give '
+                        f'--passages=file or --passages=collection')
     as_neighbors = passages != 'none' and passages_as == 'neighbors'
     arms = choose_arms(arguments, model.config, as_neighbors)
     results = make_folder(arguments.results or arguments.out_dir)
@@ -145,7 +148,7 @@ def main(cleanup):
     report |= summarize(questions, lines, arms)
     report['seconds'] = time.perf_counter() - started
 
-    write_atomically(''.join(to_json(line, ensure_ascii=False) + '\n' for line in lines), f'{results}/answers.jsonl')
+    write_atomically(''.join(to_json(line) + '\n' for line in lines), f'{results}/answers.jsonl')
     write_atomically(to_json(report, indent=1) + '\n', f'{results}/questions.json')
     write_questions(f'{results}/questions.html', report, lines, arguments.shown)
     print(f'{table(report, arms)}\n\nanswers.jsonl, questions.json and questions.html are in {results}')
@@ -264,22 +267,33 @@ def answer(model, tokenizer, slots, asked, sources, arguments, stop, label):
     """For each of the prompts the answer, and the nats of the gold answer's tokens, (n,), as [(text, nats)]."""
     engine = Engine(model, tokenizer, slots=slots)
     sampling, stop = Sampling(temperature=arguments.temperature), (*stop, *arguments.stop)
-    rows, texts = [], {}
-    for (prompt, gold), source in zip(asked, sources, strict=True):
-        row = engine.add(Request(prompt, arguments.max_new_tokens, sampling, stop=stop, align='start', source=source))
-        scored = engine.add(Request(prompt + gold, 1, sampling, align='start', source=source, drafts=False, logprobs=0,
-                                    scores_prompt=True)) if gold else None
-        rows.append((row, scored))
-        texts[id(row)] = ''
-    bar = tqdm(total=len(rows), unit='question', desc=label, dynamic_ncols=True, disable=None)
-    for event in engine.run():
-        if id(event.row) in texts:
-            texts[id(event.row)] += event.text
-            bar.update(event.row.finish_reason is not None)
+    texts, nats, following = [''] * len(asked), [[] for _ in asked], 0
+    written, scored = {}, {}  # rows, to the numbers of their questions
+    bar = tqdm(total=len(asked), unit='question', desc=label, dynamic_ncols=True, disable=None)
+    while following < len(asked) or engine.rows or engine.waiting:
+        while following < len(asked) and len(engine.waiting) < slots:  # what is told of all of them would fill memory
+            prompt, gold = asked[following]
+            given = dict(align='start', source=sources[following])
+            written[engine.add(Request(prompt, arguments.max_new_tokens, sampling, stop=stop, **given))] = following
+            if gold:
+                scored[engine.add(Request(prompt + gold, 1, sampling, logprobs=0, scores_prompt=True, **given)
+                                  )] = following
+            following += 1
+        try:
+            events = engine.step()
+        except FloatingPointError as error:
+            raise UserError(f'{error}: ask an earlier checkpoint, or pass --dtype=float32') from error
+        for event in events:
+            if event.row in written:
+                texts[written[event.row]] += event.text
+        for row in [row for row in written if row.finish_reason]:
+            written.pop(row)
+            bar.update()
+        for row in [row for row in scored if row.finish_reason]:
+            number = scored.pop(row)
+            nats[number] = [-logprob for logprob, _ in row.prompt_scores[-len(asked[number][1]):]]
     bar.close()
-    return [(texts[id(row)].strip(), [] if scored is None else
-             [-logprob for logprob, _ in scored.prompt_scores[-len(gold):]])
-            for (row, scored), (_, gold) in zip(rows, asked, strict=True)]
+    return [(text.strip(), values) for text, values in zip(texts, nats, strict=True)]
 
 
 def describe(question, passages, asked, answered, byte_counts):

@@ -86,8 +86,6 @@ def test_a_large_own_document_hides_nothing(settings, tokenizer):
 
 
 def test_what_cannot_be_meant_is_refused(settings, tokenizer):
-    with pytest.raises(UserError, match='num_passages is 0'):
-        PassageFinder(settings.replace(num_passages=0), tokenizer)
     with pytest.raises(UserError, match='retrieval_offline is True'):
         PassageFinder(settings.replace(num_passages=2, retrieval_offline=True), tokenizer)
     with pytest.raises(UserError, match="no collection 'none'"):
