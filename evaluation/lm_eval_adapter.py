@@ -17,7 +17,7 @@ import sys
 import warnings
 from contextlib import ExitStack, closing
 
-from system import autocast, pick_dtype
+from system import autocast, is_device, pick_dtype
 
 from configurator import UserError, check_range, reason_of, to_json, user_errors_as_one_line, visible, write_atomically
 from data.conversations import find_template, render
@@ -54,7 +54,8 @@ class RETROForLMEval(TemplateLM):
     def __init__(self, out_dir='out', retrieval=None, batch_size=None, device=None, max_batch_size=None, run=None,
                  retriever=None, **settings):
         super().__init__()
-        settings |= {'device': device} if device else {}
+        if device and is_device(device):  # lm_eval names a GPU where there is none
+            settings['device'] = device
         self.settings, self.encoding, self.network, self._device = run or load_run(
             out_dir, [f'--{key}={value}' for key, value in settings.items()])
         if retrieval not in (None, 'on', 'off'):
@@ -81,6 +82,9 @@ class RETROForLMEval(TemplateLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
         options = []
         for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise UserError(f'the task has an answer of {len(continuation):,} tokens, and the block has '
+                                f'{self.max_length}: use a model with a larger block_size')
             tokens = (context + continuation)[-(self.max_length + 1):]  # the last one is not read
             options.append((tokens, max(1, len(tokens) - len(continuation))))
         found = log_likelihoods(self.network, self.encoding, options, self._device, self.context(), self.retriever,

@@ -23,9 +23,16 @@ from system import autocast, keep_freed_memory, pick_dtype
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, check_range, to_json, user_errors_as_one_line, visible, write_atomically
+from configurator import (
+    UserError,
+    as_plain,
+    check_range,
+    to_json,
+    user_errors_as_one_line,
+    visible,
+    write_atomically,
+)
 from data.conversations import Passage, find_template, render
-from data.documents import as_dataset_configs
 from data.tokenizer import token_byte_counts
 from evaluation.figures import ARMS, figure, interval
 from evaluation.losses import bits_per_byte, bootstrap
@@ -76,16 +83,22 @@ def main(cleanup):
     arguments, overrides = parse_arguments()
     step = load_checkpoint(arguments.out_dir).step
     settings, tokenizer, model, device = load_run(arguments.out_dir, overrides)
+    if arguments.max_new_tokens >= model.config.block_size:
+        raise UserError(f'--max_new_tokens is {arguments.max_new_tokens}, and the block has {model.config.block_size} '
+                        f'tokens, for the question, too: use less')
     template = find_template(arguments.template or settings.template or 'plain')
     if not (arguments.template or settings.template):
         say('the model was not tuned on conversations: questions are asked in the template plain; --template names '
             'another')
     passages = arguments.passages or (settings.passages_from if settings.passages else 'none')
     passages_as = arguments.passages_as or settings.passages or 'prompt'
+    if arguments.passages_as and passages == 'none':
+        raise UserError(f'--passages_as={arguments.passages_as} is given, and no passages: leave it out, or give '
+                        f'--passages=file or --passages=collection')
     as_neighbors = passages != 'none' and passages_as == 'neighbors'
     arms = choose_arms(arguments, model.config, as_neighbors)
     results = make_folder(arguments.results or arguments.out_dir)
-    questions, left_out = read_questions(arguments.data, find_source(arguments, settings))
+    questions, left_out = read_data(arguments, settings)
     total = len(questions)
     if 0 < arguments.max_questions < total:
         chosen = sorted(random.Random(0).sample(range(total), arguments.max_questions))
@@ -135,7 +148,7 @@ def main(cleanup):
     report |= summarize(questions, lines, arms)
     report['seconds'] = time.perf_counter() - started
 
-    write_atomically(''.join(to_json(line, ensure_ascii=False) + '\n' for line in lines), f'{results}/answers.jsonl')
+    write_atomically(''.join(to_json(line) + '\n' for line in lines), f'{results}/answers.jsonl')
     write_atomically(to_json(report, indent=1) + '\n', f'{results}/questions.json')
     write_questions(f'{results}/questions.html', report, lines, arguments.shown)
     print(f'{table(report, arms)}\n\nanswers.jsonl, questions.json and questions.html are in {results}')
@@ -158,16 +171,17 @@ def choose_arms(arguments, config, as_neighbors):
     return [arguments.retrieval] if arguments.retrieval else ['on', 'off']
 
 
-def find_source(arguments, settings):
-    """The source of the documents that questions name."""
-    if arguments.source is not None:
-        return arguments.source
-    sources = sorted({config.source for config in as_dataset_configs(
-        [{**c, 'filter_fn': None} if isinstance(c, dict) else c for c in settings.train_datasets], 'train_datasets')})
-    if len(sources) > 1:
-        raise UserError(f'the train_datasets of the run have several sources ({", ".join(map(repr, sources))}): name '
-                        f'that of the documents that the questions are about in --source')
-    return sources[0] if sources else ''
+def read_data(arguments, settings):
+    """The Questions of --data, and what was left out. UserError if nobody says which source their documents have."""
+    sources = {entry.get('source', '') if isinstance(entry, dict) else ''
+               for entry in as_plain(settings.train_datasets)}
+    source = arguments.source if arguments.source is not None else min(sources, default='')
+    questions, left_out = read_questions(arguments.data, source)
+    if len(sources) > 1 and arguments.source is None and any(question.document for question in questions):
+        raise UserError(f'the train_datasets of the run have several sources '
+                        f'({", ".join(map(repr, sorted(sources)))}): name that of the documents that the questions are '
+                        f'about in --source')
+    return questions, left_out
 
 
 def describe_own_documents(questions, knowledge_base):
@@ -198,9 +212,6 @@ def ask(question, passages, template, tokenizer, config, max_new_tokens, counts)
     """
     align = config.retrieval_chunk_size if config.has_neighbors else 0
     room = config.block_size - max_new_tokens
-    if room < 1:
-        raise UserError(f'--max_new_tokens is {max_new_tokens}, and the block has {config.block_size} tokens for the '
-                        f'question, too: use less')
     passages, whole = list(passages), len(passages)
     while True:
         prompt, _ = render(template, question.messages, tokenizer, passages, align)
@@ -256,22 +267,33 @@ def answer(model, tokenizer, slots, asked, sources, arguments, stop, label):
     """For each of the prompts the answer, and the nats of the gold answer's tokens, (n,), as [(text, nats)]."""
     engine = Engine(model, tokenizer, slots=slots)
     sampling, stop = Sampling(temperature=arguments.temperature), (*stop, *arguments.stop)
-    rows, texts = [], {}
-    for (prompt, gold), source in zip(asked, sources, strict=True):
-        row = engine.add(Request(prompt, arguments.max_new_tokens, sampling, stop=stop, align='start', source=source))
-        scored = engine.add(Request(prompt + gold, 1, sampling, align='start', source=source, drafts=False, logprobs=0,
-                                    scores_prompt=True)) if gold else None
-        rows.append((row, scored))
-        texts[id(row)] = ''
-    bar = tqdm(total=len(rows), unit='question', desc=label, dynamic_ncols=True, disable=None)
-    for event in engine.run():
-        if id(event.row) in texts:
-            texts[id(event.row)] += event.text
-            bar.update(event.row.finish_reason is not None)
+    texts, nats, following = [''] * len(asked), [[] for _ in asked], 0
+    written, scored = {}, {}  # rows, to the numbers of their questions
+    bar = tqdm(total=len(asked), unit='question', desc=label, dynamic_ncols=True, disable=None)
+    while following < len(asked) or engine.rows or engine.waiting:
+        while following < len(asked) and len(engine.waiting) < slots:  # what is told of all of them would fill memory
+            prompt, gold = asked[following]
+            given = dict(align='start', source=sources[following])
+            written[engine.add(Request(prompt, arguments.max_new_tokens, sampling, stop=stop, **given))] = following
+            if gold:
+                scored[engine.add(Request(prompt + gold, 1, sampling, logprobs=0, scores_prompt=True, **given)
+                                  )] = following
+            following += 1
+        try:
+            events = engine.step()
+        except FloatingPointError as error:
+            raise UserError(f'{error}: ask an earlier checkpoint, or pass --dtype=float32') from error
+        for event in events:
+            if event.row in written:
+                texts[written[event.row]] += event.text
+        for row in [row for row in written if row.finish_reason]:
+            written.pop(row)
+            bar.update()
+        for row in [row for row in scored if row.finish_reason]:
+            number = scored.pop(row)
+            nats[number] = [-logprob for logprob, _ in row.prompt_scores[-len(asked[number][1]):]]
     bar.close()
-    return [(texts[id(row)].strip(), [] if scored is None else
-             [-logprob for logprob, _ in scored.prompt_scores[-len(gold):]])
-            for (row, scored), (_, gold) in zip(rows, asked, strict=True)]
+    return [(text.strip(), values) for text, values in zip(texts, nats, strict=True)]
 
 
 def describe(question, passages, asked, answered, byte_counts):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from configurator import UserError
 from data.chunking import document_hash
 from data.conversations import find_messages, find_passages
-from data.documents import DatasetConfig, find_files, read_all_rows
+from data.documents import DatasetConfig, as_unicode, find_files, read_all_rows
 from data.formats import BadRow, as_id, describe, with_numbers
 
 
@@ -50,6 +50,8 @@ def read_questions(path, source=''):
                 raise BadRow('a text, and no rows with questions: use JSON, JSON Lines or Parquet')
             for question in questions_of(with_numbers(row), left_out):
                 question.id = question.id or str(len(questions) + 1)
+                for message in question.messages:
+                    message['content'] = as_unicode(message['content'])
                 question.doc_id = document_hash(source, question.document) if question.document else 0
                 questions.append(question)
         except BadRow as error:
