@@ -15,7 +15,7 @@ from data.tokenizer import load_tokenizer
 from generation.chat import Chat, TooLong
 from model import RETROConfig
 from tests.conftest import ROOT, run
-from tests.test_server import serve
+from tests.test_server import CHROMIUM, serve
 
 QUESTION = 'What does textwrap.dedent do?'
 TEMPLATE = '--template=plain'
@@ -226,3 +226,35 @@ def test_what_cannot_be_answered_is_an_error_of_openais_form(served, body, statu
     found, _, answer = served.ask(body, path='/v1/chat/completions')
     assert found == status and told in answer['error']['message'], answer
     assert answer['error'].keys() == {'message', 'type', 'param', 'code'}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason='no Chromium is installed (apt-get install chromium)')
+def test_the_page_asks_a_tuned_model_shows_its_passages_and_goes_on_from_its_answer(served):
+    from playwright.sync_api import sync_playwright
+    wrong, bodies = [], []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which(CHROMIUM), args=['--no-sandbox'])
+        page = browser.new_page(viewport=dict(width=390, height=800))
+        page.on('console', lambda message: wrong.append(message.text) if message.type == 'error' else None)
+        page.on('pageerror', lambda error: wrong.append(str(error)))
+        page.on('request', lambda request: bodies.append(request.post_data_json) if request.method == 'POST' else None)
+        page.goto(served.url)
+        page.get_by_label('Message', exact=True).fill(QUESTION + '<b id="injected">')
+        page.get_by_label('Tokens').first.fill('8')
+        for number in (1, 2):
+            page.get_by_label('Message', exact=True).press('Control+Enter')
+            page.locator('#chat_status', has_text='Done: ').wait_for(timeout=30_000)
+            page.wait_for_function(f"document.querySelectorAll('.turn.assistant').length === {number}")
+            page.get_by_label('Message', exact=True).fill('And then?')
+        answer = page.locator('.turn.assistant .text').first.inner_text()
+        assert answer and page.locator('#injected').count() == 0
+        page.locator('.turn.assistant summary').first.click()
+        assert page.locator('.turn.assistant .passage .source').first.inner_text()
+        assert [message['role'] for message in bodies[1]['messages']] == ['user', 'assistant', 'user']
+        assert page.evaluate('document.documentElement.scrollWidth') <= 390
+        page.get_by_role('button', name='New conversation').click()
+        assert page.locator('.turn').count() == 0
+        page.get_by_role('button', name='Continue a text').click()
+        assert page.get_by_role('textbox', name='Prompt').is_visible() and not page.locator('#chat').is_visible()
+        browser.close()
+    assert not wrong
