@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench.quality import run
-from configurator import UserError, load_settings, user_errors_as_one_line, write_atomically
+from configurator import UserError, user_errors_as_one_line, write_atomically
 from data.documents import as_dataset_configs
 from data.fingerprint import describe_corpus
+from sft import read_settings
 
 LIVE = dict(passages='prompt', passages_from='collection')
 ARMS = {  # what is tuned with, and what is asked with
@@ -41,7 +42,8 @@ def tune(options, seed, arguments, folder, steps):
     if os.path.exists(f'{folder}/done'):
         return
     print(f'tuning {folder}', file=sys.stderr)
-    options = options | dict(out_dir=folder, seed=seed, max_iters=steps, eval_interval=steps)
+    options = dict(retrieval_mode='dense') | options | dict(out_dir=folder, seed=seed, max_iters=steps,
+                                                            eval_interval=steps)
     run(ROOT / 'sft.py', *arguments, *(f'--{key}={value}' for key, value in options.items()))
     Path(f'{folder}/done').touch()
 
@@ -53,7 +55,8 @@ def ask(folder, passages, settings, results, quick):
         val, = as_dataset_configs(settings.val_datasets, 'val_datasets')
         run('-m', 'evaluation.qa', f'--out_dir={folder}', f'--data={val.path}', f'--source={val.source}',
             f'--passages={passages}', f'--template={settings.template}', f'--results={results}', '--shown=4',
-            f'--passages_as={settings.passages or LIVE["passages"]}', f'--num_passages={settings.num_passages}',
+            f'--passages_as={LIVE["passages"]}', f'--num_passages={settings.num_passages}',
+            f'--retrieval_mode={settings.retrieval_mode}', f'--retrieval_collection={settings.retrieval_collection}',
             *['--max_questions=20'] * quick)
     with open(f'{results}/questions.json', encoding='utf-8') as file:
         return json.load(file)
@@ -64,7 +67,7 @@ def main():
                  for argument in sys.argv[1:] if argument.partition('=')[0][2:] in FLAGS)
     arguments = [argument for argument in sys.argv[1:] if argument.partition('=')[0][2:] not in FLAGS]
     quick = 'quick' in flags
-    settings = load_settings(arguments)
+    settings, _ = read_settings(arguments)
     steps = 4 if quick else settings.max_iters
     seeds = [settings.seed + i for i in range(1 if quick else int(flags.get('seeds', 3)))]
     names = flags.get('arms', '|'.join(ARMS)).split('|')
@@ -80,6 +83,7 @@ def main():
             folder = settings.init_from
             if options is not None:
                 folder = f'{out_dir}/{"passages" if options else "plain"}_{seed}'
+                options = options and options | dict(retrieval_mode=settings.retrieval_mode)
                 tune(options, seed, arguments, folder, steps)
             results = f'{out_dir}/{name.replace(", ", "_").replace(" ", "_")}_{seed}'
             reports.append(ask(folder, passages, settings, results, quick))
