@@ -3,7 +3,8 @@ Does tuning make a model answer, and do passages help it? Tunes a model on quest
 and asks the held-out questions (evaluation.qa): before and after, without passages, with those that are retrieved live
 for each question, and with the gold passage of the file. What is retrieved is never of the question's own document.
 
-    python bench/tuning.py config/sft_quickstart.py [--key=value ...] [--seeds=3] [--arms='tuned'] [--quick]
+    python bench/tuning.py config/sft_quickstart.py [--key=value ...] [--seeds=3] [--arms='tuned']
+        [--retrieval=on] [--quick]
 
 Prints a JSON line an arm and a table, and writes tuning.json into out_dir. What is in out_dir already is neither tuned
 nor asked again: for other settings name another --out_dir.
@@ -29,12 +30,12 @@ ARMS = {  # what is tuned with, and what is asked with
     'pretrained, passages retrieved': (None, 'collection'),
     'pretrained, gold passage': (None, 'file'),
     'tuned': ({}, 'none'),
-    'tuned with passages, none given': (LIVE, 'none'),
     'tuned with passages, retrieved': (LIVE, 'collection'),
     'tuned with passages, gold': (LIVE, 'file'),
 }
 FIGURES = {'bpb': 'bpb', 'f1': 'F1', 'exact_match': 'EM', 'rouge_l': 'ROUGE-L'}
-FLAGS = ('seeds', 'arms', 'quick')
+EVAL_TOKENS = 5_000  # evaluation.qa measures all of them
+FLAGS = ('seeds', 'arms', 'retrieval', 'quick')
 
 
 def tune(options, seed, arguments, folder, steps):
@@ -43,12 +44,12 @@ def tune(options, seed, arguments, folder, steps):
         return
     print(f'tuning {folder}', file=sys.stderr)
     options = dict(retrieval_mode='dense') | options | dict(out_dir=folder, seed=seed, max_iters=steps,
-                                                            eval_interval=steps)
+                                                            eval_interval=steps, eval_tokens=EVAL_TOKENS)
     run(ROOT / 'sft.py', *arguments, *(f'--{key}={value}' for key, value in options.items()))
     Path(f'{folder}/done').touch()
 
 
-def ask(folder, passages, settings, results, quick):
+def ask(folder, passages, settings, results, options):
     """The report of evaluation.qa, unless it is there already."""
     if not os.path.exists(f'{results}/questions.json'):
         print(f'asking {folder}, passages: {passages}', file=sys.stderr)
@@ -57,7 +58,7 @@ def ask(folder, passages, settings, results, quick):
             f'--passages={passages}', f'--template={settings.template}', f'--results={results}', '--shown=4',
             f'--passages_as={LIVE["passages"]}', f'--num_passages={settings.num_passages}',
             f'--retrieval_mode={settings.retrieval_mode}', f'--retrieval_collection={settings.retrieval_collection}',
-            *['--max_questions=20'] * quick)
+            *options)
     with open(f'{results}/questions.json', encoding='utf-8') as file:
         return json.load(file)
 
@@ -75,6 +76,7 @@ def main():
     if unknown:
         raise UserError(f'--arms names {unknown[0]!r}, which is none of {" | ".join(ARMS)}')
     out_dir = f'{settings.out_dir}/quick' if quick else settings.out_dir
+    options_of_qa = ['--max_questions=20'] * quick + [f'--retrieval={flags["retrieval"]}'] * ('retrieval' in flags)
     lines = []
     for name in names:
         options, passages = ARMS[name]
@@ -86,7 +88,7 @@ def main():
                 options = options and options | dict(retrieval_mode=settings.retrieval_mode)
                 tune(options, seed, arguments, folder, steps)
             results = f'{out_dir}/{name.replace(", ", "_").replace(" ", "_")}_{seed}'
-            reports.append(ask(folder, passages, settings, results, quick))
+            reports.append(ask(folder, passages, settings, results, options_of_qa))
         found = [(key, arm, [report[f'{key}_{arm}'] for report in reports]) for arm in ('on', 'off') for key in FIGURES
                  if f'{key}_{arm}' in reports[0]]
         lines.append(dict(arm=name, questions=reports[0]['questions'], seeds=len(reports), **{

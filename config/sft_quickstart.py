@@ -4,7 +4,7 @@ from data.documents import DatasetConfig
 
 out_dir = 'out/sft_quickstart'
 init_from = 'out/quickstart'
-eval_interval = 150
+eval_interval = 60
 eval_tokens = 0
 log_interval = 10
 
@@ -15,6 +15,6 @@ gradient_accumulation_steps = 1
 batch_size = 8
 
 learning_rate = 2e-3
-max_iters = 300
+max_iters = 120
 warmup_iters = 20
 compile = False  # needs a C++ compiler
