@@ -89,7 +89,7 @@ def say(text):
         print(visible(text), file=sys.stderr, flush=True)
 
 
-def warm_up(engine, retriever):
+def warm_up(engine, retriever, finder):
     """Write some tokens: the exact-match index may have to be built, and numba compiles what it has not cached."""
     tokens = engine.tokenizer.encode_ordinary('\n\n')
     sources = [None]
@@ -101,6 +101,8 @@ def warm_up(engine, retriever):
             pass
         if source and source.has_pointers:
             named_runs(source, source.index, np.array(tokens * 2), 1, 2)
+    if finder:
+        finder.find(['What?'])
     engine.seconds.clear()
     engine.counts.clear()
 
@@ -117,7 +119,7 @@ def main():
     finder = PassageFinder(settings.replace(num_passages=chat.count), tokenizer, say=say) \
         if chat and chat.count else None
     engine = Engine(model, tokenizer, arguments.slots)
-    warm_up(engine, retriever)
+    warm_up(engine, retriever, finder)
     live, found = (LiveCollection(source) if source else None for source in (retriever, finder))
     worker = Worker(engine, arguments.queue)
     name = os.path.basename(os.path.abspath(arguments.out_dir))
