@@ -55,8 +55,8 @@ def ask(folder, passages, settings, results, options):
         print(f'asking {folder}, passages: {passages}', file=sys.stderr)
         val, = as_dataset_configs(settings.val_datasets, 'val_datasets')
         run('-m', 'evaluation.qa', f'--out_dir={folder}', f'--data={val.path}', f'--source={val.source}',
-            f'--passages={passages}', f'--template={settings.template}', f'--results={results}', '--shown=4',
-            f'--passages_as={LIVE["passages"]}', f'--num_passages={settings.num_passages}',
+            f'--passages={passages}', *[f'--passages_as={LIVE["passages"]}'] * (passages != 'none'), '--shown=4',
+            f'--template={settings.template}', f'--num_passages={settings.num_passages}', f'--results={results}',
             f'--retrieval_mode={settings.retrieval_mode}', f'--retrieval_collection={settings.retrieval_collection}',
             *options)
     with open(f'{results}/questions.json', encoding='utf-8') as file:
