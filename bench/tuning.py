@@ -24,7 +24,8 @@ from data.documents import as_dataset_configs
 from data.fingerprint import describe_corpus
 from sft import read_settings
 
-LIVE = dict(passages='prompt', passages_from='collection')
+LIVE = dict(passages='prompt', passages_from='collection', gradient_accumulation_steps=4)  # conversations take more room
+MAX_NEW_TOKENS = 24  # of an answer: what is kept free for it is lost to passages
 ARMS = {  # what is tuned with, and what is asked with
     'pretrained': (None, 'none'),
     'pretrained, passages retrieved': (None, 'collection'),
@@ -39,12 +40,14 @@ FLAGS = ('seeds', 'arms', 'retrieval', 'quick')
 
 
 def tune(options, seed, arguments, folder, steps):
-    """Tune with a seed, unless already done."""
+    """Tune with a seed, unless already done; a run that was interrupted goes on."""
     if os.path.exists(f'{folder}/done'):
         return
     print(f'tuning {folder}', file=sys.stderr)
     options = dict(retrieval_mode='dense') | options | dict(out_dir=folder, seed=seed, max_iters=steps,
                                                             eval_interval=steps, eval_tokens=EVAL_TOKENS)
+    if os.path.exists(f'{folder}/checkpoints/latest'):
+        options['init_from'] = 'resume'
     run(ROOT / 'sft.py', *arguments, *(f'--{key}={value}' for key, value in options.items()))
     Path(f'{folder}/done').touch()
 
@@ -58,7 +61,7 @@ def ask(folder, passages, settings, results, options):
             f'--passages={passages}', *[f'--passages_as={LIVE["passages"]}'] * (passages != 'none'), '--shown=4',
             f'--template={settings.template}', f'--num_passages={settings.num_passages}', f'--results={results}',
             f'--retrieval_mode={settings.retrieval_mode}', f'--retrieval_collection={settings.retrieval_collection}',
-            *options)
+            f'--max_new_tokens={MAX_NEW_TOKENS}', *options)
     with open(f'{results}/questions.json', encoding='utf-8') as file:
         return json.load(file)
 
@@ -85,8 +88,8 @@ def main():
             folder = settings.init_from
             if options is not None:
                 folder = f'{out_dir}/{"passages" if options else "plain"}_{seed}'
-                options = options and options | dict(retrieval_mode=settings.retrieval_mode)
-                tune(options, seed, arguments, folder, steps)
+                more = options and dict(retrieval_mode=settings.retrieval_mode)
+                tune(options | more, seed, arguments, folder, steps)
             results = f'{out_dir}/{name.replace(", ", "_").replace(" ", "_")}_{seed}'
             reports.append(ask(folder, passages, settings, results, options_of_qa))
         found = [(key, arm, [report[f'{key}_{arm}'] for report in reports]) for arm in ('on', 'off') for key in FIGURES
