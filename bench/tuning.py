@@ -24,7 +24,8 @@ from data.documents import as_dataset_configs
 from data.fingerprint import describe_corpus
 from sft import read_settings
 
-LIVE = dict(passages='prompt', passages_from='collection', gradient_accumulation_steps=4)  # conversations take more room
+# a sequence holds a quarter of the conversations, with passages, and a step as many as without
+LIVE = dict(passages='prompt', passages_from='collection', gradient_accumulation_steps=4)
 MAX_NEW_TOKENS = 24  # of an answer: what is kept free for it is lost to passages
 ARMS = {  # what is tuned with, and what is asked with
     'pretrained': (None, 'none'),
