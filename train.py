@@ -58,6 +58,7 @@ from training.checks import (
 from training.distributed import StopSignals, find_ranks, join_ranks, share_of_step
 from training.metrics import Interval, Metrics, plot_metrics, summary, tokens_per_step
 from training.out_dir import check_writable, lock_run
+from training.sizes import check_memory, print_sizes
 
 # The settings, overridden by config files and --key=value (configurator.py).
 # output
@@ -66,6 +67,7 @@ eval_interval = 2000  # steps between evaluations; each one saves a checkpoint
 eval_tokens = 2_000_000  # tokens of the val documents that are evaluated, the same every time; 0: all
 log_interval = 10  # steps between lines of metrics.jsonl
 eval_only = False  # evaluate the checkpoint and stop
+dry_run = False  # print what the run takes, and stop: parameters, memory, GPUs, time; populate: the collection
 always_save_checkpoint = True  # False: save only if the val loss is the best so far, and when stopped
 keep_checkpoints = 2  # newest checkpoints to keep; 0 keeps all
 init_from = 'scratch'  # 'scratch', 'resume' from out_dir, 'gpt2' (-medium, -large, -xl), or a folder of weights
@@ -136,6 +138,8 @@ min_lr = -1.0  # final learning rate; -1.0: learning_rate / 10
 backend = 'auto'  # torch.distributed backend; 'auto' is nccl on GPUs and gloo on CPUs
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1'; 'auto' is the first GPU, or else the CPU
 dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; 'auto' is bfloat16 where the processor has it
+parallel = 'ddp'  # of several processes: 'ddp', or 'fsdp', which shards weights, gradients and AdamW's state over them
+activation_checkpointing = 'none'  # 'full' recomputes each block in the backward pass, 'selective' what is cheap of it
 compile = True  # torch.compile; needs a C++ compiler on CPUs, and is left out without one
 seed = 1337  # for the weights and the order of documents
 # end of settings
@@ -144,13 +148,18 @@ seed = 1337  # for the weights and the order of documents
 def main(cleanup):
     """`cleanup` is an ExitStack, for what has to end with the run."""
     arguments = sys.argv[1:]
-    settings = load_settings(arguments)
+    settings = load_settings(arguments, can_dry_run=True)
     drop_secrets_from_argv()
+    if settings.dry_run:
+        os.environ['HF_HUB_OFFLINE'] = '1'  # nothing is downloaded
     given = {}
     if settings.init_from != 'scratch' or settings.eval_only:  # another model's architecture, where the config has none
         given = source_settings(settings)
-        settings = load_settings(arguments, given=given)
+        settings = load_settings(arguments, given=given, can_dry_run=True)
+    if settings.dry_run:
+        return print_sizes(check_settings(settings))
     ranks = find_ranks(settings)
+    check_memory(settings, ranks)
     settings = check_settings(take_from_collection(settings, named_settings(arguments) | given.keys(),
                                                    say if ranks.is_master else lambda news: None))
     micro_steps, micro_batch = share_of_step(settings, ranks)

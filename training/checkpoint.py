@@ -33,6 +33,7 @@ from configurator import (
     load_settings,
     read_overrides,
     reason_of,
+    refuse_dry_run,
     sync,
     to_json,
     visible,
@@ -450,6 +451,7 @@ def load_run(out_dir, overrides=()):
     checkpoint = load_checkpoint(out_dir)
     settings, defaults = load_settings([], given=checkpoint.settings), load_settings([])
     named = read_overrides(overrides, vars(settings))
+    refuse_dry_run(named)
     if named.get('retrieval_offline'):
         raise UserError('retrieval_offline is for training: what prompts and other texts read is not precomputed: '
                         'leave it out')

@@ -1,15 +1,15 @@
 """
-What a run takes, by arithmetic alone: parameters, FLOPs, memory a GPU, how many GPUs, time, disk and database. Nothing is
-loaded, downloaded or opened, so a laptop sizes a model of 48 billion parameters.
+What a run takes, by arithmetic alone: parameters, FLOPs, memory a GPU, how many GPUs, time, disk and database. Nothing
+is loaded, downloaded or opened, so a laptop sizes a model of 48 billion parameters.
 
-    python train.py config/retro_2b.py --dry_run=True                                 # how many GPUs it needs
-    torchrun --standalone --nproc_per_node=8 train.py config/retro_2b.py --dry_run=True   # and how it fits 8
+    python train.py config/retro_2b.py --dry_run=True                                     # how many GPUs it needs
+    torchrun --standalone --nproc_per_node=4 train.py config/retro_2b.py --dry_run=True   # what it takes on four
 """
 import os
 import re
-from dataclasses import dataclass
+from contextlib import suppress
 
-from system import PEAK_FLOPS, pick_dtype
+from system import PEAK_FLOPS, is_device, peak_flops, pick_dtype, say
 
 import torch
 
@@ -21,14 +21,13 @@ from training.distributed import Ranks, find_ranks, share_of_step
 from training.metrics import tokens_per_step
 
 GPUS = {'24 GB': 24e9, '40 GB': 40e9, '80 GB': 80e9, '141 GB': 141e9}  # bytes
-ROOM = 0.92  # of a GPU's memory that is ours: the rest is CUDA's, and what fragmentation wastes
-MOST_GPUS = 4096
+ROOM = 0.92  # of a GPU's memory that is a run's: the rest is CUDA's, and what fragmentation wastes
+MOST = 4096  # GPUs
 MFU = 0.35  # of a RETRO of 124 M on an H200, its neighbors at hand (docs/costs.md)
-MPNET = 768  # dimensions of the default embedding model
+DIMENSIONS = 768  # of the default embedding model, all-mpnet-base-v2
 ROW = 850  # bytes of a row beside its vector: tokens, text, ids (docs/scaling.md)
-STORED = 520  # of them on disk, compressed
-PARTS = {  # parameters' names; the first that matches
-    'embeddings': r'transformer\.wt?p?e\.|lm_head\.|mix\.',
+PARTS = {  # names of their parameters, of which the first that matches counts
+    'embeddings': r'transformer\.w[tp]e\.|lm_head\.|mix\.',
     'pointers': r'mixture\.',
     'encoder': r'.*\.encoder\.',
     'cross-attention': r'.*\.cca\.',
@@ -128,23 +127,135 @@ def memory(settings, model, world_size, parallel, precision, on_gpu=True, compil
     shards = world_size if parallel == 'fsdp' else 1
     weights, trained = (4 * sum(p.numel() for p in model.parameters() if p.requires_grad or not only)
                         for only in (False, True))
-    blocks, again, rest = activation_bytes(c, a, on_gpu, settings.activation_checkpointing)
-    tokens = micro_batch * c.block_size
-    activations = tokens * (sum(blocks) + rest) + (4 * V * D if c.copy_own_context else 0)
-    # the loss: logits and their gradient; uncompiled beside them log-probabilities and their gradients, in float32
-    is_whole = compiled and parallel == 'ddp'  # sharded blocks are compiled one by one, and the loss is not
-    loss = tokens * V * (2 * a if is_whole else a + 12)
     layers = [sum(p.numel() for p in block.parameters()) for block in model.transformer.h]
     root = weights // 4 - sum(layers)
+    blocks, again, rest = activation_bytes(c, a, on_gpu, settings.activation_checkpointing)
+    is_again, tokens = any(again), micro_batch * c.block_size
+    fixed = tokens * rest + (4 * V * D if c.copy_own_context else 0)
     gathered = 0
     if parallel == 'fsdp':  # a block and the next in the precision, its gradient in it and in float32; all else whole
         gathered = max(layers) * (3 * a + 4) + root * 12
-    elif a == 2:
-        activations += 2 * sum(p.numel() for p in model.parameters() if p.dim() > 1)  # as autocast has cast them
-    parts = dict(weights=weights // shards, optimizer=2 * trained // shards, activations=activations)
-    # sharded gradients are reduced in a step's last micro-batch
-    parts['gradients'] = trained // (shards if micro_steps == 1 else 1)
-    parts['in flight'] = gathered + max(loss, tokens * max(again))
-    if world_size == micro_steps == 1:  # they take the place of the activations
-        parts['gradients'] = max(0, parts['gradients'] - parts['activations'] - parts['in flight'])
+    elif a == 2:  # weights as autocast has cast them
+        fixed += 2 * (root + (max(layers) if is_again else sum(layers)))
+    gradients = trained // (shards if micro_steps == 1 else 1)  # sharded, too, are whole until the last micro-batch
+    grow = world_size == micro_steps == 1  # as the activations go; else they are there from the start
+    # The first moment of the backward pass: logits and their gradient; uncompiled beside them log-probabilities and
+    # their gradients, in float32. Sharded blocks are compiled one by one, and the loss is not.
+    loss = V * (2 * a if compiled and parallel == 'ddp' else a + 12)
+    moments = [(fixed + tokens * (sum(blocks) + loss), 0 if grow else gradients)]
+    # then block by block: what it computes again, and gradients of the residual stream and around GELU
+    for i in range(c.n_layer):
+        width = 2 * c.retrieval_k_neighbors if c.has_encoder and i == min(c.retrieval_layers) - 1 else 1
+        moments.append((fixed + tokens * (sum(blocks[:i + 1]) + again[i] + (4 + 8 * a) * D * width),
+                        gradients * (root + sum(layers[i:])) // (weights // 4) if grow else gradients))
+    activations, gradients = max(moments, key=sum)
+    parts = dict(weights=weights // shards, gradients=gradients, optimizer=2 * trained // shards,
+                 activations=activations, gathered=gathered)
     return parts
+
+
+def print_sizes(settings):
+    """Print what a run takes: on as many processes as torchrun has started, else on one, on eight, and on enough."""
+    ranks = find_ranks(settings.replace(device='cpu'))
+    share_of_step(settings, ranks)  # validates it
+    if not ranks.is_master:
+        return
+    model, on_gpu = shape_of(settings), settings.device != 'cpu'
+    c, counts, per_token = model.config, count_parameters(model), model.flops_per_token()
+    a_step, (precision, sizes, name, peak) = tokens_per_step(settings), find_target(settings)
+
+    def need(world_size, parallel):
+        return memory(settings, model, world_size, parallel, precision, on_gpu, settings.compile)
+
+    def fewest(parallel, room):
+        return next((n for n in range(1 if parallel == 'ddp' else 2, MOST + 1)
+                     if (parts := need(n, parallel)) and sum(parts.values()) <= ROOM * room), None)
+    total = sum(counts.values())
+    print(f'{"RETRO" if settings.use_retrieval else "GPT"} of {count(total)} parameters: {c.n_layer} blocks, '
+          f'{c.n_embd:,} wide, {c.n_head} heads, {c.block_size:,} tokens, vocabulary of {c.vocab_size:,}')
+    for part, number in counts.items():
+        print(f'  {part:<16}{count(number):>10}')
+    print(f'step: {a_step:,} tokens, {per_token * a_step / 1e12:,.1f} TFLOP ({per_token / 1e6:,.0f} MFLOP a token)\n'
+          f'memory a process, in GB, {settings.batch_size} sequences a micro-batch, {precision}, '
+          f'{"" if settings.compile else "not "}compiled, activation_checkpointing '
+          f'{settings.activation_checkpointing!r}:')
+    found = {size: {parallel: fewest(parallel, room) for parallel in ('ddp', 'fsdp')} for size, room in sizes.items()
+             if on_gpu}
+    enough = found.get('80 GB', {}) or next(iter(found.values()), {})
+    numbers = [ranks.world_size] if ranks.world_size > 1 else [1] if not on_gpu else sorted(
+        {1, 8, max(8, enough.get('fsdp') or 8)})
+    rows = {f'{parallel} on {n:,}': parts for n in numbers for parallel in ('ddp', 'fsdp')
+            if (n > 1 or parallel == 'ddp') and (parts := need(n, parallel))}
+    print(' ' * 16 + ''.join(f'{part:>13}' for part in [*next(iter(rows.values())), 'in all']))
+    for row, parts in rows.items():
+        print(f'  {row:<14}' + ''.join(f'{each / 1e9:>13,.2f}' for each in [*parts.values(), sum(parts.values())]))
+    for size, least in found.items():
+        print(f'  {size}: ' + ', '.join(f'{parallel} from {n:,}' if n else f'not with {parallel}'
+                                        for parallel, n in least.items()))
+    if not on_gpu:
+        print(f'  this machine has {machine_memory() / 1e9:,.1f}')
+    used = max(n for n in numbers if need(n, 'ddp'))
+    again = 4 / 3 if settings.activation_checkpointing == 'full' else 1
+    seconds = per_token * a_step * again / (used * peak * MFU)
+    print(f'time: {seconds:,.2f} s a step on {used:,} x {name}, {seconds * settings.max_iters / 86400:,.1f} days for '
+          f'{settings.max_iters:,} steps ({count(a_step * settings.max_iters)} tokens), at {MFU:.0%} of '
+          f'{peak / 1e12:,.3g} TFLOP/s' + ', and a third more to compute blocks again' * (again > 1))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f'disk: {(4 * total + 8 * trained) / 1e9:,.2f} GB a checkpoint, {4 * total / 1e9:,.2f} of it weights; ' + (
+        f'{settings.keep_checkpoints} are kept, beside the one that is written' if settings.keep_checkpoints else
+        'all are kept') + f'\nto start: each process makes all {4 * total / 1e9:,.2f} GB of weights in its machine\'s memory first')
+    if settings.use_retrieval:
+        chunks = a_step * settings.max_iters // settings.retrieval_chunk_size
+        print('database, if it holds as many tokens as the run reads (python -m retrieval.populate --dry_run=True '
+              'counts yours):', *describe_collection(settings, chunks, DIMENSIONS, ROW, ROW), sep='\n  ')
+
+
+def find_target(settings):
+    """
+    The device that a dry run is for, as its precision, {name: bytes of memory}, name and peak FLOP/s: this CPU if
+    `device` says so, else the GPU that is here, else GPUs of the sizes that there are.
+    """
+    device = 'cuda' if settings.device == 'auto' else settings.device
+    if device == 'cpu':
+        precision = pick_dtype(settings.dtype, device)
+        return precision, {'this machine': machine_memory()}, 'this CPU', peak_flops(device, precision)
+    if is_device(device):
+        precision, gpu = pick_dtype(settings.dtype, device), torch.cuda.get_device_properties(device)
+        return precision, {gpu.name: gpu.total_memory}, gpu.name, peak_flops(device, precision)
+    return 'bfloat16' if settings.dtype == 'auto' else settings.dtype, GPUS, 'H100', PEAK_FLOPS['H100']
+
+
+def check_memory(settings, ranks):
+    """
+    UserError, before anything is loaded, if the device cannot hold what a model cannot do without: weights, gradients
+    and AdamW's moments. Says so if a step is likely to need more than there is.
+    """
+    model, on_gpu = shape_of(settings), ranks.device.startswith('cuda')
+    room = torch.cuda.get_device_properties(ranks.device).total_memory if on_gpu else machine_memory()
+    sharing = 1 if on_gpu else ranks.local_world_size  # processes that share it
+    shards = ranks.world_size if settings.parallel == 'fsdp' else 1
+    total = sum(p.numel() for p in model.parameters())
+    trained = 0 if settings.eval_only else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    least = (4 * total + 12 * trained) * sharing // shards
+    if least > room:
+        what = "weights, gradients and AdamW's moments" if trained else 'weights'
+        raise UserError(f'a model of {count(total)} parameters cannot fit: its {what} alone take {least / 1e9:,.1f} GB '
+                        f'on {"this GPU" if on_gpu else "this machine"}, which has {room / 1e9:,.1f} GB; use a smaller '
+                        f"one, or more GPUs and parallel='fsdp' (--dry_run=True says how many)")
+    precision = pick_dtype(settings.dtype, ranks.device)
+    parts = memory(settings, model, ranks.world_size, settings.parallel, precision, on_gpu, settings.compile)
+    if trained and ranks.is_master and parts and sum(parts.values()) * sharing > room:
+        say(f'a step is likely to need {sum(parts.values()) * sharing / 1e9:,.1f} GB, and there are {room / 1e9:,.1f}: '
+            f"lower batch_size, or set activation_checkpointing to 'full' (--dry_run=True says what takes it)")
+
+
+def machine_memory():
+    """Bytes of this machine's memory, swap included."""
+    swap = 0
+    with suppress(OSError, AttributeError), open('/proc/meminfo', encoding='ascii') as file:
+        swap = 1024 * int(re.search(r'SwapTotal:\s+(\d+)', file.read()).group(1))
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') + swap
+
+
+def count(number):
+    return f'{number / 1e9:,.2f} B' if number >= 1e9 else f'{number / 1e6:,.2f} M'
