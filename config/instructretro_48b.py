@@ -1,8 +1,8 @@
-# A plan of InstructRetro's Retro 48B (arXiv 2310.07713, appendix A.2; Megatron-LM's pretrain-nextlm-43b-retro.sh), which
-# python train.py config/instructretro_48b.py --dry_run=True
-# sizes. Ours counts 44.74 B parameters with GPT-2's tied vocabulary: the published GPT 43B has two matrices of 256,000
-# rows, 4.2 B, and SwiGLU, rotary positions and no biases. It was trained on 1.1 trillion tokens before retrieval was added
-# for the 25 million sequences below, on 512 GPUs in tensor-parallel groups of 8, which nanoRETRO has not.
+# A plan of InstructRetro's Retro 48B (arXiv 2310.07713, appendix A.2; Megatron-LM's pretrain-nextlm-43b-retro.sh), to
+# size: python train.py config/instructretro_48b.py --dry_run=True
+# Ours counts 44.74 B parameters with GPT-2's tied vocabulary: the published GPT 43B has two matrices of 256,000 rows,
+# 4.2 B, beside SwiGLU and rotary positions. It had read 1.1 trillion tokens before it read the 25 million sequences
+# below with retrieval, on 64 machines of 8 GPUs, each a tensor-parallel group, which nanoRETRO has not.
 out_dir = 'out/instructretro_48b'
 eval_interval = 1260
 

@@ -1,8 +1,8 @@
 # RETRO of a decoder of 4B (48 layers, 2,560 wide, 32 heads), after a config of yours:
 # torchrun --nnodes=8 --nproc_per_node=8 ... train.py config/my_run.py config/retro_4b.py
-# Ours counts 4.46 B parameters with GPT-2's tied vocabulary: the decoder 3.8 B, its token embedding 0.1 B. No published
-# RETRO of this shape was found; width and heads are those of GPT-3 2.7B (arXiv 2005.14165, table 2.1), as is the learning
-# rate, and all else is arXiv 2304.06762's of its XL. --dry_run=True sizes it. It has not been run here.
+# Ours counts 4.46 B parameters with GPT-2's tied vocabulary, 3.9 B without retrieval. No published RETRO of this shape
+# was found: width, heads and learning rate are those of GPT-3 2.7B (arXiv 2005.14165, table 2.1), and all else is arXiv
+# 2304.06762's of its XL. --dry_run=True sizes it. It has not been run here.
 out_dir = 'out/retro_4b'
 eval_interval = 1000
 

@@ -2,14 +2,15 @@
 import os
 import re
 
+from system import autocast
+
 import pytest
 import torch
 
 from configurator import UserError, load_settings
 from data.tokenizer import load_tokenizer, vocabulary_size
 from model import RETRO, RETROConfig
-from system import autocast
-from tests.conftest import ROOT, run, run_ranks
+from tests.conftest import ROOT, run
 from training.distributed import Ranks
 from training.sizes import activation_bytes, check_memory, count_parameters, memory, print_sizes, shape_of
 
@@ -21,8 +22,8 @@ MODELS = {'gpt': GPT, 'paper': PAPER, 'ours': {}, 'pointers': dict(retrieval_k_n
 
 
 def make_config(options):
-    return RETROConfig(**{**dict(block_size=128, vocab_size=512, n_layer=4, n_head=4, n_embd=128, retrieval_layers=[2, 4],
-                                 retrieval_chunk_size=32), **options})
+    return RETROConfig(**{**dict(block_size=128, vocab_size=512, n_layer=4, n_head=4, n_embd=128,
+                                 retrieval_layers=[2, 4], retrieval_chunk_size=32), **options})
 
 
 def make_batch(c):
@@ -39,8 +40,8 @@ def make_batch(c):
 
 
 def as_settings(c, **changes):
-    return load_settings([]).replace(**{key: value for key, value in vars(c).items() if key != 'vocab_size'}, batch_size=2,
-                                     gradient_accumulation_steps=1, compile=False, **changes)
+    shape = {key: value for key, value in vars(c).items() if key != 'vocab_size'}
+    return load_settings([]).replace(**shape, **{**dict(batch_size=2, gradient_accumulation_steps=1), **changes})
 
 
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
@@ -92,12 +93,13 @@ def test_the_peak_of_a_step_is_within_a_tenth_of_what_torch_counts(name, kept):
 def test_what_training_keeps_takes_16_bytes_a_weight_and_is_sharded_by_fsdp_alone():
     c = make_config(PAPER)
     model = RETRO(c)
-    settings = as_settings(c).replace(gradient_accumulation_steps=8)
+    settings = as_settings(c, gradient_accumulation_steps=8)
     weights = sum(p.numel() for p in model.parameters())
     for parallel, size in (('ddp', 16 * weights), ('fsdp', 2 * weights)):
         parts = memory(settings, model, 8, parallel, 'bfloat16')
         assert sum(parts[part] for part in ('weights', 'gradients', 'optimizer')) == size
-    assert memory(settings.replace(gradient_accumulation_steps=16), model, 8, 'fsdp', 'bfloat16')['gradients'] == 4 * weights
+    twice = settings.replace(gradient_accumulation_steps=16)  # gradients are whole until the last micro-batch
+    assert memory(twice, model, 8, 'fsdp', 'bfloat16')['gradients'] == 4 * weights
     assert memory(settings, model, 3, 'ddp', 'bfloat16') is None  # 8 micro-batches
     model.freeze_decoder()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -119,24 +121,36 @@ def test_a_config_loads_and_its_model_has_the_size_that_its_header_names(path, m
 
 
 def test_a_dry_run_loads_nothing_and_names_what_the_run_takes(tmp_path):
-    config = [ROOT / 'config/retro_2b.py', "--train_datasets=['missing.jsonl']", '--retrieval_milvus_uri=http://127.0.0.1:9',
-              '--retrieval_embedding_model=nowhere', '--dry_run=True']
-    env = dict(TIKTOKEN_CACHE_DIR=str(tmp_path / 'none'))
-    said = run(ROOT / 'train.py', *config, folder=tmp_path, env=env).stdout
+    said = run(ROOT / 'train.py', ROOT / 'config/retro_2b.py', "--train_datasets=['missing.jsonl']", '--dry_run=True',
+               '--retrieval_milvus_uri=http://127.0.0.1:9', '--retrieval_embedding_model=nowhere', folder=tmp_path,
+               env=dict(TIKTOKEN_CACHE_DIR=str(tmp_path / 'none'))).stdout
     assert 'RETRO of 1.53 B parameters: 24 blocks, 2,048 wide' in said and 'vocabulary of 50,304' in said
     assert 'step: 1,048,576 tokens, 13,967.6 TFLOP' in said and '80 GB: ddp from 1, fsdp from 2' in said
     assert 'disk: 18.40 GB a checkpoint, 6.13 of it weights' in said and '6,144,000,000 chunks of 64 tokens' in said
-    said = run_ranks(4, ROOT / 'train.py', *config, folder=tmp_path).stdout
-    assert re.search(r'ddp on 4 .*\n +fsdp on 4', said) and 'on 8' not in said
     assert os.listdir(tmp_path) == []
 
 
+def test_a_dry_run_under_torchrun_is_of_its_processes_and_the_first_alone_prints_it(monkeypatch, capsys):
+    settings = load_settings(['--dry_run=True'], can_dry_run=True)
+    for rank in (0, 1):
+        for key, value in (('RANK', rank), ('WORLD_SIZE', 4), ('LOCAL_RANK', rank), ('LOCAL_WORLD_SIZE', 4)):
+            monkeypatch.setenv(key, str(value))
+        print_sizes(settings)
+        said = capsys.readouterr().out
+        assert bool(said) == (rank == 0)
+        assert not said or (re.search(r'ddp on 4 .*\n +fsdp on 4', said) and 'on 8' not in said)
+    for key in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'):
+        monkeypatch.setenv(key, '3')
+    with pytest.raises(UserError, match=r'cannot be shared by 3 processes'):
+        print_sizes(settings)
+
+
 def test_a_model_that_cannot_fit_is_refused_before_anything_is_loaded(tmp_path):
-    answer = run(ROOT / 'train.py', ROOT / 'config/instructretro_48b.py', '--parallel=ddp', '--device=cpu', folder=tmp_path,
-                 check=False)
+    answer = run(ROOT / 'train.py', ROOT / 'config/instructretro_48b.py', '--parallel=ddp', '--device=cpu',
+                 folder=tmp_path, check=False)
     assert answer.returncode == 2 and answer.stderr.count('\n') == 1 and os.listdir(tmp_path) == []
-    assert "a model of 44.74 B parameters cannot fit: its weights, gradients and AdamW's moments alone take 715.8 GB" in (
-        answer.stderr)
+    assert ("a model of 44.74 B parameters cannot fit: its weights, gradients and AdamW's moments alone take 715.8 GB"
+            in answer.stderr)
 
 
 def test_what_fits_is_not_refused_and_a_batch_that_does_not_is_said(capsys, monkeypatch):
@@ -145,7 +159,7 @@ def test_what_fits_is_not_refused_and_a_batch_that_does_not_is_said(capsys, monk
     assert capsys.readouterr().out == ''
     monkeypatch.setattr('training.sizes.machine_memory', lambda: 100_000_000)
     check_memory(settings, Ranks())
-    assert re.search(r'a step is likely to need [\d.]+ GB, and there are 0.1: lower batch_size', capsys.readouterr().out)
+    assert re.search(r'is likely to need [\d.]+ GB, and there are 0.1: lower batch_size', capsys.readouterr().out)
     weights = 4 * sum(count_parameters(shape_of(settings)).values())
     monkeypatch.setattr('training.sizes.machine_memory', lambda: weights)
     with pytest.raises(UserError, match='cannot fit'):
@@ -154,20 +168,11 @@ def test_what_fits_is_not_refused_and_a_batch_that_does_not_is_said(capsys, monk
     check_memory(settings.replace(parallel='fsdp'), Ranks(world_size=8, local_world_size=2))
 
 
-def test_a_dry_run_of_what_cannot_be_is_an_error(tmp_path):
-    for arguments, said in ((['--n_head=7'], 'n_embd 768 must be a multiple of n_head 7'),
-                            (['--tokenizer=nowhere.json'], "no tokenizer 'nowhere.json'"),
-                            (['--use_retrieval=False', '--retrofit=True'], 'use_retrieval is False')):
-        answer = run(ROOT / 'train.py', *arguments, '--dry_run=True', folder=tmp_path, check=False)
-        assert answer.returncode == 2 and said in answer.stderr and answer.stderr.count('\n') == 1
-    with pytest.raises(UserError, match=r'cannot be shared by 3 processes'):
-        for key in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'):
-            os.environ[key] = '3' if 'SIZE' in key else '0'
-        try:
-            print_sizes(load_settings(['--dry_run=True'], can_dry_run=True))
-        finally:
-            for key in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'):
-                del os.environ[key]
+def test_a_dry_run_of_what_cannot_be_is_an_error():
+    for argument, said in (('--n_head=7', 'n_embd 768 must be a multiple of n_head 7'),
+                           ('--tokenizer=nowhere.json', "no tokenizer 'nowhere.json'")):
+        with pytest.raises(UserError, match=said):
+            print_sizes(load_settings([argument, '--dry_run=True'], can_dry_run=True))
     with pytest.raises(UserError, match=r'dry_run is of train.py and of python -m retrieval.populate alone'):
         load_settings(['--dry_run=True'])
 

@@ -203,7 +203,8 @@ def print_sizes(settings):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f'disk: {(4 * total + 8 * trained) / 1e9:,.2f} GB a checkpoint, {4 * total / 1e9:,.2f} of it weights; ' + (
         f'{settings.keep_checkpoints} are kept, beside the one that is written' if settings.keep_checkpoints else
-        'all are kept') + f'\nto start: each process makes all {4 * total / 1e9:,.2f} GB of weights in its machine\'s memory first')
+        'all are kept'))
+    print(f"to start: each process makes all {4 * total / 1e9:,.2f} GB of weights in its machine's memory first")
     if settings.use_retrieval:
         chunks = a_step * settings.max_iters // settings.retrieval_chunk_size
         print('database, if it holds as many tokens as the run reads (python -m retrieval.populate --dry_run=True '
