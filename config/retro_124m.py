@@ -1,7 +1,7 @@
 # RETRO of GPT-2's small decoder as NeMo and Megatron-LM have it (NeMo's retro/300m.yaml; Small in arXiv 2304.06762,
 # tables 9 and 10), after a config of yours: python train.py config/my_run.py config/retro_124m.py
-# Ours counts 149.00 M parameters with GPT-2's tied vocabulary, 125 M without retrieval. That paper has 148 M; NeMo calls
-# it 300M, and Megatron-LM 307M. --dry_run=True sizes it. It has not been run here.
+# Ours counts 149.00 M parameters with GPT-2's tied vocabulary, 125 M without retrieval. That paper has 148 M; it is the
+# 300M of NeMo and the 307M of Megatron-LM. --dry_run=True sizes it. It has not been run here.
 out_dir = 'out/retro_124m'
 eval_interval = 1000
 
