@@ -2,7 +2,8 @@
 Everything that only a CUDA machine can show, in one command of a few minutes, with no network and no server: that the
 model on the GPU equals the CPU's, its causality and masks, compilation without graph breaks, a run that resumes to the
 same losses, nccl; then tokens/s, MFU, memory and waiting of a GPT and of RETRO with frozen, live and remembered
-neighbors, at the 124M shape in bfloat16, compiled, from a local collection; and an embedder of all-mpnet's size.
+neighbors, at the 124M shape in bfloat16, compiled, from a local collection; the same of config/retro_124m.py and
+retro_857m.py with ready tensors, and their memory beside the dry run's; and an embedder of all-mpnet's size.
 
     python bench/gpu.py [--device=cuda] [--quick] [--out=gpu.json]
 
@@ -11,6 +12,8 @@ table, and writes one JSON file after each step, so that a run that is cut short
 check fails. --device=cpu --quick is what the tests run.
 """
 import argparse
+import gc
+import itertools
 import json
 import os
 import subprocess
@@ -20,6 +23,7 @@ import time
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -28,10 +32,11 @@ from system import autocast, keep_freed_memory, peak_flops, pick_device, pick_dt
 
 import torch
 
-from bench.train import measure, summarize
+from bench.train import make_step, measure, summarize
 from configurator import load_settings, to_json, user_errors_as_one_line, write_atomically
 from data.fingerprint import describe_corpus
 from model import RETRO, RETROConfig, SelfAttention, document_starts, takes_documents
+from training.sizes import memory
 
 SHAPE = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=12, gradient_accumulation_steps=1,
              retrieval_layers=[6, 9, 12])
@@ -258,6 +263,44 @@ def measure_speed(config, device, is_quick):
     return found, f'{describe_corpus(settings.train_datasets)}, {size:,} chunks in the collection'
 
 
+def measure_sizes(device, is_quick):
+    """By config, with retrieval and without, from ready random tensors: tokens/s, MFU, GB and those of the dry run."""
+    precision, found = pick_dtype('auto', device), {}
+    for name, arm in itertools.product(('retro_124m', 'retro_857m'), ('retro', 'gpt')):
+        shape = SMALL if is_quick else dict(gradient_accumulation_steps=1)
+        shape = shape | dict(use_retrieval=arm == 'retro', compile=not is_quick)
+        settings = load_settings([str(ROOT / f'config/{name}.py'), *(f'--{key}={value}' for key, value in shape.items())])
+        before = torch.cuda.memory_allocated() if device.startswith('cuda') else 0
+        step, model = make_step(settings, 50257, device)
+        c, size = model.config, settings.batch_size
+        L, R = c.block_size // c.retrieval_chunk_size, 2 * c.retrieval_chunk_size
+        tokens = torch.randint(50257, (size, c.block_size), device=device)
+        neighbors = torch.randint(50257, (size, L, c.retrieval_k_neighbors, R), device=device)
+        batch = SimpleNamespace(tokens=tokens, targets=tokens, doc_ids=torch.zeros(size, L, dtype=int, device=device),
+                                retrieved=(neighbors, torch.ones_like(neighbors, dtype=torch.bool), None))
+        peak, steps = 0, 2 if is_quick else 20
+        for count in (3, steps):  # compiled, and the optimizer's moments are there, after the first
+            if device.startswith('cuda'):
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            for _ in range(count):
+                step(batch)
+            if device.startswith('cuda'):
+                torch.cuda.synchronize()
+                peak = torch.cuda.max_memory_allocated() - before
+            rate = count * tokens.numel() / (time.perf_counter() - start)
+        expected = sum(memory(settings, model, 1, 'ddp', precision, device != 'cpu', settings.compile).values())
+        found[f'{name} {arm}'] = dict(tokens_per_s=round(rate), memory_gb=round(peak / 1e9, 2),
+                                      dry_run_gb=round(expected / 1e9, 2),
+                                      mfu=round(model.flops_per_token() * rate / peak_flops(device, precision), 4))
+        del step, model, batch, tokens, neighbors
+        torch._dynamo.reset()
+        if device.startswith('cuda'):
+            gc.collect()
+            torch.cuda.empty_cache()
+    return found
+
+
 @torch.no_grad()
 def measure_embedder(device, is_quick):
     """Chunks/s of a transformer of all-mpnet-base-v2's size, random weights, 64 tokens a chunk."""
@@ -313,11 +356,16 @@ def main():
         training, corpus = measure_speed(config, device, arguments.quick)
         keep('corpus', corpus)
         keep('training', training)
+        keep('sizes', measure_sizes(device, arguments.quick))
     print(f'\n{report["device"]}, {report["precision"]}, corpus {report["corpus"]}\n')
     print(f'{"":<12}{"tokens/s":>12}{"over frozen":>14}{"waited":>10}{"MFU":>8}{"memory":>12}')
     for arm, figures in report['training'].items():
         print(f'{arm:<12}{figures["tokens_per_s"]:>12,}{figures["over_frozen"]:>14.3f}{figures["waited"]:>10.1%}'
               f'{figures["mfu"]:>8.1%}{figures["memory_gb"]:>9.2f} GB')
+    print(f'\n{"":<18}{"tokens/s":>12}{"MFU":>8}{"memory":>12}{"dry run":>12}')
+    for name, figures in report['sizes'].items():
+        print(f'{name:<18}{figures["tokens_per_s"]:>12,}{figures["mfu"]:>8.1%}{figures["memory_gb"]:>9.2f} GB'
+              f'{figures["dry_run_gb"]:>9.2f} GB')
     print(f'\nembedder: {report["embedder_chunks_per_s"]:,} chunks/s')
     print(json.dumps(report))
     sys.exit(1 if failed else 0)

@@ -223,7 +223,7 @@ def find_target(settings):
     if is_device(device):
         precision, gpu = pick_dtype(settings.dtype, device), torch.cuda.get_device_properties(device)
         return precision, {gpu.name: gpu.total_memory}, gpu.name, peak_flops(device, precision)
-    return 'bfloat16' if settings.dtype == 'auto' else settings.dtype, GPUS, 'H100', PEAK_FLOPS['H100']
+    return 'bfloat16' if settings.dtype == 'auto' else pick_dtype(settings.dtype, device), GPUS, 'H100', PEAK_FLOPS['H100']
 
 
 def check_memory(settings, ranks):
