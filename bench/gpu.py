@@ -267,9 +267,9 @@ def measure_sizes(device, is_quick):
     """By config, with retrieval and without, from ready random tensors: tokens/s, MFU, GB and those of the dry run."""
     precision, found = pick_dtype('auto', device), {}
     for name, arm in itertools.product(('retro_124m', 'retro_857m'), ('retro', 'gpt')):
-        shape = SMALL if is_quick else dict(gradient_accumulation_steps=1)
-        shape = shape | dict(use_retrieval=arm == 'retro', compile=not is_quick)
-        settings = load_settings([str(ROOT / f'config/{name}.py'), *(f'--{key}={value}' for key, value in shape.items())])
+        changes = (SMALL if is_quick else dict(gradient_accumulation_steps=1)) | dict(
+            use_retrieval=arm == 'retro', compile=not is_quick)
+        settings = load_settings([str(ROOT / f'config/{name}.py')]).replace(**changes)
         before = torch.cuda.memory_allocated() if device.startswith('cuda') else 0
         step, model = make_step(settings, 50257, device)
         c, size = model.config, settings.batch_size

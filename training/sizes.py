@@ -171,11 +171,11 @@ def print_sizes(settings):
         return next((n for n in range(1 if parallel == 'ddp' else 2, MOST + 1)
                      if (parts := need(n, parallel)) and sum(parts.values()) <= ROOM * room), None)
     total = sum(counts.values())
-    print(f'{"RETRO" if settings.use_retrieval else "GPT"} of {count(total)} parameters: {c.n_layer} blocks, '
+    say(f'{"RETRO" if settings.use_retrieval else "GPT"} of {count(total)} parameters: {c.n_layer} blocks, '
           f'{c.n_embd:,} wide, {c.n_head} heads, {c.block_size:,} tokens, vocabulary of {c.vocab_size:,}')
     for part, number in counts.items():
-        print(f'  {part:<16}{count(number):>10}')
-    print(f'step: {a_step:,} tokens, {per_token * a_step / 1e12:,.1f} TFLOP ({per_token / 1e6:,.0f} MFLOP a token)\n'
+        say(f'  {part:<16}{count(number):>10}')
+    say(f'step: {a_step:,} tokens, {per_token * a_step / 1e12:,.1f} TFLOP ({per_token / 1e6:,.0f} MFLOP a token)\n'
           f'memory a process, in GB, {settings.batch_size} sequences a micro-batch, {precision}, '
           f'{"" if settings.compile else "not "}compiled, activation_checkpointing '
           f'{settings.activation_checkpointing!r}:')
@@ -186,29 +186,30 @@ def print_sizes(settings):
         {1, 8, max(8, enough.get('fsdp') or 8)})
     rows = {f'{parallel} on {n:,}': parts for n in numbers for parallel in ('ddp', 'fsdp')
             if (n > 1 or parallel == 'ddp') and (parts := need(n, parallel))}
-    print(' ' * 16 + ''.join(f'{part:>13}' for part in [*next(iter(rows.values())), 'in all']))
+    say(' ' * 16 + ''.join(f'{part:>13}' for part in [*next(iter(rows.values())), 'in all']))
     for row, parts in rows.items():
-        print(f'  {row:<14}' + ''.join(f'{each / 1e9:>13,.2f}' for each in [*parts.values(), sum(parts.values())]))
+        say(f'  {row:<14}' + ''.join(f'{each / 1e9:>13,.2f}' for each in [*parts.values(), sum(parts.values())]))
     for size, least in found.items():
-        print(f'  {size}: ' + ', '.join(f'{parallel} from {n:,}' if n else f'not with {parallel}'
+        say(f'  {size}: ' + ', '.join(f'{parallel} from {n:,}' if n else f'not with {parallel}'
                                         for parallel, n in least.items()))
     if not on_gpu:
-        print(f'  this machine has {machine_memory() / 1e9:,.1f}')
+        say(f'  this machine has {machine_memory() / 1e9:,.1f}')
     used = max(n for n in numbers if need(n, 'ddp'))
     again = 4 / 3 if settings.activation_checkpointing == 'full' else 1
     seconds = per_token * a_step * again / (used * peak * MFU)
-    print(f'time: {seconds:,.2f} s a step on {used:,} x {name}, {seconds * settings.max_iters / 86400:,.1f} days for '
+    say(f'time: {seconds:,.2f} s a step on {used:,} x {name}, {seconds * settings.max_iters / 86400:,.1f} days for '
           f'{settings.max_iters:,} steps ({count(a_step * settings.max_iters)} tokens), at {MFU:.0%} of '
           f'{peak / 1e12:,.3g} TFLOP/s' + ', and a third more to compute blocks again' * (again > 1))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f'disk: {(4 * total + 8 * trained) / 1e9:,.2f} GB a checkpoint, {4 * total / 1e9:,.2f} of it weights; ' + (
+    say(f'disk: {(4 * total + 8 * trained) / 1e9:,.2f} GB a checkpoint, {4 * total / 1e9:,.2f} of it weights; ' + (
         f'{settings.keep_checkpoints} are kept, beside the one that is written' if settings.keep_checkpoints else
         'all are kept'))
-    print(f"to start: each process makes all {4 * total / 1e9:,.2f} GB of weights in its machine's memory first")
+    say(f"to start: each process makes all {4 * total / 1e9:,.2f} GB of weights in its machine's memory first")
     if settings.use_retrieval:
         chunks = a_step * settings.max_iters // settings.retrieval_chunk_size
-        print('database, if it holds as many tokens as the run reads (python -m retrieval.populate --dry_run=True '
-              'counts yours):', *describe_collection(settings, chunks, DIMENSIONS, ROW, ROW), sep='\n  ')
+        say('\n  '.join(['database, if it holds as many tokens as the run reads (python -m retrieval.populate '
+                         '--dry_run=True counts yours):',
+                         *describe_collection(settings, chunks, DIMENSIONS, ROW, ROW)]))
 
 
 def find_target(settings):
@@ -223,7 +224,8 @@ def find_target(settings):
     if is_device(device):
         precision, gpu = pick_dtype(settings.dtype, device), torch.cuda.get_device_properties(device)
         return precision, {gpu.name: gpu.total_memory}, gpu.name, peak_flops(device, precision)
-    return 'bfloat16' if settings.dtype == 'auto' else pick_dtype(settings.dtype, device), GPUS, 'H100', PEAK_FLOPS['H100']
+    precision = 'bfloat16' if settings.dtype == 'auto' else pick_dtype(settings.dtype, device)
+    return precision, GPUS, 'H100', PEAK_FLOPS['H100']
 
 
 def check_memory(settings, ranks):
