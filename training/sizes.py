@@ -172,13 +172,13 @@ def print_sizes(settings):
                      if (parts := need(n, parallel)) and sum(parts.values()) <= ROOM * room), None)
     total = sum(counts.values())
     say(f'{"RETRO" if settings.use_retrieval else "GPT"} of {count(total)} parameters: {c.n_layer} blocks, '
-          f'{c.n_embd:,} wide, {c.n_head} heads, {c.block_size:,} tokens, vocabulary of {c.vocab_size:,}')
+        f'{c.n_embd:,} wide, {c.n_head} heads, {c.block_size:,} tokens, vocabulary of {c.vocab_size:,}')
     for part, number in counts.items():
         say(f'  {part:<16}{count(number):>10}')
     say(f'step: {a_step:,} tokens, {per_token * a_step / 1e12:,.1f} TFLOP ({per_token / 1e6:,.0f} MFLOP a token)\n'
-          f'memory a process, in GB, {settings.batch_size} sequences a micro-batch, {precision}, '
-          f'{"" if settings.compile else "not "}compiled, activation_checkpointing '
-          f'{settings.activation_checkpointing!r}:')
+        f'memory a process, in GB, {settings.batch_size} sequences a micro-batch, {precision}, '
+        f'{"" if settings.compile else "not "}compiled, activation_checkpointing '
+        f'{settings.activation_checkpointing!r}:')
     found = {size: {parallel: fewest(parallel, room) for parallel in ('ddp', 'fsdp')} for size, room in sizes.items()
              if on_gpu}
     enough = found.get('80 GB', {}) or next(iter(found.values()), {})
@@ -191,15 +191,15 @@ def print_sizes(settings):
         say(f'  {row:<14}' + ''.join(f'{each / 1e9:>13,.2f}' for each in [*parts.values(), sum(parts.values())]))
     for size, least in found.items():
         say(f'  {size}: ' + ', '.join(f'{parallel} from {n:,}' if n else f'not with {parallel}'
-                                        for parallel, n in least.items()))
+                                      for parallel, n in least.items()))
     if not on_gpu:
         say(f'  this machine has {machine_memory() / 1e9:,.1f}')
     used = max(n for n in numbers if need(n, 'ddp'))
     again = 4 / 3 if settings.activation_checkpointing == 'full' else 1
     seconds = per_token * a_step * again / (used * peak * MFU)
     say(f'time: {seconds:,.2f} s a step on {used:,} x {name}, {seconds * settings.max_iters / 86400:,.1f} days for '
-          f'{settings.max_iters:,} steps ({count(a_step * settings.max_iters)} tokens), at {MFU:.0%} of '
-          f'{peak / 1e12:,.3g} TFLOP/s' + ', and a third more to compute blocks again' * (again > 1))
+        f'{settings.max_iters:,} steps ({count(a_step * settings.max_iters)} tokens), at {MFU:.0%} of '
+        f'{peak / 1e12:,.3g} TFLOP/s' + ', and a third more to compute blocks again' * (again > 1))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f'disk: {(4 * total + 8 * trained) / 1e9:,.2f} GB a checkpoint, {4 * total / 1e9:,.2f} of it weights; ' + (
         f'{settings.keep_checkpoints} are kept, beside the one that is written' if settings.keep_checkpoints else
