@@ -1,15 +1,16 @@
 """
 What a rank holds of a model that two processes share as copies (ddp) or as shards (fsdp), with and without activation
 checkpointing: bytes of parameters, gradients and optimizer, predicted and measured after a step, and the peak memory of
-the process over three steps. Gloo on this machine's CPUs, random batches with neighbors and pointers.
+the process over two steps. Gloo on this machine's CPUs, random batches with neighbors and pointers.
 
     python bench/sharding.py [--quick] [--ranks=2]
 
-Predicted are 4, 4 and 8 bytes a parameter, over all ranks with fsdp; and of the peak what fsdp saves: these shares,
-less the weights and gradients that are whole at once, those of the embedding's unit and of a block. Prints a table and
-one JSON line.
+Predicted are 4, 4 and 8 bytes a parameter, over all ranks with fsdp; and what fsdp saves of the peak, which is where the
+backward pass begins: ddp's gradients have their memory then, too, fsdp has shards of weights and optimizer, no gradient
+yet, and in whole the weights of the embedding's unit and of two blocks. Prints a table and one JSON line.
 """
 import argparse
+import ctypes
 import json
 import os
 import socket
@@ -57,6 +58,7 @@ def memory(name):
 def work(rank, ranks, port, shape, arm, size, queue):
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
+    ctypes.CDLL('libc.so.6').mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed leaves the process at once
     dist.init_process_group('gloo')
     settings = SimpleNamespace(parallel=arm[0], activation_checkpointing=arm[1])
     torch.manual_seed(0)
@@ -68,7 +70,7 @@ def work(rank, ranks, port, shape, arm, size, queue):
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), 'cpu')
     held = dict(parameters=sum(local(p).nbytes for p in own_parameters(model).values()))
     Path('/proc/self/clear_refs').write_text('5')  # start the peak anew
-    for step in range(3):
+    for step in range(2):
         reduce_gradients(wrapped, is_last=True)
         _, loss = wrapped(*make_batch(config, size, seed=step * ranks + rank))
         loss.backward()
@@ -107,11 +109,11 @@ def main():
         report['arms'][name] = dict(predicted=predicted, measured=held, peak=peak)
         shown = [f'{held[part] / 1e6:,.1f} ({predicted[part] / 1e6:,.1f} predicted)' for part in BYTES]
         print(f'{name:<16}' + ''.join(f'{text:>26}' for text in (*shown, f'{peak / 1e6:,.1f} MB')), flush=True)
-    at_once = whole - sum(blocks) + max(blocks)
-    report['parameters'] = whole
-    report['predicted_saving'] = 16 * whole * (arguments.ranks - 1) // arguments.ranks - 8 * at_once
-    report['measured_saving'] = {which: report['arms'][f'ddp_{which}']['peak'] - report['arms'][f'fsdp_{which}']['peak']
-                                 for which in ('none', 'full')}
+    at_once = whole - sum(blocks) + 2 * max(blocks)
+    report['predicted_saving'] = 16 * whole - 12 * whole // arguments.ranks - 4 * at_once
+    report['measured_saving'] = report['arms']['ddp_none']['peak'] - report['arms']['fsdp_none']['peak']
+    saved = ' MB, measured '.join(f'{report[f"{how}_saving"] / 1e6:,.1f}' for how in ('predicted', 'measured'))
+    print(f'{whole / 1e6:.1f} M parameters; what fsdp saves of the peak, without checkpointing: predicted {saved} MB')
     print(json.dumps(report))
 
 

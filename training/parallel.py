@@ -3,6 +3,7 @@ How the processes of a run share its model: each has a copy (DDP), or a shard of
 state (FSDP2, torch's fully_shard); and activation checkpointing. model.py knows of neither.
 """
 import functools
+import logging
 import warnings
 
 import torch
@@ -60,6 +61,8 @@ def checkpoint_blocks(model, which):
         import torch.nn.attention.varlen  # registers its operator
         spaces = [name.split('.') for name in SAVED]
         saved = [getattr(getattr(torch.ops, space), name).default for space, name in spaces]
+        # which warns of operations in place: those of the blocks are on tensors that are recomputed
+        logging.getLogger('torch._higher_order_ops.wrap').setLevel(logging.ERROR)
         options = dict(context_fn=functools.partial(create_selective_checkpoint_contexts, saved))
     for block in model.transformer.h:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
