@@ -5,9 +5,9 @@ the process over two steps. Gloo on this machine's CPUs, random batches with nei
 
     python bench/sharding.py [--quick] [--ranks=2]
 
-Predicted are 4, 4 and 8 bytes a parameter, over all ranks with fsdp; and what fsdp saves of the peak, which is where the
-backward pass begins: ddp's gradients have their memory then, too, fsdp has shards of weights and optimizer, no gradient
-yet, and in whole the weights of the embedding's unit and of two blocks. Prints a table and one JSON line.
+Predicted are 4, 4 and 8 bytes a parameter, over all ranks with fsdp; and what fsdp saves of the peak, which is where
+the backward pass begins: ddp's gradients have their memory then, too, fsdp has shards of weights and optimizer, no
+gradient yet, and in whole the weights of the embedding's unit and of two blocks. Prints a table and one JSON line.
 """
 import argparse
 import ctypes
