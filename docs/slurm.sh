@@ -19,9 +19,9 @@ RUN=("$@")
 OUT_DIR=${OUT_DIR:-out/my_run}
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# 5 minutes before the time is up each process gets SIGTERM, and the run saves a checkpoint and ends.
+# 5 minutes before the time is up each process gets SIGTERM; the run saves a checkpoint, for which torchrun waits, and ends.
 srun --kill-on-bad-exit=1 .venv/bin/torchrun \
-    --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" --max-restarts=0 \
+    --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" --max-restarts=0 --shutdown-timeout=240 \
     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$HEAD:29500" \
     train.py "${RUN[@]}" --out_dir="$OUT_DIR" \
     $(test -e "$OUT_DIR/checkpoints/latest" && echo --init_from=resume)
