@@ -240,7 +240,7 @@ def test_two_nodes_train_in_shards_with_the_losses_of_one_process_and_end_togeth
 
     nodes = start_nodes([workspace, workspace], TRAIN, 'config.py', '--max_iters=100000', '--eval_interval=4', SHARDED,
                         '--out_dir=lost')
-    wait_until(lambda: (workspace / 'lost/checkpoints/latest').exists(), 120)
+    wait_until(lambda: (workspace / 'lost/checkpoints/latest').exists(), 240)
     worker, *_ = subprocess.run(['ps', '--ppid', str(nodes[1].pid), '-o', 'pid='], capture_output=True,
                                 text=True).stdout.split()
     os.kill(int(worker), signal.SIGKILL)
