@@ -25,7 +25,6 @@ from system import (
 )
 
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import UserError, drop_secrets_from_argv, load_settings, named_settings, user_errors_as_one_line
@@ -57,7 +56,8 @@ from training.checks import (
 )
 from training.distributed import StopSignals, find_ranks, join_ranks, share_of_step
 from training.metrics import Interval, Metrics, plot_metrics, summary, tokens_per_step
-from training.out_dir import check_writable, lock_run
+from training.out_dir import check_shared, check_writable, lock_run
+from training.parallel import check_parallel, clip_gradients, parallelize, reduce_gradients, whole_model
 from training.sizes import check_memory, print_sizes
 
 # The settings, overridden by config files and --key=value (configurator.py).
@@ -168,6 +168,7 @@ def main(cleanup):
         raise UserError(f'retrieval_milvus_uri {settings.retrieval_milvus_uri!r} is a local file, which serves one '
                         f'node: use a Milvus server')
     precision = pick_dtype(settings.dtype, ranks.device)
+    check_parallel(settings, ranks, precision)
     context = autocast(precision, ranks.device)
     join_ranks(ranks, settings, cleanup)
     keep_freed_memory()
@@ -220,15 +221,12 @@ def main(cleanup):
 
     # model and optimizer
     device_type = ranks.device.split(':')[0]
-    model.to(ranks.device)
+    wrapped = parallelize(model, settings, ranks, precision, settings.compile and not no_compile)
     optimizer = model.configure_optimizers(settings.weight_decay, settings.learning_rate,
                                            (settings.beta1, settings.beta2), device_type)
     scaler = torch.amp.GradScaler(device_type, enabled=precision == 'float16')
     if is_resumed:
         checkpoint.load_optimizer(optimizer, scaler, model)
-    wrapped = torch.compile(model) if settings.compile and not no_compile else model
-    if ranks.world_size > 1:
-        wrapped = DDP(wrapped, device_ids=[ranks.device] if device_type == 'cuda' else None)
     token_bytes = torch.tensor(token_byte_counts(tokenizer), device=ranks.device)
     tokenizer_text = '' if settings.eval_only or not ranks.is_master else tokenizer_json(settings.tokenizer, tokenizer)
     save = functools.partial(save_checkpoint, settings, ranks, tokenizer, tokenizer_text, model, optimizer, scaler)
@@ -240,6 +238,8 @@ def main(cleanup):
     # output
     if ranks.is_master and not settings.eval_only:
         lock_run(settings.out_dir, cleanup)
+    if settings.parallel == 'fsdp' and not settings.eval_only:  # each rank writes its shard there
+        check_shared(settings.out_dir, ranks)
     if ranks.is_master:
         if settings.use_retrieval:
             print(f'retrieving from {loader.size:,} chunks of {settings.retrieval_collection!r} in '
@@ -289,7 +289,8 @@ def main(cleanup):
             if state.step and val_loss < state.best_val_loss:
                 state.best_val_loss = val_loss
                 save(state)  # nothing, if it was saved above
-            failure = run_benchmarks(settings, benchmarks, metrics, state.step, val_batches[0], signals, model,
+            whole = whole_model(model, ranks) if settings.multiple_choice_benchmarks or settings.wandb_log else None
+            failure = run_benchmarks(settings, benchmarks, metrics, state.step, val_batches[0], signals, whole,
                                      tokenizer, ranks.device, context, prompt_retriever)
             agree_to_go_on(settings, ranks, signals, failure, state, save)
             interval.paused += time.perf_counter() - start
@@ -299,8 +300,7 @@ def main(cleanup):
         # forward and backward; the loss is the mean over the step's targets on all ranks
         nats = 0.0
         for micro_step, batch in enumerate(batches):
-            if ranks.world_size > 1:  # all-reduce gradients only in the last micro-step; DDP divides by world_size
-                wrapped.require_backward_grad_sync = micro_step == micro_steps - 1
+            reduce_gradients(wrapped, micro_step == micro_steps - 1)  # which divides them by world_size
             with context:
                 _, loss = wrapped(batch.tokens, batch.targets, batch.neighbors, batch.neighbor_mask, batch.doc_ids,
                                   batch.pointers, loss_reduction='sum')
@@ -313,7 +313,7 @@ def main(cleanup):
         for group in optimizer.param_groups:
             group['lr'] = lr
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(wrapped.parameters(), settings.grad_clip or math.inf)
+        norm = clip_gradients(wrapped, settings.grad_clip or math.inf)
         nats, norm = ranks.sum(nats.double()).item(), norm.item()
         failure = check_step(state.step, nats, norm, scaler)
         if failure is None:
