@@ -591,6 +591,13 @@ class RETRO(nn.Module):
         x = self.hidden(tokens, neighbors, neighbor_mask, doc_ids)
         if targets is None:
             return self.predict(x, pointers), None
+        logits, nats = self.score(x, targets, pointers)
+        if loss_reduction == 'none':
+            return logits, nats
+        return logits, nats.sum() / ((targets >= 0).sum() if loss_reduction == 'mean' else 1)
+
+    def score(self, x, targets, pointers=None):
+        """Of final activations x (B, T, D) the decoder's logits (B, T, V) and the nats (B, T) of the targets."""
         logits = self.lm_head(x)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='none')
         nats, is_target = nats.view_as(targets), targets >= 0
@@ -601,9 +608,7 @@ class RETRO(nn.Module):
             mixed = -torch.logaddexp(decoder[..., 0] - nats.detach(), named)
             value = torch.where(self.mixture.is_silent(), nats, mixed).detach()
             nats = (value + (mixed - mixed.detach()) + (nats - nats.detach())) * is_target  # its gradient: two in one
-        if loss_reduction == 'none':
-            return logits, nats
-        return logits, nats.sum() / (is_target.sum() if loss_reduction == 'mean' else 1)
+        return logits, nats
 
     def predict(self, x, pointers=None):
         """Logits (B, T, V) of final activations x (B, T, D); with pointers (B, T, P, 3) log-probabilities."""

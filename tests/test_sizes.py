@@ -98,8 +98,6 @@ def test_what_training_keeps_takes_16_bytes_a_weight_and_is_sharded_by_fsdp_alon
     for parallel, size in (('ddp', 16 * weights), ('fsdp', 2 * weights)):
         parts = memory(settings, model, 8, parallel, 'bfloat16')
         assert sum(parts[part] for part in ('weights', 'gradients', 'optimizer')) == size
-    twice = settings.replace(gradient_accumulation_steps=16)  # gradients are whole until the last micro-batch
-    assert memory(twice, model, 8, 'fsdp', 'bfloat16')['gradients'] == 4 * weights
     assert memory(settings, model, 3, 'ddp', 'bfloat16') is None  # 8 micro-batches
     model.freeze_decoder()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -45,6 +45,7 @@ def parallelize(model, settings, ranks, precision, is_compiled):
         if is_compiled:  # block by block: the weights arrive between them
             for block in model.transformer.h:
                 block.forward = torch.compile(block.forward, recompile_limit=COMPILED)
+            model.score = torch.compile(model.score, recompile_limit=COMPILED)  # logits take the most memory
         return shard(model, ranks, precision)
     model.to(ranks.device)
     wrapped = torch.compile(model) if is_compiled else model
@@ -93,12 +94,10 @@ def is_sharded(model):
 
 def reduce_gradients(model, is_last):
     """
-    Say, before a micro-step, whether its backward pass is the step's last one, which alone sums gradients over the
-    ranks. Until then each rank of a sharded model, too, keeps whole gradients.
+    Say, before a micro-step, whether its backward pass is the step's last one, in which alone copies sum their
+    gradients. Shards sum theirs in each, as they have no room for whole ones.
     """
-    if is_sharded(model):
-        model.set_requires_gradient_sync(is_last)
-    elif isinstance(model, DDP):
+    if isinstance(model, DDP):
         model.require_backward_grad_sync = is_last
 
 

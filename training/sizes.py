@@ -137,11 +137,11 @@ def memory(settings, model, world_size, parallel, precision, on_gpu=True, compil
         gathered = max(layers) * (3 * a + 4) + root * 12
     elif a == 2:  # weights as autocast has cast them
         fixed += 2 * (root + (max(layers) if is_again else sum(layers)))
-    gradients = trained // (shards if micro_steps == 1 else 1)  # sharded, too, are whole until the last micro-batch
+    gradients = trained // shards
     grow = world_size == micro_steps == 1  # as the activations go; else they are there from the start
     # The first moment of the backward pass: logits and their gradient; uncompiled beside them log-probabilities and
-    # their gradients, in float32. Sharded blocks are compiled one by one, and the loss is not.
-    loss = V * (2 * a if compiled and parallel == 'ddp' else a + 12)
+    # their gradients, in float32
+    loss = V * (2 * a if compiled else a + 12)
     moments = [(fixed + tokens * (sum(blocks) + loss), 0 if grow else gradients)]
     # then block by block: what it computes again, and gradients of the residual stream and around GELU
     for i in range(c.n_layer):
