@@ -14,7 +14,7 @@ template = 'plain'
 gradient_accumulation_steps = 1
 batch_size = 8
 
-learning_rate = 2e-3
+learning_rate = 3e-3
 max_iters = 300
 warmup_iters = 20
 compile = False  # needs a C++ compiler
