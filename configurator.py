@@ -28,7 +28,7 @@ END_OF_SETTINGS = '# end of settings'
 RANGES = {  # of numeric settings: at least, and below
     **dict.fromkeys(('eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size',
                      'n_layer', 'n_head', 'n_embd', 'retrieval_chunk_size', 'retrieval_prefetch_batches',
-                     'retrieval_workers', 'stream_workers'), (1, 2**31)),
+                     'retrieval_workers', 'stream_workers', 'num_passages'), (1, 2**31)),
     **dict.fromkeys(('keep_checkpoints', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'retrieval_rerank',
                      'retrieval_k_neighbors', 'retrieval_encoder_layers'), (0, 2**31)),
     **dict.fromkeys(('eval_tokens', 'seed'), (0, 2**62)),

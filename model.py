@@ -760,6 +760,11 @@ class RETRO(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(bool(re.match(RETRIEVES, name)))
 
+    def freeze_retrieval(self):
+        """Train the decoder, and leave what retrieval adds as it is."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not re.match(RETRIEVES, name))
+
     def num_parameters(self):
         """Parameters without the position embeddings, as nanoGPT counts them; the tied token embedding once."""
         return sum(p.numel() for name, p in self.named_parameters() if not name.endswith('wpe.weight'))

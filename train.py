@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import UserError, drop_secrets_from_argv, load_settings, named_settings, user_errors_as_one_line
+from data.conversations import check_documents
 from data.fingerprint import describe_corpus
 from data.tokenizer import load_tokenizer, token_byte_counts, tokenizer_json
 from evaluation.validation import evaluate, run_benchmarks
@@ -123,6 +124,12 @@ retrieval_cache_gb = 10.0  # its maximum size; 0 disables
 retrieval_matches_dir = 'out/matches'  # exact-match index of the collection, shared by all runs; on a local disk
 retrieval_offline = False  # train without a database, from what python -m retrieval.precompute has stored in the cache
 retrieval_timeout = 600.0  # seconds to wait for an unreachable Milvus before saving a checkpoint and ending the run
+# instruction tuning (sft.py)
+template = ''  # of conversations: 'instructretro', 'plain', or a text with {system}, {user}, {assistant}; '': documents
+passages = ''  # that go with a question: '' none, 'prompt' as text before it, 'neighbors' read or pointed into
+passages_from = 'file'  # 'file': the example's own ctxs; 'collection': retrieved for it, its own document left out
+num_passages = 2  # of each question, at most
+freeze_retrieval = False  # tune the decoder alone, as InstructRetro does: retrieval is silent, and stays as it is
 # optimizer
 learning_rate = 6e-4  # peak learning rate
 max_iters = 600000  # steps
@@ -145,17 +152,23 @@ seed = 1337  # for the weights and the order of documents
 # end of settings
 
 
-def main(cleanup):
-    """`cleanup` is an ExitStack, for what has to end with the run."""
-    arguments = sys.argv[1:]
-    settings = load_settings(arguments, can_dry_run=True)
-    drop_secrets_from_argv()
+def read_settings(arguments):
+    """The settings of a run, and what is another model's where the arguments say nothing: its architecture."""
+    settings, given = load_settings(arguments, can_dry_run=True), {}
     if settings.dry_run:
         os.environ['HF_HUB_OFFLINE'] = '1'  # nothing is downloaded
-    given = {}
-    if settings.init_from != 'scratch' or settings.eval_only:  # another model's architecture, where the config has none
+    if settings.init_from != 'scratch' or settings.eval_only:
         given = source_settings(settings)
         settings = load_settings(arguments, given=given, can_dry_run=True)
+    check_documents(settings)
+    return settings, given
+
+
+def main(cleanup, read_settings=read_settings):
+    """`cleanup` is an ExitStack, for what has to end with the run. sft.py has a read_settings of its own."""
+    arguments = sys.argv[1:]
+    settings, given = read_settings(arguments)
+    drop_secrets_from_argv()
     if settings.dry_run:
         return print_sizes(check_settings(settings))
     ranks = find_ranks(settings)
@@ -211,10 +224,13 @@ def main(cleanup):
         model = load_weights(settings.init_from, config, tokenizer, settings.retrofit)
     if settings.retrofit:
         model.freeze_decoder()
+    if settings.freeze_retrieval:
+        model.freeze_retrieval()
+    retrieves = settings.use_retrieval and not settings.freeze_retrieval
 
     # the loader; out_dir is untouched until its first batches arrive
     loader = Loader(settings, *make_streams(settings, ranks, micro_steps, micro_batch, state), ranks.device,
-                    retrieve=settings.use_retrieval, keep_ready=micro_steps,
+                    retrieve=retrieves, keep_ready=micro_steps,
                     say=lambda news: say(news if ranks.is_master else f'rank {ranks.rank}: {news}'))
     cleanup.callback(loader.close)
     val_batches = loader.take_val()
@@ -241,12 +257,15 @@ def main(cleanup):
     if settings.parallel == 'fsdp' and not settings.eval_only:  # each rank writes its shard there
         check_shared(settings.out_dir, ranks)
     if ranks.is_master:
-        if settings.use_retrieval:
+        if retrieves and loader.size:
             print(f'retrieving from {loader.size:,} chunks of {settings.retrieval_collection!r} in '
                   f'{settings.retrieval_milvus_uri}')
+        elif retrieves:
+            print('reading the passages that go with each conversation')
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        is_partly_frozen = settings.retrofit or settings.freeze_retrieval
         print(f'{"RETRO" if settings.use_retrieval else "GPT"} of {model.num_parameters() / 1e6:.2f} M parameters'
-              f'{f", of which {trained:.2f} M are trained," if settings.retrofit else ""} on '
+              f'{f", of which {trained:.2f} M are trained," if is_partly_frozen else ""} on '
               f'{ranks.world_size} x {ranks.device}, {precision} | {tokens_per_step(settings):,} tokens per step, '
               f'{settings.max_iters:,} steps | {model.flops_per_token() / 1e6:.1f} MFLOP per token')
     bar = tqdm(total=settings.max_iters, initial=state.step, unit='step', dynamic_ncols=True,
@@ -264,7 +283,7 @@ def main(cleanup):
     # prompts have not been precomputed: an offline run writes its samples without retrieval
     prompt_retriever = functools.cache(lambda: cleanup.enter_context(closing(
         Retriever(settings, tokenizer, ranks.device, say_or_stop)))
-        if settings.use_retrieval and not settings.retrieval_offline else None)
+        if retrieves and settings.passages != 'neighbors' and not settings.retrieval_offline else None)
     interval, found_themselves = Interval(state.step, loader.waited), Counter()
     for batch in val_batches:  # of what is trained on alone it is said whether it found itself
         interval.counts.update({**batch.counts, **dict.fromkeys(batch.counts.keys() & OF_TRAINING, 0)})
@@ -282,7 +301,7 @@ def main(cleanup):
             start, state.evaluated_at = time.perf_counter(), state.step
             if state.step and settings.always_save_checkpoint:
                 save(state)
-            values = evaluate(wrapped, val_batches, token_bytes, context, ranks, settings.use_retrieval, signals)
+            values = evaluate(wrapped, val_batches, token_bytes, context, ranks, retrieves, signals)
             agree_to_go_on(settings, ranks, signals, not_finite(state.step, **values), state, save)
             metrics.log_evaluation(state.step, values)
             val_loss = values.get('val_loss_on', values['val_loss_off'])

@@ -49,6 +49,7 @@ class DatasetConfig:
     streaming: bool = False  # read it while training, instead of once to data_cache_dir
     shuffle_buffer_size: int = 10_000  # documents of a streamed dataset that are shuffled together
     held_out: bool = False  # read the val_fraction, not the rest: set by as_dataset_configs, by the list it stands in
+    whole_rows: bool = False  # read rows with all their columns: set by read_conversations
 
     def __post_init__(self):
         if isinstance(self.path, os.PathLike):
@@ -84,7 +85,7 @@ class DatasetConfig:
 
     def what_is_read(self, place):
         """Plain values that decide which documents are read of the files at `place`, the code of filter_fn included."""
-        read = {name: value for name, value in asdict(self).items() if name not in ('weight', 'epochs')}
+        read = {name: value for name, value in asdict(self).items() if name not in ('weight', 'epochs', 'whole_rows')}
         if self.filter_fn:
             from datasets.fingerprint import Hasher
             wanted = self.filter_fn
@@ -289,7 +290,7 @@ def read_all_rows(config, files):
         rows = files.rows or open_with_datasets(config, files)
         try:
             names = check_schema(rows.features.arrow_schema, config)
-            if not config.filter_fn:  # which looks at all columns
+            if not config.filter_fn and not config.whole_rows:  # which look at all columns
                 rows = rows.select_columns(sorted({name if name in rows.column_names else name.partition('.')[0]
                                                    for name in names}))
             for where, row in rows_of_batches(rows.with_format('arrow').iter(ROWS), config, names):

@@ -44,7 +44,7 @@ def describe_corpus(datasets):
         try:
             with open(os.path.join(folder, FILE), encoding='utf-8') as file:
                 found = json.load(file)
-            is_prepared = isinstance(found, dict) and 'hash' in found and name.removesuffix('.parquet') in found
+            is_prepared = isinstance(found, dict) and 'hash' in found and os.path.splitext(name)[0] in found
         except (OSError, ValueError):
             is_prepared = False
         names.append(f'{os.path.basename(folder)} {found["hash"]}' if is_prepared else plain_name)

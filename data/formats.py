@@ -109,7 +109,9 @@ def read_text(file, config):
     """The whole file is one text."""
     try:
         text = decode(file.read())
-        return (None, text) if is_wanted(dict(text=text), config) else LEFT_OUT
+        if not is_wanted(dict(text=text), config):
+            return LEFT_OUT
+        return text if config.whole_rows else (None, text)
     except BadRow as error:
         return error
 
@@ -189,7 +191,8 @@ def read_delimited(file, config, delimiter):
                                     f'{delimiter!r}, double quotes or line ends has to stand in double quotes')
                 continue
             row = choose(dict(zip(header, values, strict=True)), config)
-            is_bad = isinstance(row, tuple) and any(value and ESCAPED.search(value) for value in row)
+            values = row.values() if isinstance(row, dict) else row if isinstance(row, tuple) else ()
+            is_bad = any(value and ESCAPED.search(value) for value in values)
             yield where, BadRow('not UTF-8') if is_bad else row
     except csv.Error as error:
         raise UserError(f'broken quotes in the row that begins in line {last + 1} ({error}): {QUOTES}') from error
@@ -201,7 +204,7 @@ def read_parquet(path, config):
         # a prefetched part of a file would stay in memory until its end
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             fields = check_schema(file.schema_arrow, config)
-            columns = None if config.filter_fn else fields  # it looks at all
+            columns = None if config.filter_fn or config.whole_rows else fields  # they look at all
             yield from rows_of_batches(file.iter_batches(ROWS, columns=columns), config, fields)
     except pyarrow.ArrowException as error:
         raise ValueError(error) from error
@@ -211,6 +214,11 @@ def rows_of_batches(batches, config, fields):
     """(where, row) of pyarrow's batches or tables, which have the fields."""
     number = 0
     for batch in batches:
+        if config.whole_rows:
+            for row in batch.to_pylist():
+                number += 1
+                yield f'row {number}', choose(row, config)
+            continue
         texts = values_of(batch, config.text_field)
         ids = values_of(batch, config.id_field) if config.id_field in fields else [None] * len(texts)
         for i, (document_id, text) in enumerate(zip(ids, texts, strict=True)):
@@ -265,6 +273,8 @@ def as_tree(fields):
 
 def check_columns(columns, config):
     """Those of the text and id fields that a tree of columns has. UserError if one is missing that has to be there."""
+    if config.whole_rows:
+        return list(columns)
     found = [name for name in (config.text_field, config.id_field) if name and pick(columns, name) is not MISSING]
     for name, setting in ((config.text_field, 'text_field'), (config.id_field, 'id_field')):
         if name not in found and (setting == 'text_field' or config.needs_id):
@@ -284,13 +294,15 @@ def pick(row, name):
 
 
 def choose(row, config):
-    """(id or None, text) of a row, a dict of values of any type, or a BadRow."""
+    """(id or None, text) of a row, a dict of values of any type, or all of it (config.whole_rows); or a BadRow."""
     if isinstance(row, BadRow):
         return row
     if not isinstance(row, dict):
         return BadRow(f'no object with fields, but {describe(row)}')
     if not is_wanted(row, config):
         return LEFT_OUT
+    if config.whole_rows:
+        return row
     text = pick(row, config.text_field)
     document_id = pick(row, config.id_field) if config.id_field else MISSING
     for value, name, setting in ((text, config.text_field, 'text_field'), (document_id, config.id_field, 'id_field')):

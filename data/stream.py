@@ -33,6 +33,7 @@ class Batch:
     pointers: np.ndarray | None = None  # (B, T, P, 3) int32: token, length of the longest match (0: none), share
     hits: np.ndarray | None = None  # (B, L, K) of HIT (retrieval/knowledge_base.py), the neighbors' ids and scores
     counts: dict = field(default_factory=dict)  # of its chunks, by what retrieval did for them
+    given: list | None = None  # of conversations: B lists of (first chunk, the one after the last, their passages)
     num_targets: int | None = None  # counted by to()
 
     @property
@@ -42,8 +43,8 @@ class Batch:
 
     def rows(self, index):
         """The batch of some of its sequences, by a slice; before they have neighbors."""
-        return replace(self, **{name: getattr(self, name)[index] for name in
-                                ('tokens', 'targets', 'doc_ids', 'chunk_ids', 'is_last_chunk')})
+        return replace(self, given=self.given and self.given[index], **{name: getattr(self, name)[index] for name in (
+            'tokens', 'targets', 'doc_ids', 'chunk_ids', 'is_last_chunk')})
 
     def to(self, device):
         """The batch with what the model takes as tensors on a torch.device."""

@@ -144,6 +144,9 @@ def configs_of_data(arguments, settings):
     source of its train datasets, or the leak rule would not recognize their documents in the collection.
     """
     if not arguments.data:
+        if settings.template:
+            raise UserError(f'the run in {arguments.out_dir!r} was tuned on conversations, and this evaluates '
+                            f'documents: name some in --data, or ask questions with python -m evaluation.qa')
         return as_dataset_configs(settings.val_datasets, 'val_datasets')
     filtered = set()
 

@@ -7,27 +7,28 @@ import numpy as np
 
 from configurator import UserError
 from retrieval.knowledge_base import FIELDS
-from retrieval.match_index import Documents, MatchIndex, Segment, index_documents
+from retrieval.match_index import index_passages
 
 PATIENCE = 1.0  # seconds for which the exact-match index is taken to be up to date
 
 
 class CollectionSource:
-    """The collection that a Retriever searches."""
+    """The collection that a Retriever searches, but for the document `doc_id`, which the text is of or about."""
 
-    def __init__(self, retriever):
-        self.retriever, self.index = retriever, retriever.index
+    def __init__(self, retriever, doc_id=0):
+        self.retriever, self.index, self.doc_id = retriever, retriever.index, doc_id
         self.has_neighbors, self.has_pointers = retriever.k > 0, retriever.matches is not None
         self.mode = retriever.mode  # what scores are of
 
     def retrieve(self, chunks):
         """Neighbors (N, K, R) of chunks (N, C), -1 where one has no token, their mask, and hits (N, K)."""
-        found = self.retriever.retrieve_for_text(chunks[:, None])
+        found = self.retriever.retrieve_for_text(chunks[:, None], self.doc_id)
         return found.tokens[:, 0].astype(np.int64), found.mask[:, 0], found.hits[:, 0]
 
     def point(self, tokens, last=None):
         """Pointers (B, n, P, 3) of tokens (B, n), or of the `last` of them."""
-        return self.retriever.point(tokens, patience=PATIENCE, last=last)
+        doc_ids = np.full((len(tokens), 1), self.doc_id, dtype=np.int64)
+        return self.retriever.point(tokens, doc_ids, PATIENCE, last)
 
     def draft(self, tokens, count):
         """What followed the longest run of the last of tokens (n,): its length, and up to `count` tokens (m,)."""
@@ -81,11 +82,7 @@ class PassageSource:
             self.neighbors, self.mask = np.zeros((K, R), dtype=np.int64), np.zeros((K, R), dtype=bool)
             for i, t in enumerate(tokens):
                 self.neighbors[i, :len(t)], self.mask[i, :len(t)] = t[:R], True
-        end, token_type = tokenizer.eot_token, np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
-        self.index = MatchIndex('', end, tokenizer.n_vocab)
-        documents = Documents(np.arange(1, 1 + len(tokens)), np.zeros(len(tokens), dtype=np.int64),
-                              [np.append(t, end).astype(token_type) for t in tokens])
-        self.index.segments = [Segment('passages', index_documents(documents, end, token_type), [])]
+        self.index = index_passages(tokens, tokenizer.eot_token, tokenizer.n_vocab)
 
     def retrieve(self, chunks):
         N = len(chunks)

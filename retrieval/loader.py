@@ -28,12 +28,15 @@ import torch
 from configurator import UserError
 from data.blocks import open_all_datasets
 from data.chunk_store import count_known, open_datasets
+from data.conversation_stream import ConversationSet, ConversationStream, Writer, val_conversations
 from data.corpus import val_batches
 from data.documents import as_dataset_configs
 from data.stream import SequenceStream
 from data.tokenizer import load_tokenizer
+from retrieval.given import GivenPassages
 from retrieval.local_server import NICENESS
 from retrieval.offline import train_set, val_set
+from retrieval.passages import PassageFinder
 from retrieval.retriever import open_retriever
 
 END = object()  # of the batches
@@ -196,7 +199,15 @@ def run(settings, part, device, retrieve, keep_ready, ready, news):
             if isinstance(part, tuple):
                 train, count, val, others = part
                 # open both streams before searching for either, so that an error in one is reported at once
-                streams, sets = open_streams(settings, tokenizer, train, count, val, news.send)
+                if settings.template:
+                    find_passages = None
+                    if settings.passages and settings.passages_from == 'collection':
+                        find_passages = cleanup.enter_context(closing(
+                            PassageFinder(settings, tokenizer, news.send, device))).find
+                    streams, sets = open_conversations(settings, tokenizer, train, count, val, find_passages,
+                                                       news.send), []
+                else:
+                    streams, sets = open_streams(settings, tokenizer, train, count, val, news.send)
                 if val is not None:
                     put(outbox, len(streams[0]), is_closed)
                 feed = threading.Thread(target=deal, daemon=True, args=(
@@ -206,7 +217,9 @@ def run(settings, part, device, retrieve, keep_ready, ready, news):
                 feed = threading.Thread(target=receive, args=(part, inbox), daemon=True)
             feed.start()
             retriever = None
-            if retrieve:
+            if retrieve and settings.passages == 'neighbors':
+                retriever = GivenPassages(settings, tokenizer)
+            elif retrieve:
                 retriever = cleanup.enter_context(closing(open_retriever(settings, tokenizer, device, news.send)))
                 if settings.retrieval_offline:
                     for sequences_of, wanted in sets:
@@ -261,6 +274,40 @@ def open_streams(settings, tokenizer, train, count, val, say):
                 say(f'{renamed:,} of {count:,} val documents have ids of other documents in train_datasets, which are '
                     f'taken for the same and never their neighbors: give the two a source of their own')
     return streams, sets
+
+
+def open_conversations(settings, tokenizer, train, count, val, find_passages, say):
+    """As open_streams, of conversations; find_passages is that of a PassageFinder, if passages are retrieved."""
+    def open_sets(name):
+        sets = [ConversationSet(config, writer, settings, say_once) for config in
+                as_dataset_configs(getattr(settings, name), name)]
+        for line in chain(*(opened.describe() for opened in sets)):
+            say_once(line)
+        return sets
+
+    def say_once(news):  # for all ranks
+        if not (val or {}).get('rank'):
+            say(news)
+
+    writer, streams = Writer(settings, tokenizer), []
+    val_sets = open_sets('val_datasets') if val is not None else []
+    train_sets = open_sets('train_datasets') if train is not None else []
+    if val is not None:
+        batches, padding = val_conversations(val_sets, settings.block_size, settings.batch_size, settings.eval_tokens,
+                                             find_passages=find_passages, **val)
+        streams.append(batches)
+        say_once(f'val_datasets: {padding:.0%} of the sequences are padding')
+    if train is not None:
+        stream = ConversationStream(train_sets, settings.block_size, **train, find_passages=find_passages)
+        streams.append(islice(stream, count))
+        padding = stream.estimate_padding()
+        if padding is not None:
+            say_once(f'train_datasets: {padding:.0%} of the sequences are padding')
+        known = len(set().union(*(s.contents for s in val_sets)) & set().union(*(s.contents for s in train_sets)))
+        if known:
+            say_once(f'{known:,} of {sum(map(len, val_sets)):,} held-out conversations stand in train_datasets, too: '
+                     f'what they add to the val loss is low; remove them from one of the two')
+    return streams
 
 
 def deal(streams, most, inbox, others):

@@ -71,6 +71,15 @@ def open_match_index(settings, tokenizer, say, show_progress=False):
                       say, show_progress)
 
 
+def index_passages(passages, end_of_text, vocab_size):
+    """A MatchIndex of passages, arrays of tokens, which are the documents 1, 2, ...; it has no folder."""
+    index = MatchIndex('', end_of_text, vocab_size)
+    documents = Documents(np.arange(1, 1 + len(passages)), np.zeros(len(passages), dtype=np.int64),
+                          [np.append(tokens, end_of_text).astype(index.token_type) for tokens in passages])
+    index.segments = [Segment('passages', index_documents(documents, end_of_text, index.token_type), [])]
+    return index
+
+
 def match_index_folder(settings, vocabulary):
     """Where it lies; `vocabulary` is the tokenizer's hash."""
     name = short_hash(f'{settings.retrieval_milvus_uri} {settings.retrieval_collection} {vocabulary}')

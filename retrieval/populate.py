@@ -33,6 +33,7 @@ from tqdm import tqdm
 from configurator import UserError, load_settings, named_settings, user_errors_as_one_line
 from data.blocks import open_all_datasets
 from data.chunk_store import Chunks, open_datasets
+from data.conversations import check_documents
 from data.documents import as_dataset_configs, check_sides
 from data.tokenizer import load_tokenizer, vocabulary_hash
 from retrieval.bulk import Imports, open_folder, wait_for_imports
@@ -438,6 +439,7 @@ def main():
         print(__doc__, *(f'  --{name}=False\n        {text}' for name, text in OPTIONS.items()), '', sep='\n')
     settings = load_settings(arguments, can_dry_run=True)
     settings.retrieval_offline = False  # that is for runs: filling needs the database
+    check_documents(settings)
     if options['bulk'] and is_local(settings.retrieval_milvus_uri):
         raise UserError('--bulk=True is of no use to Milvus Lite, which imports no files: leave it out, or name a '
                         'server in retrieval_milvus_uri')

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from configurator import UserError, load_settings, named_settings, user_errors_as_one_line
 from data.chunk_store import open_datasets
+from data.conversations import check_documents
 from data.corpus import val_batches
 from data.documents import as_dataset_configs
 from data.stream import SequenceStream
@@ -50,6 +51,7 @@ def main():
             raise UserError(f'{ranks.world_size} processes are on several nodes, and the cache is a folder of one: run '
                             f'this on each node, or on one and copy retrieval_cache_dir')
         settings = load_settings(arguments).replace(retrieval_offline=False)
+        check_documents(settings)
         settings = take_from_collection(settings, named_settings(arguments), tell)
         if not settings.use_retrieval or not (settings.retrieval_k_neighbors or settings.retrieval_pointers):
             raise UserError('the run reads neither neighbors nor pointers, so there is nothing to precompute: set '

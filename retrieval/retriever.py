@@ -7,6 +7,7 @@ Looks up where the last tokens of each position stand in the knowledge base (mat
         batch, = retriever.retrieve_for([batch])
 """
 import hashlib
+import itertools
 import math
 import sys
 import time
@@ -117,13 +118,15 @@ class Retriever:
     def _wait(self, work):
         return wait_for_milvus(work, self.knowledge_base.open, self.timeout, self.say)
 
-    def retrieve_for_text(self, chunks):
+    def retrieve_for_text(self, chunks, doc_id=0):
         """
-        The Neighbors of chunks (B, L, C), -1 where there is no token, of a text that is no document of the collection.
-        A chunk that holds the end of a document is its last and gets none.
+        The Neighbors of chunks (B, L, C), -1 where there is no token, of a text that is no document of the collection,
+        or of one about its document `doc_id`, of which there is none then. A chunk that holds the end of a document is
+        its last and gets none; end-of-text that pads a conversation in front ends nothing.
         """
-        doc_ids = np.zeros(chunks.shape[:2], dtype=np.int64)
-        return self.retrieve(chunks, doc_ids, (chunks == self.tokenizer.eot_token).any(-1))
+        doc_ids, is_end = np.full(chunks.shape[:2], doc_id, dtype=np.int64), chunks == self.tokenizer.eot_token
+        is_padding = np.logical_and.accumulate(is_end | (chunks < 0), axis=-1)
+        return self.retrieve(chunks, doc_ids, (is_end & ~is_padding).any(-1) | is_padding.all(-1))
 
     def point(self, tokens, doc_ids=None, patience=0.0, last=None):
         """
@@ -340,8 +343,10 @@ class Retriever:
         return chunks.vectors[wanted]
 
     def _texts(self, chunks, wanted):
-        """The texts of the unique chunks `wanted` (n,), as a list."""
-        return [self.tokenizer.decode([t for t in tokens if t >= 0]) for tokens in chunks.tokens[wanted].tolist()]
+        """The texts of the unique chunks `wanted` (n,), as a list, without what pads a conversation in front."""
+        end = self.tokenizer.eot_token
+        return [self.tokenizer.decode(list(itertools.dropwhile(lambda t: t in (-1, end), tokens)))
+                for tokens in chunks.tokens[wanted].tolist()]
 
     def _rows(self, ids):
         """Tokens of the collection's rows (n,), as row_type: (n,) lengths and (n, R) tokens, end-of-text beyond."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from configurator import UserError, load_settings, user_errors_as_one_line
 from data.chunk_store import open_datasets
+from data.conversations import check_documents
 from data.documents import as_dataset_configs, check_sides
 from data.tokenizer import load_tokenizer, tokenizer_json
 
@@ -89,6 +90,7 @@ def is_static_embedding(folder):
 
 def fit_embedding(settings):
     """Fit it on the train documents of the settings, and save it where they say."""
+    check_documents(settings)
     folder = settings.retrieval_embedding_model
     if folder == load_settings([]).retrieval_embedding_model:
         raise UserError(f'retrieval_embedding_model is {folder!r}, a model of the hub: name a folder to save the '

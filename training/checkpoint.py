@@ -375,9 +375,11 @@ def describe_changes(checkpoint, settings, world_size):
     """What a run that resumes with other processes or batches does not continue exactly, in one line, or ''."""
     old = load_settings([], given=checkpoint.settings)
     sizes = [run.batch_size * run.gradient_accumulation_steps for run in (old, settings)]
-    if old.retrofit != settings.retrofit:
-        effect = 'stays as it is' if settings.retrofit else 'is trained, too, from here on, with new optimizer state'
-        return f'retrofit is {settings.retrofit}, and was {old.retrofit}: the decoder {effect}'
+    for name, part in (('retrofit', 'decoder'), ('freeze_retrieval', 'part of retrieval')):
+        if getattr(old, name) != getattr(settings, name):
+            effect = ('stays as it is' if getattr(settings, name) else
+                      'is trained, too, from here on, with new optimizer state')
+            return f'{name} is {getattr(settings, name)}, and was {getattr(old, name)}: the {part} {effect}'
     if sizes[0] != sizes[1]:
         return (f'a step has {sizes[1]} sequences, and had {sizes[0]}: the documents go on where they were; losses, '
                 f'learning rate, and the tokens in metrics.jsonl are of steps of the new size')
@@ -421,22 +423,30 @@ def gpt2_settings(name):
     return fields | dict(tokenizer=path if is_other else 'gpt2')
 
 
+def find_source(settings):
+    """The Checkpoint that a run starts from or resumes; None if it is a GPT-2. UserError if there is no such model."""
+    source = settings.init_from
+    if source in ('scratch', 'resume'):
+        return load_checkpoint(settings.out_dir, for_resume=not settings.eval_only)
+    if is_gpt2(source):
+        return None
+    if not os.path.isdir(source):
+        raise UserError(f"init_from {source!r} is neither 'scratch' nor 'resume' nor a folder nor one of {GPT2}")
+    return load_export(source) or load_checkpoint(source)
+
+
 def source_settings(settings):
     """
     What a run takes from the model that it starts from or resumes, where its config says nothing, as a dict: the
     architecture and the tokenizer. UserError if there is no such model.
     """
-    source = settings.init_from
+    source, checkpoint = settings.init_from, find_source(settings)
+    if checkpoint is None:
+        return gpt2_settings(source)
     if source in ('scratch', 'resume'):
-        checkpoint = load_checkpoint(settings.out_dir, for_resume=not settings.eval_only)
         tokenizer = checkpoint.settings['tokenizer']
         is_there = tokenizer == 'gpt2' or os.path.isfile(tokenizer)  # it may be of a run that has gone on or is gone
         return checkpoint.model | dict(tokenizer=tokenizer if is_there else checkpoint.tokenizer_path)
-    if is_gpt2(source):
-        return gpt2_settings(source)
-    if not os.path.isdir(source):
-        raise UserError(f"init_from {source!r} is neither 'scratch' nor 'resume' nor a folder nor one of {GPT2}")
-    checkpoint = load_export(source) or load_checkpoint(source)
     keys = checkpoint.model if checkpoint.model['use_retrieval'] else OF_GPT
     return {key: checkpoint.model[key] for key in keys} | dict(tokenizer=checkpoint.tokenizer_path)
 

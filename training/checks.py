@@ -6,6 +6,7 @@ import json
 import math
 
 from configurator import UserError
+from data.conversations import find_template
 from data.documents import as_dataset_configs, check_sides
 
 MIN_CHUNKS = 64  # to judge by
@@ -63,12 +64,44 @@ def check_settings(settings):
     if settings.retrieval_offline and settings.multiple_choice_benchmarks:
         raise UserError('retrieval_offline reads what was precomputed alone, and multiple_choice_benchmarks ask the '
                         'database: leave one of them out')
+    check_tuning(settings)
     for key, value in settings.without_secrets().items():  # checkpoints hold them
         try:
             json.dumps(value)
         except TypeError as error:
             raise UserError(f'{key} holds a value that cannot be saved ({error}): use plain values') from error
     return settings
+
+
+def check_tuning(settings):
+    """UserError if the settings of instruction tuning contradict each other, or the run's others."""
+    for name, choices in (('passages', ('', 'prompt', 'neighbors')), ('passages_from', ('file', 'collection'))):
+        if getattr(settings, name) not in choices:
+            raise UserError(f'{name} is {getattr(settings, name)!r}: choose one of {", ".join(map(repr, choices))}')
+    if not settings.template:
+        for name in ('passages', 'freeze_retrieval'):
+            if getattr(settings, name):
+                raise UserError(f'{name} is {getattr(settings, name)!r}, which is of instruction tuning: leave it out, '
+                                f'or set template and run python sft.py')
+        return
+    find_template(settings.template)
+    if settings.passages_from == 'collection' and not settings.passages:
+        raise UserError("passages_from is 'collection', and passages is '', which gives none: set passages to 'prompt' "
+                        "or 'neighbors', or leave passages_from out")
+    if settings.retrieval_offline:
+        raise UserError('retrieval_offline is True, and nothing is precomputed of conversations: leave it out')
+    if settings.freeze_retrieval and (settings.retrofit or not settings.use_retrieval):
+        other = 'retrofit, which trains nothing else' if settings.retrofit else 'a GPT, which has none'
+        raise UserError(f'freeze_retrieval leaves what retrieval adds as it is, and the run is of {other}: leave out '
+                        f'one of the two')
+    if settings.passages != 'neighbors':
+        return
+    if settings.freeze_retrieval or not settings.use_retrieval:
+        name = 'freeze_retrieval is True' if settings.freeze_retrieval else 'use_retrieval is False'
+        raise UserError(f"passages is 'neighbors', and {name}, so nothing reads them: set passages to 'prompt'")
+    if 0 < settings.retrieval_k_neighbors < settings.num_passages:
+        raise UserError(f"passages is 'neighbors', of which the model reads {settings.retrieval_k_neighbors} "
+                        f"(retrieval_k_neighbors), and num_passages is {settings.num_passages}: lower it")
 
 
 def describe_schedule(settings):
