@@ -251,6 +251,8 @@ def main(cleanup, read_settings=read_settings):
         if retrieves and loader.size:
             print(f'retrieving from {loader.size:,} chunks of {settings.retrieval_collection!r} in '
                   f'{settings.retrieval_milvus_uri}')
+        elif retrieves:
+            print('reading the passages that go with each conversation')
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
         is_partly_frozen = settings.retrofit or settings.freeze_retrieval
         print(f'{"RETRO" if settings.use_retrieval else "GPT"} of {model.num_parameters() / 1e6:.2f} M parameters'
@@ -272,7 +274,7 @@ def main(cleanup, read_settings=read_settings):
     # prompts have not been precomputed: an offline run writes its samples without retrieval
     prompt_retriever = functools.cache(lambda: cleanup.enter_context(closing(
         Retriever(settings, tokenizer, ranks.device, say_or_stop)))
-        if retrieves and not settings.retrieval_offline else None)
+        if retrieves and settings.passages != 'neighbors' and not settings.retrieval_offline else None)
     interval, found_themselves = Interval(state.step, loader.waited), Counter()
     for batch in val_batches:  # of what is trained on alone it is said whether it found itself
         interval.counts.update({**batch.counts, **dict.fromkeys(batch.counts.keys() & OF_TRAINING, 0)})

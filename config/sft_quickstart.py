@@ -4,7 +4,7 @@ from data.documents import DatasetConfig
 
 out_dir = 'out/sft_quickstart'
 init_from = 'out/quickstart'
-eval_interval = 100
+eval_interval = 150
 eval_tokens = 0
 log_interval = 10
 
@@ -14,7 +14,7 @@ template = 'plain'
 gradient_accumulation_steps = 1
 batch_size = 8
 
-learning_rate = 1e-3
-max_iters = 400
+learning_rate = 2e-3
+max_iters = 300
 warmup_iters = 20
 compile = False  # needs a C++ compiler

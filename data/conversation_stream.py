@@ -31,7 +31,7 @@ CUTS = {'passages': 'text of passages', 'turns': 'earlier turns', 'system': 'the
 @dataclass
 class Example:
     """A conversation of n tokens as it is trained on."""
-    tokens: np.ndarray  # (n,) int64
+    tokens: np.ndarray  # (n,) int32
     is_answer: np.ndarray  # (n,) bool, the tokens to predict
     doc_id: int
     chunk_ids: np.ndarray  # (L,) int64
@@ -72,9 +72,9 @@ class Writer:
         while messages[-1]['role'] != 'assistant':  # nothing answers it
             messages.pop()
         tokens, is_answer, cuts = self._fit(messages, in_prompt)
-        given = [tokenize(p.text, self.tokenizer).astype(np.int64) for p in passages if self.kind == 'neighbors']
+        given = [tokenize(p.text, self.tokenizer) for p in passages if self.kind == 'neighbors']
         ids = chunk_hashes('conversation', conversation.id, 0, -(-len(tokens) // self.chunk_size))
-        return Example(tokens, is_answer, conversation.doc_id, ids, [g for g in given if len(g)], cuts)
+        return Example(tokens.astype(np.int32), is_answer, conversation.doc_id, ids, [g for g in given if len(g)], cuts)
 
     def _render(self, messages, passages):
         return render(self.template, messages, self.tokenizer, passages, self.align)
@@ -148,6 +148,8 @@ class ConversationSet:
             raise UserError(f"passages is {settings.passages!r}, and no conversation of {config.path!r} has ctxs: "
                             f"retrieve some with passages_from='collection', or leave passages out")
         self.examples = [writer.write(c, c.passages) for c in self.conversations] if not self.live else None
+        for conversation in self.conversations:
+            conversation.passages = []  # there may be much text in them, which is in the examples or not wanted
 
     def __len__(self):
         return len(self.conversations)

@@ -3,21 +3,31 @@ import json
 import shutil
 from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
 
 import sft
 import train
 from configurator import UserError, load_settings
-from data.conversation_stream import ConversationSet, ConversationStream, Writer, question_of, val_conversations
+from data.conversation_stream import (
+    ConversationSet,
+    ConversationStream,
+    Writer,
+    as_batch,
+    question_of,
+    val_conversations,
+)
 from data.documents import DatasetConfig, load_documents
 from data.tokenizer import load_tokenizer, tokenizer_json
 from generation.engine import Engine, Request
 from generation.sampling import Sampling
+from generation.sources import CollectionSource
 from model import RETRO, RETROConfig
 from retrieval import populate, precompute
 from retrieval.loader import open_conversations
 from retrieval.passages import PassageFinder
+from retrieval.retriever import Retriever
 from retrieval.static_embedding import fit_embedding
 from tests.conftest import ROOT, run, run_ranks
 from tests.test_train import losses, metrics
@@ -229,9 +239,23 @@ def test_passages_given_with_the_examples_are_read_in_place_of_what_is_retrieved
     """With the answer in them, they help at once: and no database is asked."""
     answer = tune(pretrained, '--passages=neighbors', '--out_dir=given', '--num_passages=1', '--max_iters=2',
                   '--retrieval_milvus_uri=http://127.0.0.1:9')
-    assert 'retrieving' not in answer.stdout
+    assert 'reading the passages that go with each conversation' in answer.stdout
     evaluations = [line for line in metrics(pretrained, 'given') if 'val_bpb_on' in line]
     assert evaluations[-1]['val_bpb_on'] < evaluations[-1]['val_bpb_off'] - 0.05
+
+
+def test_a_prompt_that_is_padded_in_front_retrieves_in_training_what_it_does_in_generation(chats):
+    settings, tokenizer = chats
+    dataset = ConversationSet(DatasetConfig('chats.jsonl', source='stdlib'), Writer(settings, tokenizer), settings)
+    example = next(e for e in dataset.examples if e.tokens[0] == tokenizer.eot_token and len(e.chunk_ids) > 1)
+    with closing(Retriever(settings, tokenizer)) as retriever:
+        C = settings.retrieval_chunk_size
+        batch, = retriever.retrieve_for([as_batch([[example]], settings.block_size // C, C, tokenizer.eot_token)])
+        source = CollectionSource(retriever, example.doc_id)
+        found, mask, hits = source.retrieve(example.tokens[None, :C])
+        assert (hits['score'] > 0).all() and (batch.hits[:, 0] == hits).all()
+        assert (batch.neighbors[:, 0] == found).all() and (batch.neighbor_mask[:, 0] == mask).all()
+        assert not (retriever.retrieve_for_text(np.full((1, 1, C), tokenizer.eot_token)).hits['score'] > 0).any()
 
 
 def test_held_out_conversations_that_are_trained_on_are_counted(chats):
