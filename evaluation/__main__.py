@@ -34,7 +34,7 @@ from data.fingerprint import describe_corpus
 from data.tokenizer import vocabulary_hash
 from evaluation.figures import plot_overlap, plot_similarity, summarize, table
 from evaluation.losses import evaluate_corpus
-from evaluation.report import choose_passages, write_report
+from evaluation.report import choose_passages, make_folder, read_answers, write_report
 from retrieval.retriever import Retriever
 from training.checkpoint import load_checkpoint, load_run
 from training.metrics import metrics_path
@@ -85,13 +85,7 @@ def main(cleanup):
         benchmarks = prepare_benchmarks(settings.multiple_choice_benchmarks, settings.benchmark_data_dir)
     context = autocast(pick_dtype(settings.dtype, device), device)
     configs = configs_of_data(arguments, settings)
-    results = arguments.results or arguments.out_dir
-    try:
-        os.makedirs(results, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--results {results!r} cannot be written ({error.strerror}): name another folder') from error
-    if not os.access(results, os.W_OK):
-        raise UserError(f'--results {results!r} cannot be written: name another folder')
+    results = make_folder(arguments.results or arguments.out_dir)
     corpus = read_corpus(open_datasets(configs, tokenizer, settings, head=arguments.max_tokens), tokenizer,
                          arguments.max_tokens)
     retriever = None
@@ -132,7 +126,7 @@ def main(cleanup):
             written.append(name)
     passages = choose_passages(corpus, nats, retrieved, arguments.passages) if retrieved else []
     write_report(f'{results}/report.html', report, passages, corpus, nats, retrieved, retriever, tokenizer,
-                 metrics_path(arguments.out_dir))
+                 metrics_path(arguments.out_dir), read_answers(results, step))
     print(f'{table(report)}\n\n{", ".join(written)} and report.html are in {results}')
     if settings.wandb_log:
         log_to_wandb(settings, report, results, [*written, 'report.html'])

@@ -3,23 +3,20 @@ DeepEval's view of a model: RETROForDeepEval answers its prompts. Where a questi
 model's answer is the likeliest of them. Open answers are generated.
 """
 import contextlib
-import math
 import re
 from typing import Literal, get_args, get_origin
 
 import numpy as np
-import torch
 from deepeval.models import DeepEvalBaseLLM
 from tqdm import tqdm
 
 from data.chunking import hash64
-from data.tokenizer import is_token
+from evaluation.likelihoods import log_likelihoods
 from generation.engine import Engine, Request
 from generation.sampling import Sampling
 from generation.sources import CollectionSource
 
 WRITTEN_TOKENS = 32  # at most, of an answer that is written
-RETRIEVED_TOGETHER = 256  # prompts per request to the retriever
 
 
 class Prompt(str):
@@ -39,7 +36,6 @@ class RETROForDeepEval(DeepEvalBaseLLM):
         self.network, self.tokenizer, self.device, self.retriever = model, tokenizer, device, retriever
         self.context = context or contextlib.nullcontext()
         self.batch_size, self.label, self.check_stop = batch_size, label, check_stop  # it raises to end a benchmark
-        self.allowed = torch.tensor(is_token(tokenizer), device=device)
         self.shortened = self.cut = 0
         super().__init__('nanoRETRO')
 
@@ -82,7 +78,9 @@ class RETROForDeepEval(DeepEvalBaseLLM):
             shortest = min(map(len, encoded))
             common = next((i for i, column in enumerate(zip(*encoded, strict=False)) if len(set(column)) > 1), shortest)
             options += [(tokens, min(common, shortest - 1)) for tokens in encoded]
-        scores, chosen = iter(self._log_likelihoods(options)), []
+        scored = log_likelihoods(self.network, self.tokenizer, options, self.device, self.context, self.retriever,
+                                 self.batch_size, self.label, self.check_stop)
+        scores, chosen = iter([score for score, _ in scored]), []
         for prompt, answers in questions:
             likelihoods = np.array([next(scores) for _ in answers])
             likeliest = np.flatnonzero(likelihoods >= likelihoods.max() - 1e-6)
@@ -118,65 +116,6 @@ class RETROForDeepEval(DeepEvalBaseLLM):
             gap = answers[0][:len(answers[0]) - len(answers[0].lstrip())]
             encoded = [encode(text + gap) + encode(answer[len(gap):]) for answer in answers]
         return encoded
-
-    @torch.no_grad()
-    def _log_likelihoods(self, options):
-        """
-        Log-probability of tokens[start:] after tokens[:start], for each of the options (tokens, start). Options that
-        differ only in their last token share a row of the model's batch.
-        """
-        rows = {}  # what is read, to the indices of the options that read it
-        for i, (tokens, _) in enumerate(options):
-            rows.setdefault(tuple(tokens[:-1]), []).append(i)
-        inputs = sorted(rows, key=len)
-        scores = [0.0] * len(options)
-        bar = tqdm(total=len(inputs), unit='prompt', desc=self.label, disable=None if self.label else True, leave=False)
-        for group in range(0, len(inputs), RETRIEVED_TOGETHER):
-            retrieved = inputs[group:group + RETRIEVED_TOGETHER]
-            neighbors = self._retrieve(retrieved)
-            for start in range(0, len(retrieved), self.batch_size):
-                self.check_stop()
-                batch = slice(start, start + self.batch_size)
-                tokens = self._padded(retrieved[batch])  # (B, T)
-                complete = tokens.shape[1] // self.network.config.retrieval_chunk_size
-                read = [part[batch, :complete] for part in neighbors]
-                pointers = None
-                if self.retriever is not None and self.retriever.matches:
-                    pointers = torch.from_numpy(self.retriever.point(tokens)).long().to(self.device)
-                with self.context:
-                    hidden = self.network.hidden(torch.from_numpy(tokens).to(self.device), *read)
-                for number, row in enumerate(retrieved[batch]):
-                    for i in rows[row]:
-                        whole, first = options[i]
-                        place = slice(number, number + 1), slice(first - 1, len(whole) - 1)
-                        # in float32: in bfloat16 many answers would be equally likely
-                        named = None if pointers is None else pointers[place]
-                        logits, = self.network.predict(hidden[place].float(), named)
-                        log_p = logits[:, :len(self.allowed)].masked_fill(~self.allowed, -math.inf).log_softmax(-1)
-                        targets = torch.tensor(whole[first:], device=self.device)
-                        scores[i] = log_p.gather(1, targets[:, None]).sum().item()
-                bar.update(len(tokens))
-        bar.close()
-        return scores
-
-    def _padded(self, rows):
-        tokens = np.full((len(rows), max(map(len, rows))), self.tokenizer.eot_token)
-        for line, row in zip(tokens, rows, strict=True):
-            line[:len(row)] = row
-        return tokens
-
-    def _retrieve(self, rows):
-        """Neighbors (n, L, K, R) of the rows' complete chunks and their mask, on the device; () if there are none."""
-        if self.retriever is None or not self.retriever.k:
-            return ()
-        C = self.network.config.retrieval_chunk_size
-        tokens = self._padded(rows)
-        L = max(1, tokens.shape[1] // C)
-        chunks = np.full((len(rows), L * C), self.tokenizer.eot_token)
-        chunks[:, :tokens.shape[1]] = tokens[:, :L * C]
-        complete = np.arange(1, L + 1) * C <= np.array([len(row) for row in rows])[:, None]  # (n, L)
-        unknown = np.zeros(complete.shape, dtype=np.int64)  # these chunks are of no document of the collection
-        return self.retriever.retrieve(chunks.reshape(len(rows), L, C), unknown, ~complete, unknown).to(self.device)
 
     def _write(self, prompt):
         """What the model writes after the prompt, up to the end of the line."""

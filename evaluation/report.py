@@ -4,11 +4,12 @@ tinted by the gain of retrieval, beside the neighbors that the passage was predi
 """
 import html
 import io
+import json
 import os
 
 import numpy as np
 
-from configurator import visible, write_atomically
+from configurator import UserError, visible, write_atomically
 from evaluation.figures import (
     ARMS,
     COLORS,
@@ -26,6 +27,7 @@ from retrieval.knowledge_base import FIELDS, describe_score
 from training.metrics import read_curves
 
 SHORTEST_SHARED = 4  # tokens in the shortest run marked as shared
+FIGURES = dict(exact_match='exact match', f1='F1', rouge_l='ROUGE-L', bpb='bits per byte of the gold answer')
 
 
 def choose_passages(corpus, nats, retrieved, count):
@@ -47,16 +49,19 @@ def choose_passages(corpus, nats, retrieved, count):
             + [('between', int(i)) for i in between])
 
 
-def write_report(path, report, passages, corpus, nats, retrieved, retriever, tokenizer, metrics_path):
+def write_report(path, report, passages, corpus, nats, retrieved, retriever, tokenizer, metrics_path, questions=None):
     """
-    Write the page to `path`. `report` is the dict of evaluation.json, `passages` comes from choose_passages, and
-    metrics_path is the metrics.jsonl of the training run, which may be missing.
+    Write the page to `path`. `report` is the dict of evaluation.json, `passages` comes from choose_passages,
+    metrics_path is the metrics.jsonl of the training run, which may be missing, and `questions`, if there are any, what
+    read_answers gives.
     """
     parts = [heading(report), metrics_table(report), curves(metrics_path)]
     if 'bpb_by_longest_run' in report:
         parts += [leakage(report)]
     if report['benchmarks']:
         parts += [benchmark_scores(report['benchmarks'])]
+    if questions:
+        parts += questions_parts(*questions)
     if passages:
         rows = neighbor_rows(passages, retrieved, retriever)
         sources = pointer_sources(passages, corpus, retrieved, retriever)
@@ -65,11 +70,27 @@ def write_report(path, report, passages, corpus, nats, retrieved, retriever, tok
         parts += [passages_heading(strongest),
                   *(passage(kind, i, corpus, nats, retrieved, rows, sources, tokenizer, strongest)
                     for kind, i in passages), '</section>']
+    write_page(path, title(report), parts)
+
+
+def write_page(path, name, parts):
+    """A page of these parts, HTML."""
     page = (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title(report)}</title>\n'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{name}</title>\n'
             f'<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n'
             + '\n'.join(parts) + f'\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n')
     write_atomically(page, path)
+
+
+def make_folder(path):
+    """Create the folder of --results, which is returned. UserError if it cannot be written."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--results {path!r} cannot be written ({error.strerror}): name another folder') from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f'--results {path!r} cannot be written: name another folder')
+    return path
 
 
 def escape(text):
@@ -180,6 +201,80 @@ def benchmark_scores(benchmarks):
     lines = ''.join(f'<li><b>{escape(name)}</b>: {escape(describe_scores(scores))}</li>'
                     for name, scores in benchmarks.items())
     return f'<section class="card">\n<h2>Benchmarks</h2>\n<ul>{lines}</ul>\n</section>'
+
+
+def write_questions(path, report, lines, count):
+    """Write the page of python -m evaluation.qa: its report, and `count` of the answered questions of each kind."""
+    name = f'nanoRETRO: {escape(report["out_dir"])} answers {escape(report["data"])}'
+    write_page(path, name, [f'<h1>{escape(report["out_dir"])}</h1>', *questions_parts(report, lines, count)])
+
+
+def read_answers(folder, step):
+    """What python -m evaluation.qa has written there, (report, lines), or None if it is of another step, or nothing."""
+    try:
+        with open(f'{folder}/questions.json', encoding='utf-8') as file:
+            report = json.load(file)
+        with open(f'{folder}/answers.jsonl', encoding='utf-8') as file:
+            lines = [json.loads(line) for line in file]
+    except (OSError, ValueError):
+        return None
+    return (report, lines) if report.get('step') == step else None
+
+
+def describe_questions(report):
+    """What was asked and how, as one line."""
+    chosen = f'{report["questions"]:,}' + f' of {report["of"]:,}' * (report['questions'] < report['of'])
+    given = {'none': 'without passages', 'file': 'with the passages of the file',
+             'collection': 'with passages retrieved for them'}[report['passages']]
+    as_what = {'prompt': ' in the prompt', 'neighbors': ' as neighbors', None: ''}[report['passages_as']]
+    return f'{report["data"]}: {chosen} questions, {given}{as_what}, in the template {report["template"]}'
+
+
+def questions_parts(report, lines, count=12):
+    """Parts of a page: the scores, and questions side by side with their passages, the answers, and the gold ones."""
+    arms = [arm for arm in ARMS if f'f1_{arm}' in report]
+    rows = []
+    for name, label in FIGURES.items():
+        style = '{:.4f}' if name == 'bpb' else '{:.1%}'
+        cells = [f'<td>{figure(report[f"{name}_{arm}"], style)}'
+                 f'<small>{interval(report[f"{name}_{arm}_interval"], style)}</small></td>' for arm in arms]
+        if len(arms) == 2 and f'{name}_gain' in report:
+            bounds = report[f'{name}_gain_interval']
+            significance = ', not statistically significant' if holds_zero(bounds) else ''
+            cells.append(f'<td>{figure(report[f"{name}_gain"], style)}<small>{interval(bounds, style)}{significance}'
+                         f'</small></td>')
+        rows.append(f'<tr><th scope="row">{label}</th>{"".join(cells)}</tr>')
+    head = ''.join(f'<th scope="col"><i style="background:{COLORS[arm]}"></i>{ARMS[arm]}</th>' for arm in arms)
+    head += '<th scope="col">on − off</th>' * (len(arms) == 2)
+    notes = ''.join(f'<p>{escape(note)}.</p>' for note in report['notes'])
+    return [f'<section class="card">\n<h2>Questions</h2>\n<p class="about">{escape(describe_questions(report))}.</p>\n'
+            f'<table><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>\n{notes}'
+            f'<p class="about">Intervals are bootstrapped over documents, or over questions that name none.</p>'
+            f'\n</section>', *(question_card(line, arms) for line in choose_questions(lines, arms, count))]
+
+
+def choose_questions(lines, arms, count):
+    """Up to `count` each of the questions that retrieval helped and hurt most, by F1, and of others, evenly spaced."""
+    gains = np.array([line['on']['f1'] - line['off']['f1'] if len(arms) == 2 else 0.0 for line in lines])
+    order = np.argsort(-gains, kind='stable')
+    others = [i for i in order if gains[i] == 0]
+    some = [others[i] for i in np.unique(np.linspace(0, len(others) - 1, min(count, len(others))).astype(int))]
+    return [lines[i] for i in [*[i for i in order if gains[i] > 0][:count], *some,
+                               *[i for i in order[::-1] if gains[i] < 0][:count]]]
+
+
+def question_card(line, arms):
+    """A question and its passages beside the answers and the gold ones."""
+    passages = ''.join(f'<div class="neighbor"><h4>{escape(passage["title"])}</h4><pre>{escape(passage["text"])}</pre>'
+                       f'</div>' for passage in line.get('passages', []))
+    answers = ''.join(
+        f'<h4><span><i style="background:{COLORS[arm]}"></i>{ARMS[arm]}</span>'
+        f'<span>F1 {line[arm]["f1"]:.0%}</span></h4>'
+        f'<pre>{escape(line[arm]["answer"]) or "∅"}</pre>' for arm in arms)
+    golds = '\n'.join(escape(gold) or '∅ (no answer)' for gold in line['answers'])
+    return (f'<article class="card question">\n<h3>{escape(line["question"])}<span>{escape(line["id"])}</span></h3>\n'
+            f'<div class="columns"><div>{answers}<h4>gold</h4><pre>{golds}</pre></div><div>{passages}</div></div>\n'
+            f'</article>')
 
 
 def svg(plot):
@@ -358,6 +453,8 @@ pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.55 ui-monos
 .up{background:rgba(var(--up),calc(var(--s)*.75))}.down{background:rgba(var(--down),calc(var(--s)*.75))}
 .shared{text-decoration:underline;text-decoration-thickness:2px;text-decoration-color:var(--accent);
 text-underline-offset:3px}
+.question h4{margin:12px 0 4px}.question h4:first-child{margin-top:0}
+.question i{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.4em}
 .pointed{border-bottom:2px dotted var(--accent)}
 .neighbor .shared{color:var(--ink)}
 .turn{border-left:2px dotted var(--accent);margin:0 2px}

@@ -27,9 +27,6 @@ class PassageFinder(Retriever):
         if settings.retrieval_offline:
             raise UserError('retrieval_offline is True, and passages are retrieved live for each question: set it to '
                             'False, or take the passages that the file has')
-        if settings.num_passages < 1:
-            raise UserError(f'num_passages is {settings.num_passages}, and passages are to be retrieved: set it to 1 '
-                            f'or more')
         super().__init__(settings.replace(retrieval_k_neighbors=settings.num_passages, retrieval_rerank=0,
                                           retrieval_pointers=0, retrieval_cache_gb=0.0), tokenizer, device, say)
 

@@ -11,6 +11,7 @@ from configurator import UserError
 from data.tokenizer import load_tokenizer
 from evaluation.benchmarks import BENCHMARKS, prepare_benchmarks
 from evaluation.deepeval_adapter import Prompt, RETROForDeepEval, answer_separator, read_answer
+from evaluation.likelihoods import log_likelihoods
 from model import RETRO, RETROConfig
 from retrieval.retriever import Retriever
 from tests.conftest import CHUNK, SHARED, run
@@ -105,8 +106,10 @@ def test_batches_give_the_answers_of_one_by_one_with_retrieval_on_and_off(logiqa
         answers = batched.batch_generate(prompts, schemas)
         assert answers == [single.generate(*pair) for pair in zip(prompts, schemas, strict=True)]
         options = [(tokenizer.encode_ordinary(prompt), 2) for prompt in prompts[:3]]
-        written[arm] = batched._log_likelihoods(options)
-        assert written[arm] == pytest.approx([single._log_likelihoods([option])[0] for option in options], rel=1e-4)
+        written[arm] = [likelihood for likelihood, _ in log_likelihoods(
+            model, tokenizer, options, 'cpu', None, single.retriever, batch_size=5)]
+        assert written[arm] == pytest.approx([log_likelihoods(
+            model, tokenizer, [option], 'cpu', None, single.retriever)[0][0] for option in options], rel=1e-4)
     assert written['on'] != written['off']  # it reads what it retrieves
     retriever.close()
 
@@ -114,13 +117,15 @@ def test_batches_give_the_answers_of_one_by_one_with_retrieval_on_and_off(logiqa
 def test_the_likelihood_of_an_answer_is_that_of_its_tokens_one_after_another(tokenizer):
     model = make_model(tokenizer)
     tokens = tokenizer.encode_ordinary('def f(x): return x + 1')
-    wrapper = RETROForDeepEval(model, tokenizer)
     with torch.no_grad():
         logits, _ = model(torch.tensor([tokens]))
     likely = logits[0, :, :tokenizer.n_vocab].log_softmax(-1)
     expected = sum(likely[t - 1, tokens[t]].item() for t in range(3, len(tokens)))
     longer = tokenizer.encode_ordinary('import os, sys, re, json, math, time, string, types')
-    assert wrapper._log_likelihoods([(longer, 1), (tokens, 3)])[1] == pytest.approx(expected, rel=1e-4)
+    greedy = [*tokens[:3], int(likely[2].argmax())]
+    (_, _), (found, _), (_, is_likeliest) = log_likelihoods(
+        model, tokenizer, [(longer, 1), (tokens, 3), (greedy, 3)], 'cpu')
+    assert found == pytest.approx(expected, rel=1e-4) and is_likeliest
 
 
 def test_a_prompt_that_is_too_long_loses_whole_examples_from_the_front_and_never_its_question(logiqa, tokenizer):

@@ -126,11 +126,12 @@ def test_image_holds_all_code_and_neither_data_nor_secrets():
         assert not is_in_image(name), name
 
 
-def test_image_installs_every_requirements_file_but_that_of_the_tests():
+def test_image_installs_every_requirements_file_but_those_of_the_tests_and_of_the_harness():
     installed = set(re.findall(r'-r (\S+)', ' '.join(text for kind, text in instructions() if kind == 'RUN')))
     for name in list(installed):
         installed |= set(re.findall(r'^-r (\S+)', (ROOT / name).read_text(), re.MULTILINE))
-    assert installed == {path.name for path in ROOT.glob('requirements*.txt')} - {'requirements-dev.txt'}
+    assert installed == {path.name for path in ROOT.glob('requirements*.txt')} - {
+        'requirements-dev.txt', 'requirements-lm-eval.txt'}
 
 
 def test_torch_alone_comes_from_an_index_of_its_own_and_by_the_pin():

@@ -73,7 +73,7 @@ def save_run(folder, prepared, name, tokenizer=None, **changes):
     tokenizer = tokenizer or str(prepared / 'tokenizer.json')
     settings = load_settings([], given=dict(
         out_dir=f'{folder}/{name}', tokenizer=tokenizer, block_size=4 * CHUNK, n_layer=2, n_head=2, n_embd=32,
-        retrieval_chunk_size=CHUNK, retrieval_layers=[1, 2], device='cpu', dtype='float32', **changes))
+        retrieval_chunk_size=CHUNK, retrieval_layers=[1, 2], device='cpu', dtype='float32') | changes)
     encoding = load_tokenizer(tokenizer)
     torch.manual_seed(1)
     model = RETRO(RETROConfig.from_settings(settings, encoding.n_vocab)).eval()
