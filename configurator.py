@@ -171,10 +171,10 @@ def as_plain(value):
     return [as_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def load_settings(arguments, given=None):
+def load_settings(arguments, given=None, can_dry_run=False):
     """
     The Settings of a run: train.py's defaults, then `given` (a checkpoint's, as a dict), then each argument from left
-    to right, a config file's path or --key=value. UserError if one of them is wrong.
+    to right, a config file's path or --key=value. UserError if one of them is wrong, or dry_run for nothing.
     """
     settings, comments = defaults_and_comments()
     if '-h' in arguments or '--help' in arguments:
@@ -183,8 +183,17 @@ def load_settings(arguments, given=None):
     for key, value in (given or {}).items():
         if key in settings and not is_secret(key):  # a checkpoint of another version may have others
             settings[key] = check_value(key, value, settings[key], 'the checkpoint')
-    settings.update(read_overrides(arguments, settings))
+    overrides = read_overrides(arguments, settings)
+    if not can_dry_run:
+        refuse_dry_run(overrides)
+    settings.update(overrides)
     return Settings(**settings)
+
+
+def refuse_dry_run(overrides):
+    """UserError if the overrides, a dict, set dry_run, and the command would do its work all the same."""
+    if overrides.get('dry_run'):
+        raise UserError('dry_run is of train.py and of python -m retrieval.populate alone: leave it out')
 
 
 def named_settings(arguments):

@@ -161,6 +161,14 @@ def join_heads(x):
     return x.transpose(1, 2).flatten(2)  # (N, heads, S, d) -> (N, S, D)
 
 
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        """In float32, where x is, also if the weights come in half precision, as they do sharded."""
+        dtype = torch.promote_types(self.weight.dtype, x.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), bias, self.eps)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -225,14 +233,14 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, config, attends_to_chunk):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
         self.attn = SelfAttention(config)
         if attends_to_chunk:
-            self.ln_cross = nn.LayerNorm(config.n_embd, bias=config.bias)
-            self.ln_chunk = nn.LayerNorm(config.n_embd, bias=config.bias)
+            self.ln_cross = LayerNorm(config.n_embd, bias=config.bias)
+            self.ln_chunk = LayerNorm(config.n_embd, bias=config.bias)
             self.cross = CrossAttention(config)
         self.attends_to_chunk = attends_to_chunk
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x, mask, chunks, is_chunk=None):
@@ -258,7 +266,7 @@ class Encoder(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([EncoderBlock(config, attends_to_chunk=i == 0)
                                 for i in range(config.retrieval_encoder_layers)])
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
 
     def forward(self, embeddings, mask, chunks, is_chunk=None):
         """embeddings (N, K, R, D) and mask (N, K, R) of the neighbors, chunks (N, C, D), to (N, M, D)."""
@@ -350,7 +358,7 @@ class OwnContext(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln = LayerNorm(config.n_embd, bias=config.bias)
         self.c_score = nn.Linear(config.n_embd, POINTER_HEADS * (LONGEST + SHARES + 2))  # of lengths, shares and null
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -472,7 +480,7 @@ class ChunkedCrossAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln = LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CopyAttention(config) if config.retrieval_copy else CrossAttention(config)
         self.copies, self.chunk_size = config.retrieval_copy, config.retrieval_chunk_size
 
@@ -498,12 +506,12 @@ class Block(nn.Module):
 
     def __init__(self, config, copies=False, retrieves=False, encodes=False):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
         self.attn = SelfAttention(config)
         self.own = OwnContext(config) if copies else None
         self.encoder = Encoder(config) if encodes else None
         self.cca = ChunkedCrossAttention(config) if retrieves else None
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x, mask=None, own=None, neighbors=None):
@@ -545,7 +553,7 @@ class RETRO(nn.Module):
             h=nn.ModuleList([Block(config, number in own_layers, number in layers,
                                    config.has_encoder and number == min(layers))
                              for number in range(1, config.n_layer + 1)]),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            ln_f=LayerNorm(config.n_embd, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied, as in GPT-2
@@ -583,6 +591,13 @@ class RETRO(nn.Module):
         x = self.hidden(tokens, neighbors, neighbor_mask, doc_ids)
         if targets is None:
             return self.predict(x, pointers), None
+        logits, nats = self.score(x, targets, pointers)
+        if loss_reduction == 'none':
+            return logits, nats
+        return logits, nats.sum() / ((targets >= 0).sum() if loss_reduction == 'mean' else 1)
+
+    def score(self, x, targets, pointers=None):
+        """Of final activations x (B, T, D) the decoder's logits (B, T, V) and the nats (B, T) of the targets."""
         logits = self.lm_head(x)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='none')
         nats, is_target = nats.view_as(targets), targets >= 0
@@ -593,9 +608,7 @@ class RETRO(nn.Module):
             mixed = -torch.logaddexp(decoder[..., 0] - nats.detach(), named)
             value = torch.where(self.mixture.is_silent(), nats, mixed).detach()
             nats = (value + (mixed - mixed.detach()) + (nats - nats.detach())) * is_target  # its gradient: two in one
-        if loss_reduction == 'none':
-            return logits, nats
-        return logits, nats.sum() / (is_target.sum() if loss_reduction == 'mean' else 1)
+        return logits, nats
 
     def predict(self, x, pointers=None):
         """Logits (B, T, V) of final activations x (B, T, D); with pointers (B, T, P, 3) log-probabilities."""

@@ -26,7 +26,9 @@ TAKEN = ('retrieval_mode', 'retrieval_rerank', 'retrieval_embedding_model', 'ret
 
 def read_settings(arguments):
     """As train.read_settings: also how the model retrieves, and its template, if it has been tuned before."""
-    settings, named = load_settings(arguments), named_settings(arguments)
+    settings, named = load_settings(arguments, can_dry_run=True), named_settings(arguments)
+    if settings.dry_run:
+        os.environ['HF_HUB_OFFLINE'] = '1'  # nothing is downloaded
     is_new = settings.init_from != 'resume' and not settings.eval_only
     if settings.init_from == 'scratch' and is_new:
         raise UserError("init_from is 'scratch', and tuning starts from a pretrained model: name its out_dir, an "
@@ -40,7 +42,7 @@ def read_settings(arguments):
     is_retro = source is not None and source.model['use_retrieval']
     given |= {key: source.settings[key] for key in TAKEN if source and key in source.settings}
     given.setdefault('use_retrieval', is_retro)
-    settings = load_settings(arguments, given=given)
+    settings = load_settings(arguments, given=given, can_dry_run=True)
     if is_retro and not settings.use_retrieval:
         raise UserError(f'use_retrieval is False, and init_from {settings.init_from!r} is a RETRO: to tune its decoder '
                         f'alone, without retrieval, set freeze_retrieval to True instead')

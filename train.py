@@ -25,7 +25,6 @@ from system import (
 )
 
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import UserError, drop_secrets_from_argv, load_settings, named_settings, user_errors_as_one_line
@@ -58,7 +57,9 @@ from training.checks import (
 )
 from training.distributed import StopSignals, find_ranks, join_ranks, share_of_step
 from training.metrics import Interval, Metrics, plot_metrics, summary, tokens_per_step
-from training.out_dir import check_writable, lock_run
+from training.out_dir import check_shared, check_writable, lock_run
+from training.parallel import check_parallel, clip_gradients, parallelize, reduce_gradients, whole_model
+from training.sizes import check_memory, print_sizes
 
 # The settings, overridden by config files and --key=value (configurator.py).
 # output
@@ -67,6 +68,7 @@ eval_interval = 2000  # steps between evaluations; each one saves a checkpoint
 eval_tokens = 2_000_000  # tokens of the val documents that are evaluated, the same every time; 0: all
 log_interval = 10  # steps between lines of metrics.jsonl
 eval_only = False  # evaluate the checkpoint and stop
+dry_run = False  # print what the run takes, and stop: parameters, memory, GPUs, time; populate: the collection
 always_save_checkpoint = True  # False: save only if the val loss is the best so far, and when stopped
 keep_checkpoints = 2  # newest checkpoints to keep; 0 keeps all
 init_from = 'scratch'  # 'scratch', 'resume' from out_dir, 'gpt2' (-medium, -large, -xl), or a folder of weights
@@ -143,6 +145,8 @@ min_lr = -1.0  # final learning rate; -1.0: learning_rate / 10
 backend = 'auto'  # torch.distributed backend; 'auto' is nccl on GPUs and gloo on CPUs
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1'; 'auto' is the first GPU, or else the CPU
 dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; 'auto' is bfloat16 where the processor has it
+parallel = 'ddp'  # of several processes: 'ddp', or 'fsdp', which shards weights, gradients and AdamW's state over them
+activation_checkpointing = 'none'  # 'full' recomputes each block in the backward pass, 'selective' what is cheap of it
 compile = True  # torch.compile; needs a C++ compiler on CPUs, and is left out without one
 seed = 1337  # for the weights and the order of documents
 # end of settings
@@ -150,10 +154,12 @@ seed = 1337  # for the weights and the order of documents
 
 def read_settings(arguments):
     """The settings of a run, and what is another model's where the arguments say nothing: its architecture."""
-    settings, given = load_settings(arguments), {}
+    settings, given = load_settings(arguments, can_dry_run=True), {}
+    if settings.dry_run:
+        os.environ['HF_HUB_OFFLINE'] = '1'  # nothing is downloaded
     if settings.init_from != 'scratch' or settings.eval_only:
         given = source_settings(settings)
-        settings = load_settings(arguments, given=given)
+        settings = load_settings(arguments, given=given, can_dry_run=True)
     check_documents(settings)
     return settings, given
 
@@ -163,7 +169,10 @@ def main(cleanup, read_settings=read_settings):
     arguments = sys.argv[1:]
     settings, given = read_settings(arguments)
     drop_secrets_from_argv()
+    if settings.dry_run:
+        return print_sizes(check_settings(settings))
     ranks = find_ranks(settings)
+    check_memory(settings, ranks)
     settings = check_settings(take_from_collection(settings, named_settings(arguments) | given.keys(),
                                                    say if ranks.is_master else lambda news: None))
     micro_steps, micro_batch = share_of_step(settings, ranks)
@@ -172,6 +181,7 @@ def main(cleanup, read_settings=read_settings):
         raise UserError(f'retrieval_milvus_uri {settings.retrieval_milvus_uri!r} is a local file, which serves one '
                         f'node: use a Milvus server')
     precision = pick_dtype(settings.dtype, ranks.device)
+    check_parallel(settings, ranks, precision)
     context = autocast(precision, ranks.device)
     join_ranks(ranks, settings, cleanup)
     keep_freed_memory()
@@ -227,15 +237,12 @@ def main(cleanup, read_settings=read_settings):
 
     # model and optimizer
     device_type = ranks.device.split(':')[0]
-    model.to(ranks.device)
+    wrapped = parallelize(model, settings, ranks, precision, settings.compile and not no_compile)
     optimizer = model.configure_optimizers(settings.weight_decay, settings.learning_rate,
                                            (settings.beta1, settings.beta2), device_type)
     scaler = torch.amp.GradScaler(device_type, enabled=precision == 'float16')
     if is_resumed:
         checkpoint.load_optimizer(optimizer, scaler, model)
-    wrapped = torch.compile(model) if settings.compile and not no_compile else model
-    if ranks.world_size > 1:
-        wrapped = DDP(wrapped, device_ids=[ranks.device] if device_type == 'cuda' else None)
     token_bytes = torch.tensor(token_byte_counts(tokenizer), device=ranks.device)
     tokenizer_text = '' if settings.eval_only or not ranks.is_master else tokenizer_json(settings.tokenizer, tokenizer)
     save = functools.partial(save_checkpoint, settings, ranks, tokenizer, tokenizer_text, model, optimizer, scaler)
@@ -247,6 +254,8 @@ def main(cleanup, read_settings=read_settings):
     # output
     if ranks.is_master and not settings.eval_only:
         lock_run(settings.out_dir, cleanup)
+    if settings.parallel == 'fsdp' and not settings.eval_only:  # each rank writes its shard there
+        check_shared(settings.out_dir, ranks)
     if ranks.is_master:
         if retrieves and loader.size:
             print(f'retrieving from {loader.size:,} chunks of {settings.retrieval_collection!r} in '
@@ -299,7 +308,8 @@ def main(cleanup, read_settings=read_settings):
             if state.step and val_loss < state.best_val_loss:
                 state.best_val_loss = val_loss
                 save(state)  # nothing, if it was saved above
-            failure = run_benchmarks(settings, benchmarks, metrics, state.step, val_batches[0], signals, model,
+            whole = whole_model(model, ranks) if settings.multiple_choice_benchmarks or settings.wandb_log else None
+            failure = run_benchmarks(settings, benchmarks, metrics, state.step, val_batches[0], signals, whole,
                                      tokenizer, ranks.device, context, prompt_retriever)
             agree_to_go_on(settings, ranks, signals, failure, state, save)
             interval.paused += time.perf_counter() - start
@@ -309,8 +319,7 @@ def main(cleanup, read_settings=read_settings):
         # forward and backward; the loss is the mean over the step's targets on all ranks
         nats = 0.0
         for micro_step, batch in enumerate(batches):
-            if ranks.world_size > 1:  # all-reduce gradients only in the last micro-step; DDP divides by world_size
-                wrapped.require_backward_grad_sync = micro_step == micro_steps - 1
+            reduce_gradients(wrapped, micro_step == micro_steps - 1)  # which divides them by world_size
             with context:
                 _, loss = wrapped(batch.tokens, batch.targets, batch.neighbors, batch.neighbor_mask, batch.doc_ids,
                                   batch.pointers, loss_reduction='sum')
@@ -323,7 +332,7 @@ def main(cleanup, read_settings=read_settings):
         for group in optimizer.param_groups:
             group['lr'] = lr
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(wrapped.parameters(), settings.grad_clip or math.inf)
+        norm = clip_gradients(wrapped, settings.grad_clip or math.inf)
         nats, norm = ranks.sum(nats.double()).item(), norm.item()
         failure = check_step(state.step, nats, norm, scaler)
         if failure is None:

@@ -1,8 +1,9 @@
 """
 Everything that only a CUDA machine can show, in one command of a few minutes, with no network and no server: that the
 model on the GPU equals the CPU's, its causality and masks, compilation without graph breaks, a run that resumes to the
-same losses, nccl; then tokens/s, MFU, memory and waiting of a GPT and of RETRO with frozen, live and remembered
-neighbors, at the 124M shape in bfloat16, compiled, from a local collection; and an embedder of all-mpnet's size.
+same losses, nccl, sharding; then tokens/s, MFU, memory and waiting of a GPT and of RETRO with frozen, live and
+remembered neighbors, at the 124M shape in bfloat16, compiled, from a local collection; the same of config/retro_124m.py
+and retro_857m.py with ready tensors, and their memory beside the dry run's; and an embedder of all-mpnet's size.
 
     python bench/gpu.py [--device=cuda] [--quick] [--out=gpu.json]
 
@@ -11,6 +12,8 @@ table, and writes one JSON file after each step, so that a run that is cut short
 check fails. --device=cpu --quick is what the tests run.
 """
 import argparse
+import gc
+import itertools
 import json
 import os
 import subprocess
@@ -18,8 +21,9 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -27,11 +31,16 @@ sys.path.insert(0, str(ROOT))
 from system import autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
 
 import torch
+import torch.distributed as dist
 
-from bench.train import measure, summarize
+from bench.train import make_step, measure, summarize
 from configurator import load_settings, to_json, user_errors_as_one_line, write_atomically
 from data.fingerprint import describe_corpus
 from model import RETRO, RETROConfig, SelfAttention, document_starts, takes_documents
+from training.checkpoint import load_shards, save_shards
+from training.distributed import Ranks
+from training.parallel import clip_gradients, gather_weights, local, own_parameters, parallelize, reduce_gradients
+from training.sizes import memory
 
 SHAPE = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=12, gradient_accumulation_steps=1,
              retrieval_layers=[6, 9, 12])
@@ -175,22 +184,69 @@ def check_compilation(device):
     return '3 graphs'
 
 
-def check_nccl(device):
-    """A process group of one rank sums and broadcasts, and DDP trains."""
-    import torch.distributed as dist
+@contextmanager
+def one_rank(device):
+    """A process group of this process; the backend."""
     backend = 'nccl' if device.startswith('cuda') else 'gloo'
     with tempfile.NamedTemporaryFile() as file:
         dist.init_process_group(backend, init_method=f'file://{file.name}', rank=0, world_size=1)
+        try:
+            yield backend
+        finally:
+            dist.destroy_process_group()
+            Path(file.name).touch()
+
+
+def check_nccl(device):
+    """A process group of one rank sums and broadcasts, and DDP trains."""
+    with one_rank(device) as backend:
         total = torch.ones(3, device=device)
         dist.all_reduce(total)
         model = torch.nn.parallel.DistributedDataParallel(make_model(device, {}))
         tokens, neighbors, mask, doc_ids = make_batch(device)
         model(tokens, tokens, neighbors, mask, doc_ids, make_pointers(tokens))[1].backward()
         gradients = all(p.grad is not None for p in model.parameters() if p.requires_grad)
-        dist.destroy_process_group()
-        Path(file.name).touch()
     assert total.tolist() == [1.0] * 3 and gradients
     return f'{backend}, one rank'
+
+
+def check_sharding(device):
+    """
+    The shards of one rank, with blocks that are checkpointed and, on a GPU, compiled one by one, train to the losses of
+    the whole model; their weights and optimizer are saved, and read again, as they are.
+    """
+    precision, found = pick_dtype('auto', device), {}
+    (tokens, neighbors, mask, doc_ids), memory = make_batch(device), {}
+    with one_rank(device), tempfile.TemporaryDirectory() as folder:
+        ranks = Ranks(device=device, control=dist.new_group(backend='gloo'))
+        for which in ('none', 'full', 'selective'):
+            settings = SimpleNamespace(parallel='ddp' if which == 'none' else 'fsdp', activation_checkpointing=which)
+            torch._dynamo.reset()
+            model = make_model('cpu', dict(retrieval_encoder_layers=1))
+            called = parallelize(model, settings, ranks, precision, is_compiled=device != 'cpu')
+            optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.split(':')[0])
+            if device != 'cpu':
+                torch.cuda.reset_peak_memory_stats()
+            for _ in range(4):
+                reduce_gradients(called, is_last=True)
+                with autocast(precision, device):
+                    loss = called(tokens, tokens, neighbors, mask, doc_ids, make_pointers(tokens))[1]
+                loss.backward()
+                clip_gradients(called, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                found.setdefault(which, []).append(loss.detach())
+            memory[which] = 0 if device == 'cpu' else torch.cuda.max_memory_allocated()
+        parameters = own_parameters(model)
+        states = {name: optimizer.state[p] for name, p in parameters.items()}
+        save_shards(states, folder, ranks)
+        for name, state in load_shards(folder, parameters).items():
+            assert all(torch.equal(local(state[key]).to(device), local(states[name][key])) for key in state), name
+        weights = gather_weights(model, ranks)
+        assert all(torch.equal(weights[name], local(p).cpu()) for name, p in parameters.items())
+    for losses in found.values():
+        torch.testing.assert_close(torch.stack(losses), torch.stack(found['none']), rtol=0.02, atol=0)
+    return 'the same losses; peaks ' + ', '.join(f'{which} {size / 1e6:.0f} MB' for which, size in memory.items())
 
 
 def run(*command, folder):
@@ -258,6 +314,44 @@ def measure_speed(config, device, is_quick):
     return found, f'{describe_corpus(settings.train_datasets)}, {size:,} chunks in the collection'
 
 
+def measure_sizes(device, is_quick):
+    """By config, with retrieval and without, from ready random tensors: tokens/s, MFU, GB and those of the dry run."""
+    precision, found = pick_dtype('auto', device), {}
+    for name, arm in itertools.product(('retro_124m', 'retro_857m'), ('retro', 'gpt')):
+        changes = (SMALL if is_quick else dict(gradient_accumulation_steps=1)) | dict(
+            use_retrieval=arm == 'retro', compile=not is_quick)
+        settings = load_settings([str(ROOT / f'config/{name}.py')]).replace(**changes)
+        before = torch.cuda.memory_allocated() if device.startswith('cuda') else 0
+        step, model = make_step(settings, 50257, device)
+        c, size = model.config, settings.batch_size
+        L, R = c.block_size // c.retrieval_chunk_size, 2 * c.retrieval_chunk_size
+        tokens = torch.randint(50257, (size, c.block_size), device=device)
+        neighbors = torch.randint(50257, (size, L, c.retrieval_k_neighbors, R), device=device)
+        batch = SimpleNamespace(tokens=tokens, targets=tokens, doc_ids=torch.zeros(size, L, dtype=int, device=device),
+                                retrieved=(neighbors, torch.ones_like(neighbors, dtype=torch.bool), None))
+        peak, steps = 0, 2 if is_quick else 20
+        for count in (3, steps):  # compiled, and the optimizer's moments are there, after the first
+            if device.startswith('cuda'):
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            for _ in range(count):
+                step(batch)
+            if device.startswith('cuda'):
+                torch.cuda.synchronize()
+                peak = torch.cuda.max_memory_allocated() - before
+            rate = count * tokens.numel() / (time.perf_counter() - start)
+        expected = sum(memory(settings, model, 1, 'ddp', precision, device != 'cpu', settings.compile).values())
+        found[f'{name} {arm}'] = dict(tokens_per_s=round(rate), memory_gb=round(peak / 1e9, 2),
+                                      dry_run_gb=round(expected / 1e9, 2),
+                                      mfu=round(model.flops_per_token() * rate / peak_flops(device, precision), 4))
+        del step, model, batch, tokens, neighbors
+        torch._dynamo.reset()
+        if device.startswith('cuda'):
+            gc.collect()
+            torch.cuda.empty_cache()
+    return found
+
+
 @torch.no_grad()
 def measure_embedder(device, is_quick):
     """Chunks/s of a transformer of all-mpnet-base-v2's size, random weights, 64 tokens a chunk."""
@@ -298,7 +392,8 @@ def main():
         folder = Path(name)
         checks = {'equals the CPU': lambda: check_equality(device), 'causality': lambda: check_causality(device),
                   'masks': lambda: check_masks(device), 'documents': lambda: check_documents(device),
-                  'compilation': lambda: check_compilation(device), 'process group': lambda: check_nccl(device)}
+                  'compilation': lambda: check_compilation(device), 'process group': lambda: check_nccl(device),
+                  'sharding': lambda: check_sharding(device)}
         config = prepare(folder, arguments.quick)
         checks['resume'] = lambda: check_resume(folder, config, device, arguments.quick)
         for check, call in checks.items():
@@ -313,11 +408,16 @@ def main():
         training, corpus = measure_speed(config, device, arguments.quick)
         keep('corpus', corpus)
         keep('training', training)
+        keep('sizes', measure_sizes(device, arguments.quick))
     print(f'\n{report["device"]}, {report["precision"]}, corpus {report["corpus"]}\n')
     print(f'{"":<12}{"tokens/s":>12}{"over frozen":>14}{"waited":>10}{"MFU":>8}{"memory":>12}')
     for arm, figures in report['training'].items():
         print(f'{arm:<12}{figures["tokens_per_s"]:>12,}{figures["over_frozen"]:>14.3f}{figures["waited"]:>10.1%}'
               f'{figures["mfu"]:>8.1%}{figures["memory_gb"]:>9.2f} GB')
+    print(f'\n{"":<18}{"tokens/s":>12}{"MFU":>8}{"memory":>12}{"dry run":>12}')
+    for name, figures in report['sizes'].items():
+        print(f'{name:<18}{figures["tokens_per_s"]:>12,}{figures["mfu"]:>8.1%}{figures["memory_gb"]:>9.2f} GB'
+              f'{figures["dry_run_gb"]:>9.2f} GB')
     print(f'\nembedder: {report["embedder_chunks_per_s"]:,} chunks/s')
     print(json.dumps(report))
     sys.exit(1 if failed else 0)

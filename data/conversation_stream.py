@@ -5,7 +5,10 @@ tokens of answers alone.
 
 Packing is first-fit: WINDOW conversations wait, each takes the first sequence of the step that has room and no
 conversation of the same document; those that find none wait for the next step. So the state is how many conversations
-of each dataset are drawn and which of them wait, and every rank packs the same step, of which it serves a part.
+of each dataset are drawn and which of them wait, and every rank packs the same step, of which it serves a part. With
+passages that are retrieved as text, every rank retrieves those of all conversations, as their lengths decide.
+
+A conversation has the positions of its place in the sequence, as a document of pretraining has.
 """
 import json
 from collections import Counter
@@ -40,7 +43,7 @@ class Example:
 
 
 def question_of(messages):
-    """The last user's turn, for which passages are retrieved; of the system's or an answer's text without one."""
+    """The last user's turn, for which passages are retrieved; the last message, if no user speaks."""
     return next((m['content'] for m in reversed(messages) if m['role'] == 'user'), messages[-1]['content'])
 
 
@@ -148,6 +151,7 @@ class ConversationSet:
             raise UserError(f"passages is {settings.passages!r}, and no conversation of {config.path!r} has ctxs: "
                             f"retrieve some with passages_from='collection', or leave passages out")
         self.examples = [writer.write(c, c.passages) for c in self.conversations] if not self.live else None
+        self.without = sum(not c.passages for c in self.conversations)
         for conversation in self.conversations:
             conversation.passages = []  # there may be much text in them, which is in the examples or not wanted
 
@@ -177,7 +181,8 @@ class ConversationSet:
         tokens, answers = (sum(map(int, values)) for values in zip(
             *((len(e.tokens), e.is_answer.sum()) for e in self.examples), strict=True))
         lines = [f'{self.config.path}: {self.counts.describe().replace("documents", "conversations")}, {tokens:,} '
-                 f'tokens, of which {answers:,} are of answers']
+                 f'tokens, of which {answers:,} are of answers'
+                 + f'; {self.without:,} have no passages' * bool(self.writer.kind and self.without)]
         cut = [(c.id, example) for c, example in zip(self.conversations, self.examples, strict=True) if example.cuts]
         if cut:
             lines.append(f'{self.config.path}: {len(cut):,} of {len(self):,} conversations are longer than block_size '

@@ -60,6 +60,18 @@ def load_tokenizer(name):
     return tokenizer
 
 
+def vocabulary_size(name):
+    """load_tokenizer(name).n_vocab, from the numbers in a tokenizer.json alone, and without downloading GPT-2's."""
+    if name == 'gpt2':
+        return 50257
+    try:
+        with open(name, encoding='utf-8') as file:
+            saved = json.load(file)
+        return 1 + max(*saved['model']['vocab'].values(), *(token['id'] for token in saved['added_tokens']))
+    except Exception:
+        return load_tokenizer(name).n_vocab  # which says what is wrong with it
+
+
 class Unsupported(Exception):
     """A part of a tokenizer.json that we would have to ignore."""
 

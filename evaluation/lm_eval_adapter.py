@@ -222,7 +222,7 @@ def table(report, arms):
             cells = []
             for arm in arms:
                 value, error = (report[arm]['results'][task].get(k) for k in (key, f'{metric}_stderr,{kept}'))
-                cells.append(f'{value:.4f}' + f' ± {error:.4f}' * isinstance(error, float))
+                cells.append(f'{value:.4f}' + (f' ± {error:.4f}' if isinstance(error, float) else ''))
             lines.append(f'{name:<44}' + ''.join(f'{cell:>22}' for cell in cells))
     return '\n'.join(lines)
 

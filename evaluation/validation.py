@@ -15,13 +15,13 @@ from training.distributed import Stopped
 def evaluate(model, batches, token_bytes, context, ranks, use_retrieval, signals=None):
     """
     Val loss (nats per token) and bits per byte over the batches of all ranks, with retrieval on and off. Once there are
-    StopSignals it returns early, with figures of a part.
+    StopSignals of any rank it returns early, with figures of a part.
     """
     model.eval()
     arms = ['on', 'off'] if use_retrieval else ['off']
     sums = torch.zeros(4, dtype=torch.float64)  # nats on, nats off, targets, bytes
     for batch in batches:
-        if signals and signals.received:
+        if ranks.gather_numbers(bool(signals and signals.received)).any():  # a sharded model needs all ranks
             break
         real = batch.targets[batch.targets >= 0]
         sums[2:] += torch.tensor([len(real), token_bytes[real].sum().item()])

@@ -289,21 +289,21 @@ def open_conversations(settings, tokenizer, train, count, val, find_passages, sa
         if not (val or {}).get('rank'):
             say(news)
 
-    writer, streams, val_sets = Writer(settings, tokenizer), [], []
+    writer, streams = Writer(settings, tokenizer), []
+    val_sets = open_sets('val_datasets') if val is not None else []
+    train_sets = open_sets('train_datasets') if train is not None else []
     if val is not None:
-        val_sets = open_sets('val_datasets')
         batches, padding = val_conversations(val_sets, settings.block_size, settings.batch_size, settings.eval_tokens,
                                              find_passages=find_passages, **val)
         streams.append(batches)
         say_once(f'val_datasets: {padding:.0%} of the sequences are padding')
     if train is not None:
-        stream = ConversationStream(open_sets('train_datasets'), settings.block_size, **train,
-                                    find_passages=find_passages)
+        stream = ConversationStream(train_sets, settings.block_size, **train, find_passages=find_passages)
         streams.append(islice(stream, count))
         padding = stream.estimate_padding()
         if padding is not None:
             say_once(f'train_datasets: {padding:.0%} of the sequences are padding')
-        known = len(set().union(*(s.contents for s in val_sets)) & set().union(*(s.contents for s in stream.datasets)))
+        known = len(set().union(*(s.contents for s in val_sets)) & set().union(*(s.contents for s in train_sets)))
         if known:
             say_once(f'{known:,} of {sum(map(len, val_sets)):,} held-out conversations stand in train_datasets, too: '
                      f'what they add to the val loss is low; remove them from one of the two')

@@ -52,7 +52,6 @@ AHEAD = 4  # Parts that may queue before a stage
 SAMPLE = 10  # seconds of embedding, to estimate all of it
 OPTIONS = {
     'sync': 'remove the rows of documents that train_datasets no longer hold',
-    'dry_run': 'print how many chunks there are, what they take, and how long; insert nothing',
     'bulk': 'have a server import files of the rows, in retrieval_bulk_dir, in place of inserting them',
 }
 
@@ -438,7 +437,8 @@ def main():
     options, arguments = read_options(sys.argv[1:])
     if '--help' in arguments or '-h' in arguments:
         print(__doc__, *(f'  --{name}=False\n        {text}' for name, text in OPTIONS.items()), '', sep='\n')
-    settings = load_settings(arguments).replace(retrieval_offline=False)  # that is for runs: filling needs the database
+    settings = load_settings(arguments, can_dry_run=True)
+    settings.retrieval_offline = False  # that is for runs: filling needs the database
     check_documents(settings)
     if options['bulk'] and is_local(settings.retrieval_milvus_uri):
         raise UserError('--bulk=True is of no use to Milvus Lite, which imports no files: leave it out, or name a '
@@ -447,8 +447,8 @@ def main():
         open_folder(settings.retrieval_bulk_dir)
     with Ranks() as ranks:
         settings = take_from_collection(settings, named_settings(arguments),
-                                        print if ranks.is_master else lambda news: None, options['dry_run'])
-        if options['dry_run']:
+                                        print if ranks.is_master else lambda news: None, settings.dry_run)
+        if settings.dry_run:
             if ranks.world_size > 1 or options['sync'] or options['bulk']:
                 raise UserError('--dry_run=True inserts and removes nothing, in one process: start it without '
                                 'torchrun, --sync and --bulk')

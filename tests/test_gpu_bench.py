@@ -22,4 +22,7 @@ def test_all_checks_pass_and_every_figure_is_there(tmp_path, monkeypatch, capsys
         assert report['training'][arm]['tokens_per_s'] > 0 and report['training'][arm]['mfu'] > 0
         assert f'{report["training"][arm]["tokens_per_s"]:,}' in shown
         assert 0 <= report['training'][arm]['waited'] < 1
+    assert len(report['sizes']) == 4
+    for figures in report['sizes'].values():
+        assert min(figures['tokens_per_s'], figures['dry_run_gb'], figures['mfu']) > 0
     assert report['embedder_chunks_per_s'] > 0 and 'chunks in the collection' in report['corpus']

@@ -2,14 +2,16 @@
 Checkpoints. Each is a folder, whole before the pointer names it, so a run can die at any time:
 
     out_dir/checkpoints/step-600/model.safetensors   weights, by parameter name
-                                 optimizer.pt        AdamW's state, by parameter name
+                                 optimizer.pt        AdamW's state, by parameter name; or, of a sharded run,
+                                 optimizer/          a file of each rank's shard of it (torch.distributed.checkpoint)
                                  rank-0.pt           per rank: position in the data, random state, losses to log
                                  tokenizer.json      the tokenizer that the model needs
                                  meta.json           step, architecture, settings
     out_dir/checkpoints/latest                       the pointer: the name of the newest whole folder
 
-The .pt files hold tensors and plain values, and are loaded with weights_only=True. Commands that use a model take an
-out_dir, or such a folder wherever it was copied to.
+The .pt files hold tensors and plain values, and are loaded with weights_only=True. The folder optimizer/ has an index
+that is loaded through pickle, by a run that resumes, if it is the user's own, and by nothing else. Commands that use a
+model take an out_dir, or such a folder wherever it was copied to.
 """
 import glob
 import itertools
@@ -19,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 
@@ -33,6 +36,7 @@ from configurator import (
     load_settings,
     read_overrides,
     reason_of,
+    refuse_dry_run,
     sync,
     to_json,
     visible,
@@ -43,9 +47,12 @@ from model import RETRO, RETROConfig, gpt2_fields
 from retrieval.embedding import quiet
 from retrieval.local_server import is_local
 from training.checks import NotFinite
+from training.distributed import Ranks
+from training.parallel import gather_weights, is_sharded, local, own_parameters
 
 VERSION = 1  # of the layout
 LATEST = 'latest'
+SHARDS = 'optimizer'  # the folder
 RANK_STATE = ('stream', 'rng', 'losses', 'targets')  # fields of RunState in rank-N.pt
 COUNTS = {'retrieval_k_neighbors', 'retrieval_pointers'}  # how many there are may change, but not whether
 MAY_DIFFER = {'dropout', *COUNTS}  # fields of RETROConfig that may change after training
@@ -104,10 +111,21 @@ class Checkpoint:
         check_finite(model, self.folder)
 
     def load_optimizer(self, optimizer, scaler, model):
-        """Load AdamW's moments and the GradScaler. Learning rate, betas and weight decay stay those of the run."""
+        """
+        Load AdamW's moments and the GradScaler, whether the model is sharded or was. Learning rate, betas and weight
+        decay stay those of the run.
+        """
         with as_user_error(self.folder):
-            states = torch.load(os.path.join(self.folder, 'optimizer.pt'), map_location='cpu', weights_only=True)
-            names = {parameter: name for name, parameter in model.named_parameters()}
+            parameters = own_parameters(model)
+            if os.path.isdir(os.path.join(self.folder, SHARDS)):
+                states = load_shards(os.path.join(self.folder, SHARDS), parameters)
+            else:
+                states = torch.load(os.path.join(self.folder, 'optimizer.pt'), map_location='cpu', weights_only=True,
+                                    mmap=is_sharded(model))
+                if is_sharded(model):
+                    states = {name: {key: shard_like(value, parameters[name]) for key, value in state.items()}
+                              for name, state in states.items() if name in parameters}
+            names = {parameter: name for name, parameter in parameters.items()}
             parameters = itertools.chain(*(group['params'] for group in optimizer.param_groups))
             numbered = {number: states[names[parameter]] for number, parameter in enumerate(parameters)
                         if names[parameter] in states}
@@ -140,23 +158,26 @@ def save_checkpoint(settings, ranks, tokenizer, tokenizer_text, model, optimizer
     """
     if state.step in state.saved_steps:
         return
-    check_finite(model, f'the model at step {state.step}')
-    rank_states = ranks.gather({name: getattr(state, name) for name in RANK_STATE})
-    if ranks.is_master:
-        parent = os.path.join(settings.out_dir, 'checkpoints')
-        folder = os.path.join(parent, f'step-{state.step}')
-        for leftover in glob.glob(f'{glob.escape(parent)}/*.tmp'):  # of a run that was killed while saving
-            with suppress(OSError):
-                (shutil.rmtree if os.path.isdir(leftover) else os.unlink)(leftover)
-        parameters = dict(model.named_parameters())
-        meta = dict(version=VERSION, step=state.step, model=asdict(model.config), settings=settings.without_secrets(),
-                    vocabulary_hash=vocabulary_hash(tokenizer), scaler=scaler.state_dict(), world_size=ranks.world_size,
-                    best_val_loss=state.best_val_loss, wandb_run_id=state.wandb_run_id)
-        try:
-            os.makedirs(f'{folder}.tmp')
-            save_file({name: p.detach() for name, p in parameters.items()}, f'{folder}.tmp/model.safetensors')
-            torch.save({name: optimizer.state[p] for name, p in parameters.items() if p in optimizer.state},
-                       f'{folder}.tmp/optimizer.pt')
+    check_finite(model, f'the model at step {state.step}', ranks)
+    parent = os.path.join(settings.out_dir, 'checkpoints')
+    folder = os.path.join(parent, f'step-{state.step}')
+    for leftover in glob.glob(f'{glob.escape(parent)}/*.tmp') if ranks.is_master else ():  # of a run that was killed
+        with suppress(OSError):
+            (shutil.rmtree if os.path.isdir(leftover) else os.unlink)(leftover)
+    rank_states = ranks.gather({name: getattr(state, name) for name in RANK_STATE})  # waits for the master, too
+    weights = gather_weights(model, ranks)
+    states = {name: optimizer.state[p] for name, p in own_parameters(model).items() if p in optimizer.state}
+    meta = dict(version=VERSION, step=state.step, model=asdict(model.config), settings=settings.without_secrets(),
+                vocabulary_hash=vocabulary_hash(tokenizer), scaler=scaler.state_dict(), world_size=ranks.world_size,
+                best_val_loss=state.best_val_loss, wandb_run_id=state.wandb_run_id)
+    try:
+        if is_sharded(model):
+            save_shards(states, f'{folder}.tmp/{SHARDS}', ranks)
+        if ranks.is_master:
+            os.makedirs(f'{folder}.tmp', exist_ok=is_sharded(model))
+            save_file(weights, f'{folder}.tmp/model.safetensors')
+            if not is_sharded(model):
+                torch.save(states, f'{folder}.tmp/optimizer.pt')
             for rank, rank_state in enumerate(rank_states):
                 torch.save(rank_state, f'{folder}.tmp/rank-{rank}.pt')
             write_atomically(tokenizer_text, f'{folder}.tmp/tokenizer.json')
@@ -167,16 +188,17 @@ def save_checkpoint(settings, ranks, tokenizer, tokenizer_text, model, optimizer
             shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed before it updated the pointer
             os.replace(f'{folder}.tmp', folder)
             write_atomically(f'step-{state.step}\n', os.path.join(parent, LATEST))  # syncs the folder, too
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch has its own for a full disk
-            shutil.rmtree(f'{folder}.tmp', ignore_errors=True)
-            if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
-                raise
-            raise UserError(f'the checkpoint of step {state.step} could not be written to {parent} '
-                            f'({describe_write_error(error, parent)}): make room there, or name another out_dir; the '
-                            f'newest checkpoint is of step {max(state.saved_steps, default="none")}') from error
-        if settings.keep_checkpoints:
-            remove_checkpoints(parent, state.step,
-                               keep=[*state.saved_steps, state.step][-settings.keep_checkpoints:])
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch has its own for a full disk
+        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+            raise
+        if not ranks.is_master:  # which has the same error, and says so
+            sys.exit(UserError.exit_code)
+        shutil.rmtree(f'{folder}.tmp', ignore_errors=True)
+        raise UserError(f'the checkpoint of step {state.step} could not be written to {parent} '
+                        f'({describe_write_error(error, parent)}): make room there, or name another out_dir; the '
+                        f'newest checkpoint is of step {max(state.saved_steps, default="none")}') from error
+    if ranks.is_master and settings.keep_checkpoints:
+        remove_checkpoints(parent, state.step, keep=[*state.saved_steps, state.step][-settings.keep_checkpoints:])
     ranks.barrier()  # torchrun kills all ranks when one exits
     state.saved_steps.append(state.step)
 
@@ -187,11 +209,68 @@ def describe_write_error(error, folder):
     return f'{reason_of(error)}; {free / 1e6:,.0f} MB are free'
 
 
-def check_finite(model, name):
-    """NotFinite if a weight is NaN or infinite."""
-    for key, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise NotFinite(f'{name} has weights that are not finite ({key}): resume from an earlier checkpoint')
+def check_finite(model, name, ranks=None):
+    """NotFinite on all ranks if a weight is NaN or infinite, in the shard of any of them."""
+    parameters = own_parameters(model)
+    is_wrong = [not torch.isfinite(local(parameter)).all() for parameter in parameters.values()]
+    is_wrong = (ranks or Ranks()).gather_numbers(*is_wrong).any(0).tolist()
+    for key in itertools.compress(parameters, is_wrong):
+        raise NotFinite(f'{name} has weights that are not finite ({key}): resume from an earlier checkpoint')
+
+
+class as_one_error:
+    """Raise what torch.distributed.checkpoint has gathered of all ranks' exceptions as the first of these."""
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, _, error, __):
+        if hasattr(error, 'failures'):
+            reason, _ = next(iter(error.failures.values()))
+            raise reason from error
+
+
+def save_shards(states, folder, ranks):
+    """Write the optimizer's states {name: {key: DTensor or scalar}}; each rank its own. All raise what one raises."""
+    import torch.distributed.checkpoint as dcp
+    flat = {f'{name}/{key}': value for name, state in states.items() for key, value in state.items()}
+    with as_one_error():
+        dcp.save(flat, storage_writer=dcp.FileSystemWriter(folder), process_group=ranks.control)
+
+
+def load_shards(folder, parameters):
+    """What save_shards has written, by any number of ranks, in the shape that the parameters have: a rank's shards."""
+    import torch.distributed.checkpoint as dcp
+    reader, flat = dcp.FileSystemReader(folder), {}
+    for path, saved in reader.read_metadata().state_dict_metadata.items():  # through pickle
+        parameter = parameters.get(path.rpartition('/')[0])
+        if parameter is not None:
+            flat[path] = torch.empty_like(parameter) if saved.size == parameter.shape else torch.empty(saved.size)
+    with as_one_error(), warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # that it is not distributed: each rank reads for itself
+        dcp.load(flat, storage_reader=reader, no_dist=True)
+    states = {}
+    for path, value in flat.items():
+        name, _, key = path.rpartition('/')
+        states.setdefault(name, {})[key] = value.detach()
+    return states
+
+
+def shard_like(whole, parameter):
+    """This rank's shard of a tensor, as that of the parameter; what has another shape, such as a count, is kept."""
+    from torch.distributed.tensor import distribute_tensor
+    if whole.shape != parameter.shape:
+        return whole.clone()
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).clone()
+
+
+def check_owner(folder):
+    """UserError if a folder, or what is in it, belongs to another user, who could have written what it runs."""
+    for path in (os.path.dirname(folder), folder, *(entry.path for entry in os.scandir(folder))):
+        if (owner := os.stat(path).st_uid) != os.geteuid():
+            raise UserError(f'{path!r} belongs to user {owner}, and resuming reads it through pickle, which can run '
+                            f'code, as user {os.geteuid()}: if you trust it, copy it, or start from its weights alone '
+                            f'by --init_from={os.path.dirname(folder)}')
 
 
 def remove_checkpoints(parent, step, keep):
@@ -240,6 +319,8 @@ def find_checkpoint(out_dir, for_resume=False):
 def load_checkpoint(out_dir, for_resume=False):
     """The Checkpoint that find_checkpoint finds. UserError if there is none, or if it is something else."""
     folder = find_checkpoint(out_dir, for_resume)
+    if for_resume and os.path.isdir(os.path.join(folder, SHARDS)):
+        check_owner(os.path.join(folder, SHARDS))
     with as_user_error(folder):
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
             meta = json.load(file)
@@ -283,6 +364,14 @@ def check_fits(checkpoint, config, tokenizer):
 
 
 def describe_resume(checkpoint, settings, world_size):
+    """In lines, how a run that resumes is read, if a user should know, and what it does not continue exactly."""
+    shards = os.path.join(checkpoint.folder, SHARDS)
+    lines = [f'{shards} is read through pickle, which can run code: resume only from folders that you trust'
+             if os.path.isdir(shards) else '', describe_changes(checkpoint, settings, world_size)]
+    return '\n'.join(filter(None, lines))
+
+
+def describe_changes(checkpoint, settings, world_size):
     """What a run that resumes with other processes or batches does not continue exactly, in one line, or ''."""
     old = load_settings([], given=checkpoint.settings)
     sizes = [run.batch_size * run.gradient_accumulation_steps for run in (old, settings)]
@@ -460,6 +549,7 @@ def load_run(out_dir, overrides=()):
     checkpoint = load_checkpoint(out_dir)
     settings, defaults = load_settings([], given=checkpoint.settings), load_settings([])
     named = read_overrides(overrides, vars(settings))
+    refuse_dry_run(named)
     if named.get('retrieval_offline'):
         raise UserError('retrieval_offline is for training: what prompts and other texts read is not precomputed: '
                         'leave it out')

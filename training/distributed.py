@@ -2,6 +2,7 @@
 The ranks of a run: one process, or those that torchrun starts. A single process is a world of size 1, so callers need
 no special case.
 """
+import functools
 import os
 import signal
 from contextlib import suppress
@@ -107,8 +108,22 @@ def join_ranks(ranks, settings, cleanup):
         found = ', '.join(f'{name}={os.environ[name]}' for name in ('MASTER_ADDR', 'MASTER_PORT'))
         raise UserError(f'the processes cannot be joined ({found}, backend {settings.backend}): '
                         f'{" ".join(str(error).split())[:300]}') from error
-    cleanup.callback(dist.destroy_process_group)
+    cleanup.push(functools.partial(leave_ranks, ranks))
     ranks.control = dist.new_group(backend='gloo', timeout=timedelta(days=7))
+
+
+class PeerLost(UserError):
+    """Another process of the run has ended without a word to this one."""
+    exit_code = 1
+
+
+def leave_ranks(ranks, _, error, __):
+    """End the process group. What a collective raises if another process has ended becomes a PeerLost."""
+    dist.destroy_process_group()
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and '/gloo/' in str(error)):
+        raise PeerLost(f'rank {ranks.rank} has lost another process, which has ended or cannot be reached '
+                       f'({" ".join(str(error).split())[:200]}): the output of that process, or its node, says '
+                       f'why') from error
 
 
 def share_of_step(settings, ranks):

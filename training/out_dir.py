@@ -2,6 +2,8 @@
 import fcntl
 import itertools
 import os
+import tempfile
+from contextlib import nullcontext
 
 from system import say
 
@@ -36,6 +38,17 @@ def lock_run(out_dir, cleanup):
         file.flush()
     except OSError as error:
         raise UserError(f'out_dir {out_dir!r} cannot be written ({error.strerror}): name another') from error
+
+
+def check_shared(out_dir, ranks):
+    """UserError on all ranks if out_dir, which the master has created, is not the same folder to all of them."""
+    with tempfile.TemporaryDirectory(dir=out_dir) if ranks.is_master else nullcontext() as probe:
+        name = ranks.broadcast(os.path.basename(probe) if ranks.is_master else None)
+        found = ranks.gather_numbers(os.path.isdir(os.path.join(out_dir, name)))
+    if not found.all():
+        raise UserError(f"out_dir {out_dir!r} is not the same folder on all nodes (rank {found.argmin().item()} does "
+                        f"not find rank 0's), and each process of parallel 'fsdp' writes its shard there: name a "
+                        f'folder on a file system that they share')
 
 
 def open_lock(out_dir):
