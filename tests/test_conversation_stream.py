@@ -282,6 +282,17 @@ def test_what_is_longer_than_the_block_loses_passages_then_turns_then_the_questi
     assert 'the end of the answer (' in said and 'What is in json/decoder?' in text
 
 
+def test_where_an_answer_begins_behind_long_passages_does_not_tell_how_long_it_is(tmp_path, tokenizer):
+    settings, passages = make_settings(passages='prompt'), [dict(title='t', text='word ' * 300)]
+    starts = set()
+    for words in (1, 3, 6):  # up to a quarter of the block
+        row = dict(id='a', question='why?', answers=['because ' * words], ctxs=passages)
+        example, _ = cut(tmp_path, tokenizer, row, settings)[:2]
+        starts.add(int(example.is_answer.argmax()))
+        assert set(example.cuts) == {'passages'}
+    assert len(starts) == 1 and starts.pop() <= 128 * 3 // 4
+
+
 def test_an_answer_that_nothing_precedes_in_the_block_is_refused(tmp_path, tokenizer):
     marks = '{system}' + 'mark ' * 140 + '{user}\nA:{assistant}'
     with pytest.raises(UserError, match='block_size 128 has no room for an answer'):
