@@ -6,7 +6,10 @@ Prompts a trained model, which retrieves live while it writes, and shows what it
     python sample.py --out_dir=out/quickstart --interactive
     python sample.py --out_dir=out/quickstart --prompts=prompts.jsonl --json > texts.jsonl
     python sample.py --out_dir=out/quickstart --start="The rule is" --neighbors="a passage" --neighbors=FILE:another.txt
+    python sample.py --out_dir=out/sft --chat                                   # with a model that sft.py has tuned
 
+A tuned model is asked: a prompt is a user's turn, in the checkpoint's template, and what is printed is the answer.
+--template= (with nothing behind it) lets it continue the text as it stands.
 The checkpoint holds its settings. To reach its knowledge base elsewhere, give --retrieval_milvus_uri=..., and
 MILVUS_TOKEN in the environment.
 """
@@ -17,11 +20,14 @@ import math
 import sys
 
 from configurator import RANGES, UserError, check_range, user_errors_as_one_line, visible
+from data.conversations import Passage
+from generation.chat import Chat, Prompt
 from generation.engine import Engine, Request
 from generation.origins import named_runs
 from generation.sampling import Sampling
 from generation.sources import CollectionSource, PassageSource
 from retrieval.knowledge_base import SCORES, describe_score
+from retrieval.passages import PassageFinder
 from retrieval.retriever import Retriever
 from training.checkpoint import load_pretrained, load_run
 
@@ -74,6 +80,9 @@ def parse_arguments():
     add('--start', help='the prompt, or FILE: and the path of one (default: a line end)')
     add('--prompts', metavar='FILE', help='several prompts: a file with {"prompt": "text"} in each line')
     add('--interactive', action='store_true', help='read prompts from the terminal, a line each, until Ctrl-D')
+    add('--chat', action='store_true', help='talk with a tuned model, which remembers what was said; /new begins anew')
+    add('--system', metavar='TEXT', help="the system message for a tuned model, or FILE: and its path (default: the "
+        "template's)")
     add('--num_samples', type=int, default=1, help='samples of each prompt (default: %(default)s)')
     add('--max_new_tokens', type=int, default=256, help='tokens per sample (default: %(default)s)')
     add('--temperature', type=float, default=0.8, help='0: the likeliest token (default: %(default)s)')
@@ -88,8 +97,8 @@ def parse_arguments():
     add('--retrieval', choices=('on', 'off'), default='on', help='off: without neighbors and pointers (default: on)')
     add('--neighbors', action='append', default=[], metavar='TEXT',
         help="a passage to read in place of the collection's, or FILE: and its path; can be repeated")
-    add('--align', choices=('prompt', 'start'), default='prompt', help='prompt: chunks, which retrieve, end where the '
-        'prompt does; start: they begin there, as in training (default: %(default)s)')
+    add('--align', choices=('prompt', 'start'), help='prompt: chunks, which retrieve, end where the prompt does; '
+        'start: they begin there, as in training (default: prompt; a tuned model is asked as it was tuned)')
     add('--drafts', choices=('on', 'off'), default='on', help='check several tokens at a time that the index proposes: '
         'the same text, sooner (default: on)')
     add('--show_neighbors', action='store_true', help='print what each chunk retrieved, and where the tokens that '
@@ -105,8 +114,10 @@ def parse_arguments():
         raise UserError(f'--min_p is {arguments.min_p}: give a share from 0 to 1')
     if not 0 < arguments.repetition_penalty < math.inf:
         raise UserError(f'--repetition_penalty is {arguments.repetition_penalty}: give a number above 0, such as 1.2')
-    if sum([arguments.start is not None, arguments.prompts is not None, arguments.interactive]) > 1:
-        raise UserError('--start, --prompts and --interactive exclude each other: give one of them')
+    if sum([arguments.start is not None, arguments.prompts is not None, arguments.interactive, arguments.chat]) > 1:
+        raise UserError('--start, --prompts, --interactive and --chat exclude each other: give one of them')
+    if arguments.chat and arguments.num_samples > 1:
+        raise UserError(f'--num_samples is {arguments.num_samples}, and --chat goes on from one answer: leave it out')
     if arguments.neighbors and arguments.retrieval == 'off':
         raise UserError('--neighbors are given, and --retrieval=off reads none: leave out one of the two')
     return arguments, overrides
@@ -114,71 +125,105 @@ def parse_arguments():
 
 def main():
     arguments, overrides = parse_arguments()
-    passages = [read_text(text, '--neighbors') for text in arguments.neighbors]
-    if arguments.prompts:
-        prompts = read_prompts(arguments.prompts)
-    elif arguments.interactive:
-        prompts = []
-    elif arguments.start is None:
-        prompts = ['\n']
-    else:
+    own = [read_text(text, '--neighbors') for text in arguments.neighbors]
+    system = [] if arguments.system is None else [dict(role='system', content=read_text(arguments.system, '--system'))]
+    reads_lines = arguments.interactive or arguments.chat
+    prompts = read_prompts(arguments.prompts) if arguments.prompts else []
+    if arguments.start is not None:
         prompts = [read_text(arguments.start, '--start')]
     settings, tokenizer, model, _ = (load_pretrained(arguments.init_from, overrides) if arguments.init_from else
                                      load_run(arguments.out_dir, overrides))
     settings = settings.replace(retrieval_cache_gb=0.0)  # prompts are not repeated
+    chat = Chat(settings, model.config, tokenizer) if settings.template or arguments.chat or system else None
+    if chat and arguments.align:
+        raise UserError('--align is given, and a tuned model is asked as it was tuned: leave it out, or give '
+                        '--template= to let it continue the text')
+    if not prompts and not reads_lines:
+        if chat:
+            raise UserError('nothing is asked: give --start, --prompts, --interactive or --chat, or --template= to let '
+                            'the model continue a text')
+        print('no --start is given: starting from a line end', file=sys.stderr)
+        prompts = ['\n']
     with contextlib.ExitStack() as cleanup:
-        source = None
-        if passages:
-            source = PassageSource(model.config, tokenizer, passages)
+        is_on, finder, source = arguments.retrieval == 'on', None, None
+        is_read = own and not (chat and chat.in_prompt)  # in place of the collection
+        if is_read:
+            source = PassageSource(model.config, tokenizer, own)
             for i in source.cut:
                 print(f'passage {i + 1} is long: its first {2 * settings.retrieval_chunk_size} tokens are read',
                       file=sys.stderr)
-        elif model.config.use_retrieval and arguments.retrieval == 'on':
+        elif model.config.use_retrieval and is_on and not (chat and chat.in_place):
             source = CollectionSource(cleanup.enter_context(contextlib.closing(Retriever(settings, tokenizer))))
-        if prompts and arguments.start is None and not arguments.prompts:
-            print('no --start is given: starting from a line end', file=sys.stderr)
+        if chat and chat.count and is_on and not own:
+            finder = cleanup.enter_context(contextlib.closing(PassageFinder(
+                settings.replace(num_passages=chat.count), tokenizer)))
         engine = Engine(model, tokenizer, slots=min(BATCH, arguments.num_samples))
+
+        def ask(messages):
+            question = messages[-1]['content']
+            if not chat:
+                return Prompt(tokenizer.encode_ordinary(question), question, source)
+            passages = [Passage('', text) for text in own] or (finder.find([question])[0] if finder else [])
+            return chat.prompt(messages, arguments.max_new_tokens, passages, source)
         for number, prompt in enumerate(prompts):
-            write(engine, source, arguments, prompt, f'prompt {number + 1}, ' if len(prompts) > 1 else '')
-        while arguments.interactive:
+            label = f'prompt {number + 1}, ' if len(prompts) > 1 else ''
+            write(engine, ask([*system, dict(role='user', content=prompt)]), arguments, prompt, label, chat)
+        messages = list(system)
+        while reads_lines:
             try:
-                prompt = input('> ' if sys.stdin.isatty() else '')
+                line = input('> ' if sys.stdin.isatty() else '').encode('utf-8', 'replace').decode()
             except EOFError:
                 break
-            if prompt:
-                write(engine, source, arguments, prompt.encode('utf-8', 'replace').decode(), '')
+            if arguments.interactive or line == '/new':
+                messages = list(system)
+            if not line or (arguments.chat and line == '/new'):
+                continue
+            messages.append(dict(role='user', content=line))
+            prompt = ask(messages)
+            if prompt.dropped:
+                print(f'the window has no room for all that was said: the oldest {prompt.dropped} messages are left '
+                      f'out', file=sys.stderr)
+            answer = write(engine, prompt, arguments, line, '', chat)
+            messages.append(dict(role='assistant', content=answer))
 
 
-def write(engine, source, arguments, prompt, label):
-    """Print samples of a prompt: one alone as it comes, several one after another."""
+def write(engine, prompt, arguments, text, label, chat):
+    """Print samples of a Prompt, made of `text`: one alone as it comes, several one after another. The first one."""
     sampling = Sampling(arguments.repetition_penalty, arguments.temperature, arguments.top_k, arguments.top_p,
                         arguments.min_p)
-    rows = [engine.add(Request(engine.tokenizer.encode_ordinary(prompt), arguments.max_new_tokens, sampling,
-                               arguments.seed + number, tuple(arguments.stop), arguments.align, source,
-                               arguments.drafts == 'on')) for number in range(arguments.num_samples)]
+    stop = (*arguments.stop, *(chat.template.stop if chat else ()))
+    align = 'start' if chat else arguments.align or 'prompt'
+    rows = [engine.add(Request(prompt.tokens, arguments.max_new_tokens, sampling, arguments.seed + number, stop, align,
+                               prompt.source, arguments.drafts == 'on')) for number in range(arguments.num_samples)]
     is_streamed, texts = len(rows) == 1 and not arguments.json, {id(row): '' for row in rows}
+    shown = '' if chat and not label else text + '\n\n' * bool(chat)  # who asks one thing knows what it was
     if is_streamed:
         if label:
             print(f'=== {label.removesuffix(", ")}')
-        print(visible(prompt), end='', flush=True)
+        print(visible(shown), end='', flush=True)
     for event in events_of(engine):
-        texts[id(event.row)] += event.text
+        new = event.text if texts[id(event.row)] or not chat else event.text.lstrip()
+        texts[id(event.row)] += new
         if is_streamed:
-            print(visible(event.text), end='', flush=True)
+            print(visible(new), end='', flush=True)
     for number, row in enumerate(rows, start=1):
-        text = texts[id(row)]
         if arguments.json:
-            print(json.dumps(describe(prompt, text, row, source, arguments)), flush=True)
+            print(json.dumps(describe(text, texts[id(row)], row, prompt, arguments)), flush=True)
             continue
         if len(rows) > 1:
             print(f'=== {label}sample {number}')
-            print(visible(prompt + text))
+            print(visible(shown + texts[id(row)]))
         else:
             print()
         if arguments.show_neighbors:
-            show_neighbors(row, source, engine)
-            if source and source.has_pointers:
-                show_pointers(row, source, engine.tokenizer)
+            if prompt.passages:
+                print('\n--- passages that the question was given')
+                for rank, passage in enumerate(prompt.passages, start=1):
+                    print(f'  {rank}. {visible(passage.title or "of your own")}\n     {one_line(passage.text)}')
+            show_neighbors(row, prompt.source, engine)
+            if prompt.source and prompt.source.has_pointers:
+                show_pointers(row, prompt.source, engine.tokenizer)
+    return texts[id(rows[0])]
 
 
 def events_of(engine):
@@ -188,15 +233,18 @@ def events_of(engine):
         raise UserError(f'{error}: prompt an earlier checkpoint') from error
 
 
-def describe(prompt, text, row, source, arguments):
+def describe(text, written, row, prompt, arguments):
     """A sample as JSON has it."""
-    found = dict(prompt=prompt, text=text, tokens=len(row.new_tokens), finish_reason=row.finish_reason,
+    source = prompt.source
+    found = dict(prompt=text, text=written, tokens=len(row.new_tokens), finish_reason=row.finish_reason,
                  seed=row.request.seed)
     if arguments.show_neighbors:
         found['neighbors'] = [dict(first_token=first, last_token=last - 1, passages=[
             {'document': name, SCORES[source.mode]: round(score, 4), 'text': passage, 'continuation': continuation}
             for name, score, passage, continuation in source.passages(hits)])
             for first, last, hits in row.retrieved]
+        if prompt.passages:
+            found['passages'] = [dict(title=passage.title, text=passage.text) for passage in prompt.passages]
     return found
 
 

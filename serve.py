@@ -1,11 +1,13 @@
 """
-Serves a trained model: OpenAI's completions API, and a page to write with and to see what was read.
+Serves a trained model: OpenAI's completions API, with chat completions if sft.py has tuned it to answer, and a page to
+write with and to see what was read.
 
     python serve.py --out_dir=out/quickstart    # then open http://127.0.0.1:8000
 
     from openai import OpenAI
     client = OpenAI(base_url='http://127.0.0.1:8000/v1', api_key='none')
     client.completions.create(model='quickstart', prompt='import os', max_tokens=64).choices[0].text
+    client.chat.completions.create(model='sft', messages=[dict(role='user', content='What does os.walk do?')])
 
 It needs the packages of requirements-serve.txt. On other hosts than this machine's own it asks for a key, which
 NANORETRO_API_KEY in the environment sets. To reach the knowledge base elsewhere, give --retrieval_milvus_uri=..., and
@@ -21,9 +23,11 @@ import sys
 import numpy as np
 
 from configurator import UserError, check_range, user_errors_as_one_line, visible
+from generation.chat import Chat
 from generation.engine import Engine, Request
 from generation.origins import named_runs
 from generation.sources import CollectionSource, PassageSource
+from retrieval.passages import PassageFinder
 from retrieval.retriever import Retriever
 from training.checkpoint import load_run
 
@@ -85,7 +89,7 @@ def say(text):
         print(visible(text), file=sys.stderr, flush=True)
 
 
-def warm_up(engine, retriever):
+def warm_up(engine, retriever, finder):
     """Write some tokens: the exact-match index may have to be built, and numba compiles what it has not cached."""
     tokens = engine.tokenizer.encode_ordinary('\n\n')
     sources = [None]
@@ -97,6 +101,8 @@ def warm_up(engine, retriever):
             pass
         if source and source.has_pointers:
             named_runs(source, source.index, np.array(tokens * 2), 1, 2)
+    if finder:
+        finder.find(['What?'])
     engine.seconds.clear()
     engine.counts.clear()
 
@@ -108,13 +114,17 @@ def main():
     settings = settings.replace(retrieval_cache_gb=0.0)  # prompts are not repeated
     if not any(override.startswith('--retrieval_timeout=') for override in overrides):
         settings.retrieval_timeout = PATIENCE
+    chat = Chat(settings, model.config, tokenizer) if settings.template else None
     retriever = Retriever(settings, tokenizer, say=say) if model.config.use_retrieval else None
+    finder = PassageFinder(settings.replace(num_passages=chat.count), tokenizer, say=say) \
+        if chat and chat.count else None
     engine = Engine(model, tokenizer, arguments.slots)
-    warm_up(engine, retriever)
-    live, worker = LiveCollection(retriever) if retriever else None, Worker(engine, arguments.queue)
+    warm_up(engine, retriever, finder)
+    live, found = (LiveCollection(source) if source else None for source in (retriever, finder))
+    worker = Worker(engine, arguments.queue)
     name = os.path.basename(os.path.abspath(arguments.out_dir))
-    app = create_app(Service(name, model.config, tokenizer, live, worker, arguments.api_key, arguments.max_tokens,
-                             arguments.timeout))
+    app = create_app(Service(name, model.config, tokenizer, live, worker, chat, found, arguments.api_key,
+                             arguments.max_tokens, arguments.timeout))
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets=None):
@@ -131,8 +141,9 @@ def main():
     except KeyboardInterrupt:
         pass
     worker.thread.join(ENDING)
-    if retriever and not live.away:
-        retriever.close()
+    for source in (live, found):
+        if source and not source.away:
+            source.retriever.close()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # a thread may still wait for the knowledge base; and Python takes a second to take torch apart

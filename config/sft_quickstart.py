@@ -4,17 +4,17 @@ from data.documents import DatasetConfig
 
 out_dir = 'out/sft_quickstart'
 init_from = 'out/quickstart'
-eval_interval = 150
+eval_interval = 60
 eval_tokens = 0
 log_interval = 10
 
 train_datasets = [DatasetConfig('data/docstrings/train.jsonl')]
 val_datasets = [DatasetConfig('data/docstrings/val.jsonl')]
-template = 'plain'
+template = '{system}\n\nQuestion: {user}\n\nAnswer: """{assistant}"""'  # as docstrings begin: pointers find them
 gradient_accumulation_steps = 1
 batch_size = 8
 
-learning_rate = 3e-3
-max_iters = 300
+learning_rate = 2e-3
+max_iters = 120
 warmup_iters = 20
 compile = False  # needs a C++ compiler

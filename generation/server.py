@@ -1,5 +1,6 @@
 """
-The server's app: OpenAI's completions, its list of models, health, metrics, and the page (page.html).
+The server's app: OpenAI's completions and, of a tuned model, chat completions; its list of models, health, metrics, and
+the page (page.html).
 
     uvicorn.run(create_app(Service(...)))    # serve.py does that
 
@@ -11,7 +12,8 @@ own, in place of the collection's) and retrieval ('off': without). Each choice o
     copied   runs of new tokens, `first` to `end` - 1, that stand where a pointer found them, or in a neighbor, from the
              character `offset` of the `passage` on
 
-Tokens are counted from the prompt's first. A stream has them as they come, and each token's `position`.
+and of a chat `passages`, which the question was given. Tokens are counted from the prompt's first. A stream has them as
+they come, and each token's `position`.
 """
 import asyncio
 import base64
@@ -31,7 +33,7 @@ import uuid
 from collections import Counter
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from fastapi import Depends, FastAPI
@@ -42,7 +44,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from configurator import UserError, to_json
+from data.conversations import Passage as GivenPassage
 from data.tokenizer import token_bytes, tokenize
+from generation.chat import Chat, Prompt, TooLong
 from generation.engine import Request
 from generation.origins import copied_runs, named_runs, passage_at
 from generation.sampling import Sampling
@@ -67,22 +71,16 @@ class StreamOptions(BaseModel):
 class Asked(BaseModel):
     """The body of a request, without what is null in it."""
     model_config = ConfigDict(extra='forbid', strict=True, allow_inf_nan=False)
-    prompt: Any
     model: str = ''
-    max_tokens: int = Field(16, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     n: int = Field(1, ge=1, le=128)
     stop: str | list[str] = []
     seed: int | None = Field(None, ge=-2**63, lt=2**64)
-    logprobs: int = Field(-1, ge=0, le=20)
-    echo: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str = ''  # is not used
     # of OpenAI's, accepted at values that change nothing
-    best_of: int = 1
-    suffix: Literal[''] = ''
     logit_bias: dict[str, float] = Field({}, max_length=0)
     presence_penalty: float = Field(0, ge=0, le=0)
     frequency_penalty: float = Field(0, ge=0, le=0)
@@ -90,9 +88,54 @@ class Asked(BaseModel):
     top_k: int = Field(0, ge=-1)
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=0.1, le=10)
-    align: Literal['prompt', 'start'] = 'prompt'
     retrieval: Literal['on', 'off'] = 'on'
     neighbors: list[str] | None = None
+
+
+class AskedText(Asked):
+    """A text to continue."""
+    prompt: Any
+    max_tokens: int = Field(16, ge=1)
+    logprobs: int = Field(-1, ge=0, le=20)
+    echo: bool = False
+    best_of: int = 1  # these two at values that change nothing
+    suffix: Literal[''] = ''
+    align: Literal['prompt', 'start'] = 'prompt'
+
+    @property
+    def likeliest(self):
+        """How many of the likeliest tokens to report beside each; -1: nothing."""
+        return self.logprobs
+
+
+class AskedChat(Asked):
+    """A conversation to answer."""
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)  # OpenAI's newer name
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+    # of OpenAI's, accepted at values that change nothing
+    tools: list[Any] = Field([], max_length=0)
+    tool_choice: Literal['none', 'auto'] = 'none'
+    functions: list[Any] = Field([], max_length=0)
+    response_format: dict[Literal['type'], Literal['text']] = {}
+    modalities: list[Literal['text']] = []
+    parallel_tool_calls: bool = True
+    store: Literal[False] = False
+    metadata: dict[str, str] = {}
+    echo: ClassVar[bool] = False
+    align: ClassVar[str] = 'start'  # the template aligns it
+
+    @property
+    def likeliest(self):
+        return self.top_logprobs if self.logprobs else -1
+
+
+NOT_IMPLEMENTED = ('best_of', 'suffix', 'logit_bias', 'presence_penalty', 'frequency_penalty', 'tools', 'tool_choice',
+                   'functions', 'response_format', 'modalities', 'store')
+MAX_TOKENS = 256  # of an answer in a chat, if a request does not say
+ROLES = dict(system='system', developer='system', user='user', assistant='assistant')
 
 
 @dataclass
@@ -101,8 +144,10 @@ class Service:
     name: str
     config: object  # RETROConfig
     tokenizer: object
-    live: LiveCollection | None  # None: the model is a GPT
+    live: LiveCollection | None  # what a text reads; None: nothing
     worker: Worker
+    chat: Chat | None = None  # None: the model was not tuned to answer
+    finder: LiveCollection | None = None  # of a PassageFinder; None: a question is given no passages
     api_key: str = ''
     max_tokens: int = 4096  # of a prompt and what follows it
     timeout: float = 120.0  # seconds for a request
@@ -111,6 +156,11 @@ class Service:
 
     def __post_init__(self):
         self.longest_token = max(len(token or b'') for token in token_bytes(self.tokenizer))
+
+    def away(self):
+        """Why the knowledge base cannot be asked now, '' if it can, None if there is none."""
+        reasons = [source.away for source in (self.live, self.finder) if source]
+        return max(reasons, key=len) if reasons else None
 
 
 def create_app(service):
@@ -136,9 +186,9 @@ def create_app(service):
     @app.get('/health')
     async def health():
         is_alive = service.worker.thread.is_alive()
-        reason = service.live.away if service.live else ''
+        reason = service.away()
         return as_json(dict(status='ok' if is_alive else 'the engine has ended',
-                            knowledge_base=('away: ' + reason if reason else 'ok') if service.live else 'none'),
+                            knowledge_base='none' if reason is None else f'away: {reason}' if reason else 'ok'),
                        200 if is_alive else 503)
 
     @app.get('/metrics', dependencies=[Depends(allow_key)])
@@ -156,8 +206,15 @@ def create_app(service):
 
     @app.post('/v1/completions', dependencies=[Depends(allow_key)])
     async def completions(request: HttpRequest):
+        return await answer(request, AskedText)
+
+    @app.post('/v1/chat/completions', dependencies=[Depends(allow_key)])
+    async def chat_completions(request: HttpRequest):
+        return await answer(request, AskedChat)
+
+    async def answer(request, kind):
         try:
-            response = await complete(service, request)
+            response = await complete(service, request, kind)
         except ClientDisconnect:
             response = Response(status_code=GONE)
         except Exception as error:
@@ -174,8 +231,6 @@ def create_app(service):
     @app.exception_handler(HTTPException)
     async def refuse_path(request, error):
         reason = f'there is no {request.method} {request.url.path}'
-        if 'chat' in request.url.path:
-            reason += ': the model continues texts and is not made for conversations; use POST /v1/completions'
         return as_json(describe_error(ApiError(error.status_code, reason, code='unknown_url')), error.status_code,
                        error.headers)
 
@@ -213,7 +268,9 @@ def describe_model(service):
     return dict(id=service.name, object='model', created=service.created, owned_by='nanoretro',
                 max_tokens=service.max_tokens, chunk_size=c.retrieval_chunk_size,
                 neighbors=c.retrieval_k_neighbors if c.has_neighbors else 0,
-                pointers=c.retrieval_pointers if c.has_pointers else 0)
+                pointers=c.retrieval_pointers if c.has_pointers else 0,
+                template=service.chat.template.name if service.chat else None,
+                passages=service.chat.count if service.finder else 0)
 
 
 def check_host(service, request):
@@ -266,8 +323,8 @@ async def read_body(request):
     return b''.join(parts)
 
 
-def parse(data):
-    """Asked, of the bytes of a body."""
+def parse(data, kind):
+    """An AskedText or AskedChat, of the bytes of a body."""
     def refuse(name):
         raise ValueError(f'{name} is no number')
     try:
@@ -281,22 +338,22 @@ def parse(data):
     if not isinstance(body, dict):
         raise ApiError(400, f'the body has to be a JSON object, and is {shorten(body)}', code='invalid_json')
     try:
-        return Asked.model_validate({key: value for key, value in body.items() if value is not None})
+        return kind.model_validate({key: value for key, value in body.items() if value is not None})
     except ValidationError as error:
-        raise describe_invalid(error.errors()[0]) from None
+        raise describe_invalid(error.errors()[0], kind) from None
 
 
-def describe_invalid(error):
+def describe_invalid(error, kind):
     """The ApiError for an error of pydantic's."""
     name, value = str(error['loc'][0]), error['input']
     if error['type'] == 'extra_forbidden' and len(error['loc']) == 1:
-        nearest = difflib.get_close_matches(name, Asked.model_fields, n=1, cutoff=0.5)
-        hint = f'did you mean {nearest[0]!r}?' if nearest else f'there are {", ".join(Asked.model_fields)}'
+        nearest = difflib.get_close_matches(name, kind.model_fields, n=1, cutoff=0.5)
+        hint = f'did you mean {nearest[0]!r}?' if nearest else f'there are {", ".join(kind.model_fields)}'
         return ApiError(400, f'unknown parameter {shorten(name)}: {hint}', shorten(name))
     if error['type'] == 'missing':
         return ApiError(400, f'{name} is missing', name)
     message = error['msg'][0].lower() + error['msg'][1:]
-    if name in ('best_of', 'suffix', 'logit_bias', 'presence_penalty', 'frequency_penalty'):
+    if name in NOT_IMPLEMENTED:
         message += '; the server does not implement it: leave it out'
     return ApiError(400, f'{name} is {shorten(value)}: {message}', name)
 
@@ -310,39 +367,105 @@ def shorten(value):
 
 
 def prepare(service, asked, queue):
-    """The Jobs of a request, and the text of each one's prompt; None where it was given as token ids."""
+    """The Jobs of a request, and each one's Prompt."""
     check_model(service, asked.model or service.name)
+    is_chat = isinstance(asked, AskedChat)
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
     if len(stop) > MOST_STOPS or not all(0 < len(s) <= LONGEST_STOP for s in stop):
         raise ApiError(400, f'stop has to be up to {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters', 'stop')
-    if asked.best_of not in (1, asked.n):
+    if not is_chat and asked.best_of not in (1, asked.n):
         raise ApiError(400, f'best_of is {asked.best_of}, which the server does not implement: leave it out', 'best_of')
     if asked.stream_options and not asked.stream:
         raise ApiError(400, 'stream_options are given without stream: leave them out', 'stream_options')
-    prompts = split_prompts(asked.prompt)
-    count = len(prompts) * asked.n
+    given = [read_messages(service, asked)] if is_chat else split_prompts(asked.prompt)
+    count = len(given) * asked.n
     most = service.worker.most_waiting + service.worker.engine.slots
     if count > most:
         raise ApiError(400, f'{count} texts are asked for, and the server has room for {most}: ask for fewer', 'n')
-    source = pick_source(service, asked)
+    max_tokens = most_tokens(service, asked) if is_chat else asked.max_tokens
+    if is_chat:
+        prompts, stop = [ask(service, asked, given[0], max_tokens)], (*stop, *service.chat.template.stop)
+    else:
+        source = pick_source(service, asked)
+        prompts = [Prompt(read_prompt(service, prompt), prompt if isinstance(prompt, str) else None, source)
+                   for prompt in given]
     temperature = asked.temperature if asked.temperature >= LEAST_TEMPERATURE else 0
     sampling = Sampling(asked.repetition_penalty, temperature, max(0, asked.top_k), asked.top_p, asked.min_p)
     seed = secrets.randbits(62) if asked.seed is None else asked.seed % 2**64
-    jobs, texts = [], []
+    jobs = []
     for number, prompt in enumerate(prompts):
-        tokens = read_prompt(service, prompt)
-        if not tokens:
+        if not prompt.tokens:
             name = 'the prompt' if len(prompts) == 1 else f'prompt {number + 1}'
             raise ApiError(400, f'{name} is empty: give some text to continue', 'prompt')
-        if len(tokens) + asked.max_tokens > service.max_tokens:
-            raise ApiError(400, f'the prompt has {len(tokens):,} tokens, max_tokens is {asked.max_tokens:,}, and both '
+        if len(prompt.tokens) + max_tokens > service.max_tokens:
+            raise ApiError(400, f'the prompt has {len(prompt.tokens):,} tokens, max_tokens is {max_tokens:,}, and both '
                            f'together may be {service.max_tokens:,}: ask for less', 'prompt', 'context_length_exceeded')
         for i in range(asked.n):
-            jobs.append(Job(Request(tokens, asked.max_tokens, sampling, (seed + i) % 2**64, tuple(stop), asked.align,
-                                    source, logprobs=asked.logprobs,
-                                    scores_prompt=asked.echo and asked.logprobs >= 0), queue))
-            texts.append(prompt if isinstance(prompt, str) else None)
-    return jobs, texts
+            jobs.append(Job(Request(prompt.tokens, max_tokens, sampling, (seed + i) % 2**64, tuple(stop), asked.align,
+                                    prompt.source, logprobs=asked.likeliest,
+                                    scores_prompt=asked.echo and asked.likeliest >= 0), queue))
+    return jobs, [prompt for prompt in prompts for _ in range(asked.n)]
+
+
+def most_tokens(service, asked):
+    """How many tokens an answer may have. Its parameter has two names, and a default."""
+    if None not in (asked.max_tokens, asked.max_completion_tokens):
+        raise ApiError(400, 'max_tokens and max_completion_tokens are the same: leave one out', 'max_tokens')
+    return asked.max_tokens or asked.max_completion_tokens or min(MAX_TOKENS, service.max_tokens // 2)
+
+
+def read_messages(service, asked):
+    """The messages of a request, [{'role', 'content'}]. ApiError if the model cannot answer them."""
+    if asked.top_logprobs and not asked.logprobs:
+        raise ApiError(400, 'top_logprobs is given without logprobs: set logprobs to true', 'top_logprobs')
+    messages = []
+    for number, message in enumerate(asked.messages, 1):
+        role, content = message.get('role'), message.get('content')
+        if not isinstance(role, str) or role not in ROLES:
+            raise ApiError(400, f'message {number} has the role {shorten(role)}, which is not known: roles are '
+                           f'{", ".join(ROLES)}', 'messages')
+        if isinstance(content, list):
+            parts = [part.get('text') if isinstance(part, dict) and part.get('type') == 'text' else None
+                     for part in content]
+            content = ''.join(parts) if parts and all(isinstance(part, str) for part in parts) else None
+            if content is None:
+                raise ApiError(400, f'message {number} has parts that are no text: the model reads text alone',
+                               'messages')
+        extra = [key for key, value in message.items() if key not in ('role', 'content', 'name') and value]
+        if extra:
+            raise ApiError(400, f'message {number} has {shorten(extra[0])}, which the server does not implement: leave '
+                           f'it out', 'messages')
+        if not isinstance(content, str) or (not content.strip() and ROLES[role] != 'assistant'):
+            raise ApiError(400, f'message {number} ({role}) has no content', 'messages')
+        if ROLES[role] == 'system' and messages:
+            raise ApiError(400, f'message {number} is of the {role}, which speaks first or not at all', 'messages')
+        messages.append(dict(role=ROLES[role], content=content))
+    size, most = sum(len(message['content']) for message in messages), service.max_tokens * service.longest_token
+    if size > most:  # it need not be tokenized, which may take seconds
+        raise ApiError(400, f'the messages have {size:,} characters: {service.max_tokens:,} tokens are allowed, and '
+                       f'have at most {most:,}', 'messages', 'context_length_exceeded')
+    if messages[-1]['role'] != 'user':
+        raise ApiError(400, f"the last message is of the {messages[-1]['role']}: the model answers a user's",
+                       'messages')
+    return messages
+
+
+def ask(service, asked, messages, max_tokens):
+    """The Prompt of a conversation: with the passages that are given, or else with those that the question finds."""
+    chat, passages, source = service.chat, [], None
+    if asked.neighbors is not None:
+        check_neighbors(service, asked)
+        passages = [GivenPassage('', text) for text in asked.neighbors]
+    elif service.finder and asked.retrieval == 'on':
+        passages, = service.finder.ask(lambda: service.finder.retriever.find([messages[-1]['content']]))
+    if not (chat.in_place or (passages and not chat.in_prompt)):
+        source = pick_live(service, asked)
+    try:
+        return chat.prompt(messages, max_tokens, passages, source)
+    except TooLong as error:
+        raise ApiError(400, str(error), 'messages', 'context_length_exceeded') from error
+    except UserError as error:
+        raise ApiError(400, str(error), 'neighbors') from error
 
 
 def split_prompts(prompt):
@@ -381,24 +504,34 @@ def read_prompt(service, prompt):
 
 def pick_source(service, asked):
     """The source of neighbors and pointers that a request asks for; None if it is to read none."""
-    if asked.neighbors is not None:
-        if asked.retrieval == 'off':
-            raise ApiError(400, "neighbors are given, and retrieval is 'off': leave one out", 'neighbors')
-        if not asked.neighbors:
-            raise ApiError(400, "neighbors is empty: give passages, or retrieval: 'off'", 'neighbors')
-        size = sum(len(read_text(service, text, 'neighbors')) for text in asked.neighbors)
-        if size > service.max_tokens:
-            raise ApiError(400, f'neighbors have {size:,} tokens, and may have {service.max_tokens:,} together: give '
-                           f'fewer', 'neighbors')
-        try:
-            return PassageSource(service.config, service.tokenizer, asked.neighbors)
-        except UserError as error:
-            raise ApiError(400, str(error), 'neighbors') from error
+    if asked.neighbors is None:
+        return pick_live(service, asked)
+    check_neighbors(service, asked)
+    try:
+        return PassageSource(service.config, service.tokenizer, asked.neighbors)
+    except UserError as error:
+        raise ApiError(400, str(error), 'neighbors') from error
+
+
+def pick_live(service, asked):
+    """The collection, as a source; None if a request or the model reads none."""
     if service.live is None or asked.retrieval == 'off':
         return None
     if service.live.away:
         raise Away(service.live.away)
     return service.live
+
+
+def check_neighbors(service, asked):
+    """ApiError if a request's own passages cannot be read."""
+    if asked.retrieval == 'off':
+        raise ApiError(400, "neighbors are given, and retrieval is 'off': leave one out", 'neighbors')
+    if not asked.neighbors:
+        raise ApiError(400, "neighbors is empty: give passages, or retrieval: 'off'", 'neighbors')
+    size = sum(len(read_text(service, text, 'neighbors')) for text in asked.neighbors)
+    if size > service.max_tokens:
+        raise ApiError(400, f'neighbors have {size:,} tokens, and may have {service.max_tokens:,} together: give fewer',
+                       'neighbors')
 
 
 class Answer:
@@ -408,8 +541,12 @@ class Answer:
         self.service, self.asked, self.jobs, self.queue = service, asked, jobs, queue
         self.choices = {job: Choice(service, asked, index, job, prompt)
                         for index, (job, prompt) in enumerate(zip(jobs, prompts, strict=True))}
-        self.head = dict(id=f'cmpl-{uuid.uuid4().hex}', object='text_completion', created=int(time.time()),
-                         model=service.name)
+        self.is_chat, self.begun = isinstance(asked, AskedChat), {}  # of each choice, whether its text has begun
+        kind, prefix = ('chat.completion' + '.chunk' * asked.stream, 'chatcmpl') if self.is_chat else (
+            'text_completion', 'cmpl')
+        self.head = dict(id=f'{prefix}-{uuid.uuid4().hex}', object=kind, created=int(time.time()), model=service.name)
+        if prompts[0].dropped:
+            self.head['dropped_messages'] = prompts[0].dropped
         service.worker.submit(jobs)
         self.watcher = asyncio.create_task(self._watch(request))
         self.timer = asyncio.get_running_loop().call_later(service.timeout, queue.put_nowait, ApiError(
@@ -432,6 +569,17 @@ class Answer:
                 yield some
             if reason:
                 going_on.discard(job)
+
+    def as_deltas(self, piece):
+        """A piece of a text in the form of a chat's stream: one choice, or two where its message begins."""
+        index, text = piece['index'], piece.pop('text')
+        if index not in self.begun:
+            self.begun[index] = False
+            yield dict(index=index, delta=dict(role='assistant', content=''), logprobs=None, finish_reason=None)
+        text = text if self.begun[index] else text.lstrip()
+        self.begun[index] = self.begun[index] or bool(text)
+        yield {**piece, 'delta': dict(content=text) if text else {},
+               'logprobs': as_chat_logprobs(piece['logprobs'], self.asked.likeliest)}
 
     def usage(self):
         prompt = sum(len(job.request.tokens) for job in self.jobs[::self.asked.n])
@@ -459,8 +607,11 @@ class Choice:
         """What a step has brought, in lists of pieces of OpenAI's form, each as soon as it is known."""
         source, size, some = self.request.source, len(self.request.tokens), []
         if len(self.tokens) == size and self.asked.echo:
-            text = self.service.tokenizer.decode(self.tokens) if self.prompt is None else self.prompt
+            text = self.service.tokenizer.decode(self.tokens) if self.prompt.text is None else self.prompt.text
             some.append(self._piece(text, self._prompt_logprobs()))
+        if len(self.tokens) == size and self.prompt.passages:
+            some.append(self._piece(retrieval=dict(chunks=[], copied=[], passages=[
+                dict(title=passage.title, text=passage.text) for passage in self.prompt.passages])))
         if retrieved:
             some.append(self._piece(retrieval=dict(chunks=[self._chunk(*chunk) for chunk in retrieved], copied=[])))
         for event in events:
@@ -528,7 +679,7 @@ class Choice:
 
     def _logprobs(self, token, logprob, top):
         """OpenAI's form, of a token. Offsets are characters of the choice's text."""
-        if self.asked.logprobs < 0:
+        if self.request.logprobs < 0:
             return None
         name = self._name(token)
         offset = self.offset
@@ -567,9 +718,33 @@ def drop_stopped(choice, end_of_text, last):
         choice['logprobs'] = {name: values[:kept] for name, values in logprobs.items()}
 
 
-async def complete(service, request):
-    """The response to a request for completions. ApiError if there is none."""
-    asked, queue = parse(await read_body(request)), asyncio.Queue()
+def as_message(choice, count):
+    """A choice in the form of a chat, with the `count` likeliest tokens."""
+    text = choice.pop('text').lstrip()
+    return {**choice, 'message': dict(role='assistant', content=text, refusal=None),
+            'logprobs': as_chat_logprobs(choice['logprobs'], count)}
+
+
+def as_chat_logprobs(logprobs, count):
+    """Log-probabilities in the form of a chat."""
+    def describe(name, logprob):
+        is_partial = re.fullmatch(PARTIAL + r'(\\x[0-9a-f]{2})+', name)
+        data = bytes.fromhex(name.removeprefix(PARTIAL).replace('\\x', '')) if is_partial else name.encode()
+        return dict(token=name, logprob=logprob, bytes=list(data))
+    if logprobs is None:
+        return None
+    return dict(refusal=None, content=[
+        {**describe(name, logprob), 'top_logprobs': [describe(*one) for one in list(top.items())[:count]]}
+        for name, logprob, top in zip(*(logprobs[key] for key in ('tokens', 'token_logprobs', 'top_logprobs')),
+                                      strict=True)])
+
+
+async def complete(service, request, kind):
+    """The response to a request for completions, AskedText or AskedChat. ApiError if there is none."""
+    if kind is AskedChat and not service.chat:
+        raise ApiError(404, 'the model continues texts and was not tuned to answer: use POST /v1/completions, or tune '
+                       'it with sft.py', code='unknown_url')
+    asked, queue = parse(await read_body(request), kind), asyncio.Queue()
     jobs, prompts = await asyncio.to_thread(prepare, service, asked, queue)
     answer = Answer(service, request, asked, jobs, prompts, queue)
     with ExitStack() as opened:
@@ -579,7 +754,8 @@ async def complete(service, request):
         if asked.stream:
             opened.pop_all()
             return Stream(answer, some, pieces)
-        nothing = None if jobs[0].request.source is None else dict(chunks=[], copied=[])
+        is_read = jobs[0].request.source is not None or prompts[0].passages
+        nothing = dict(chunks=[], copied=[]) if is_read else None
         choices = [dict(index=i, text='', logprobs=None, finish_reason=None, retrieval=copy.deepcopy(nothing))
                    for i in range(len(jobs))]
         while some is not None:
@@ -589,6 +765,8 @@ async def complete(service, request):
         for choice, (job, told) in zip(choices, answer.choices.items(), strict=True):
             if job.request.logprobs >= 0:
                 drop_stopped(choice, service.tokenizer.eot_token, told.tokens[-1])
+        if answer.is_chat:
+            choices = [as_message(choice, asked.likeliest) for choice in choices]
         return as_json({**answer.head, 'choices': choices, 'usage': answer.usage()})
 
 
@@ -613,7 +791,9 @@ class Stream(StreamingResponse):
         usage = dict(usage=None) if has_usage else {}
         try:
             while some is not None:
-                yield ''.join(event({**head, 'choices': [piece], **usage}) for piece in some)
+                shown = [delta for piece in some for delta in self.answer.as_deltas(piece)] \
+                    if self.answer.is_chat else some
+                yield ''.join(event({**head, 'choices': [piece], **usage}) for piece in shown)
                 some = await anext(pieces, None)
             if has_usage:
                 yield event({**head, 'choices': [], 'usage': self.answer.usage()})
@@ -658,6 +838,6 @@ def describe_metrics(service):
         values.append((f'_bucket{{le="{bound}"}}', total))
     values += [('_sum', round(worker.counts['seconds to first tokens'], 6)), ('_count', total)]
     metric('time_to_first_token_seconds', 'histogram', "From a request's arrival to its first token.", values)
-    if service.live:
-        metric('knowledge_base_up', 'gauge', 'Whether the knowledge base answers.', [('', int(not service.live.away))])
+    if service.away() is not None:
+        metric('knowledge_base_up', 'gauge', 'Whether the knowledge base answers.', [('', int(not service.away()))])
     return '\n'.join(lines) + '\n'

@@ -46,7 +46,9 @@ def check_settings(settings):
     if 0 < settings.retrieval_rerank < settings.retrieval_k_neighbors:
         raise UserError(f'retrieval_rerank {settings.retrieval_rerank} must be at least retrieval_k_neighbors '
                         f'{settings.retrieval_k_neighbors}, or 0')
-    if settings.use_retrieval and not settings.retrieval_k_neighbors and settings.retrieval_mode != 'dense':
+    finds_passages = settings.passages and settings.passages_from == 'collection'
+    if settings.use_retrieval and not settings.retrieval_k_neighbors and settings.retrieval_mode != 'dense' \
+            and not finds_passages:
         raise UserError(f'retrieval_mode {settings.retrieval_mode!r} says how neighbors are found, and '
                         f"retrieval_k_neighbors is 0: set it to a number of neighbors, or retrieval_mode to 'dense'")
     if settings.use_retrieval and not settings.retrieval_k_neighbors and not settings.retrieval_pointers:

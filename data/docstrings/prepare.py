@@ -9,8 +9,9 @@ corpus.json, the fingerprint.
 A line holds `id`, `document` (the module, as the collection names it: retrieval leaves it out), `messages`, and, as
 Megatron's evaluation reads them, `question`, `answers` and `ctxs`, the function itself: the gold passage.
 
-Modules are held out whole, by a hash of their name: the corpus' own val modules, which no model has seen, and some of
-its train modules. Those stand in the collection, as do their relatives, which are what a question can be answered from.
+It is asked about functions of whose name another module documents one, too: such relatives are what a question can be
+answered from when its own module is left out. Modules are held out whole, by a hash of their name: the corpus' own val
+modules, which no model has seen, and some of its train modules.
 """
 import argparse
 import ast
@@ -32,7 +33,7 @@ from data.prepare import is_val
 
 FOLDER = Path(__file__).resolve().parent
 CORPUS = FOLDER.parent / 'python_source'
-VAL_SHARE = 0.08  # of the modules; those that the corpus holds out are among them
+VAL_SHARE = 0.2  # of the modules; those that the corpus holds out are among them
 MOST = dict(train=20_000, val=1_000)  # questions
 MOST_ALIKE = 3  # questions of one answer: generated code documents hundreds of functions alike
 LONGEST_SIGNATURE = 120  # characters of the arguments that a question names
@@ -71,13 +72,11 @@ def first_sentence(docstring):
 
 
 def ask(module, owner, function):
-    """What is asked about a function, with its arguments: they tell those of one name apart."""
+    """What is asked about a function, with its arguments, as they tell those of one name apart."""
     arguments = ast.unparse(function.args)
     if len(arguments) > LONGEST_SIGNATURE:
         arguments = arguments[:LONGEST_SIGNATURE].rpartition(',')[0] + ', ...'
-    if owner:
-        return f'What does the method {function.name}({arguments}) of the class {owner} in {module} do?'
-    return f'What does the function {function.name}({arguments}) of {module} do?'
+    return f'What does def {function.name}({arguments}) of {owner or module.rpartition(".")[2]} do?'
 
 
 def passage_of(text, function):
@@ -137,13 +136,18 @@ def main():
         documents += zip(table['id'].to_pylist(), table['text'].to_pylist(), strict=True)
     documents.sort(key=lambda document: hash64('questions', document[0]))
     *questions, left_out = read_questions(documents)
-    splits = {split: [question for question in questions if is_val(question['document'], VAL_SHARE) == (split == 'val')]
+    modules = {}  # that document a function of a name
+    for question in questions:
+        modules.setdefault(question['id'].rpartition('.')[2], set()).add(question['document'])
+    related = [question for question in questions if len(modules[question['id'].rpartition('.')[2]]) > 1]
+    left_out['of a name that no other module documents'] = len(questions) - len(related)
+    splits = {split: [question for question in related if is_val(question['document'], VAL_SHARE) == (split == 'val')]
               for split in MOST}
     known = {question['answers'][0] for question in splits['train']}
     found = {}
     for split, of_split in splits.items():
         if not of_split:
-            raise UserError(f'the corpus gives {len(questions)} questions and none for {split}: make a larger one')
+            raise UserError(f'the corpus gives {len(related)} questions and none for {split}: make a larger one')
         kept = sorted(of_split, key=lambda question: hash64('question', question['id']))[:MOST[split]]
         lines = [json.dumps(question, ensure_ascii=False) + '\n' for question in kept]
         write_atomically(''.join(lines), FOLDER / f'{split}.jsonl')
