@@ -205,6 +205,13 @@ def test_a_tuned_model_is_tuned_further_with_its_template(pretrained, tuned, mon
     assert sft.read_settings(['more.py', '--out_dir=more'])[0].template == 'plain'
 
 
+def test_a_tuned_run_is_evaluated_by_its_own_checkpoint_whatever_it_started_from(pretrained, tuned):
+    answer = tune(pretrained, '--eval_only=True', '--init_from=gone')
+    assert 'val bpb' in answer.stdout
+    answer = tune(pretrained, '--eval_only=True', '--out_dir=pretrained', check=False)
+    assert answer.returncode == 2 and "the checkpoint in out_dir 'pretrained' was not tuned" in answer.stderr
+
+
 @pytest.fixture
 def chats(pretrained, monkeypatch):
     """The settings of a run and its tokenizer, in the folder."""

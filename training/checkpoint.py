@@ -430,7 +430,7 @@ def gpt2_settings(name):
 def find_source(settings):
     """The Checkpoint that a run starts from or resumes; None if it is a GPT-2. UserError if there is no such model."""
     source = settings.init_from
-    if source in ('scratch', 'resume'):
+    if source in ('scratch', 'resume') or settings.eval_only:
         return load_checkpoint(settings.out_dir, for_resume=not settings.eval_only)
     if is_gpt2(source):
         return None
@@ -447,7 +447,7 @@ def source_settings(settings):
     source, checkpoint = settings.init_from, find_source(settings)
     if checkpoint is None:
         return gpt2_settings(source)
-    if source in ('scratch', 'resume'):
+    if source in ('scratch', 'resume') or settings.eval_only:
         tokenizer = checkpoint.settings['tokenizer']
         is_there = tokenizer == 'gpt2' or os.path.isfile(tokenizer)  # it may be of a run that has gone on or is gone
         return checkpoint.model | dict(tokenizer=tokenizer if is_there else checkpoint.tokenizer_path)
