@@ -26,7 +26,6 @@ from sft import read_settings
 
 # a sequence holds a quarter of the conversations, with passages, and a step as many as without
 LIVE = dict(passages='prompt', passages_from='collection', gradient_accumulation_steps=4)
-MAX_NEW_TOKENS = 24  # of an answer: what is kept free for it is lost to passages
 ARMS = {  # what is tuned with, and what is asked with
     'pretrained': (None, 'none'),
     'pretrained, passages retrieved': (None, 'collection'),
@@ -62,7 +61,7 @@ def ask(folder, passages, settings, results, options):
             f'--passages={passages}', *[f'--passages_as={LIVE["passages"]}'] * (passages != 'none'), '--shown=4',
             f'--template={settings.template}', f'--num_passages={settings.num_passages}', f'--results={results}',
             f'--retrieval_mode={settings.retrieval_mode}', f'--retrieval_collection={settings.retrieval_collection}',
-            f'--max_new_tokens={MAX_NEW_TOKENS}', *options)
+            *options)
     with open(f'{results}/questions.json', encoding='utf-8') as file:
         return json.load(file)
 

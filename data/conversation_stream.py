@@ -26,6 +26,7 @@ from data.tokenizer import tokenize
 
 WINDOW = 64  # conversations that wait for a place
 PROBED = 2000  # conversations that the share of padding is estimated from
+ANSWER_SHARE = 4  # passages leave a quarter of the block to what follows the prompt, however long the answer is
 SHORTEST = 16  # tokens of a question that stay when its beginning is cut
 CUTS = {'passages': 'text of passages', 'turns': 'earlier turns', 'system': 'the message of the system',
         'question': 'the beginning of the question', 'answer': 'the end of the answer'}  # in the order of cutting
@@ -87,7 +88,7 @@ class Writer:
         cuts = Counter()
         tokens, is_answer = self._render(messages, passages)
         for kind in CUTS:
-            while (excess := len(tokens) - self.block_size) > 0:
+            while (excess := self._excess(kind, tokens, is_answer)) > 0:
                 if kind == 'answer':
                     tokens, is_answer = tokens[:-excess], is_answer[:-excess]
                     cuts[kind] += excess
@@ -103,6 +104,16 @@ class Writer:
             raise UserError(f'block_size {self.block_size} has no room for an answer behind the marks of the template: '
                             f'raise it')
         return tokens, is_answer, +cuts
+
+    def _excess(self, kind, tokens, is_answer):
+        """
+        How many tokens of a kind are too many. If passages filled the block up to the answer, where it begins would
+        tell how long it is, which nothing tells when it is to be written.
+        """
+        excess = len(tokens) - self.block_size
+        if kind == 'passages':
+            excess = max(excess, int(is_answer.argmax()) - self.block_size + self.block_size // ANSWER_SHARE)
+        return excess
 
     def _shorten(self, kind, messages, passages, excess):
         """(messages, passages) with less of a kind, about `excess` tokens where it can be cut anywhere; or None."""

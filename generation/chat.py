@@ -11,10 +11,9 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 
 from configurator import UserError
+from data.conversation_stream import ANSWER_SHARE
 from data.conversations import Passage, find_template, render
 from generation.sources import PassageSource
-
-ANSWER_SHARE = 4  # an answer finds a quarter of the window free, or what it asks for, if that is less
 
 
 class TooLong(UserError):
