@@ -206,10 +206,11 @@ def test_a_tuned_model_is_tuned_further_with_its_template(pretrained, tuned, mon
 
 
 def test_a_tuned_run_is_evaluated_by_its_own_checkpoint_whatever_it_started_from(pretrained, tuned):
-    answer = tune(pretrained, '--eval_only=True', '--init_from=gone')
-    assert 'val bpb' in answer.stdout
-    answer = tune(pretrained, '--eval_only=True', '--out_dir=pretrained', check=False)
-    assert answer.returncode == 2 and "the checkpoint in out_dir 'pretrained' was not tuned" in answer.stderr
+    assert 'val bpb' in tune(pretrained, '--eval_only=True', '--init_from=resume').stdout
+    for flags, said in ((['--init_from=gpt'], "in out_dir 'tuned', and init_from names 'gpt': leave one of them out"),
+                        (['--out_dir=pretrained'], "the checkpoint in out_dir 'pretrained' was not tuned")):
+        answer = tune(pretrained, '--eval_only=True', *flags, check=False)
+        assert answer.returncode == 2 and said in answer.stderr
 
 
 @pytest.fixture
