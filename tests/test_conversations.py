@@ -54,6 +54,7 @@ def test_all_formats_of_files_give_the_same_conversations(tmp_path):
     dict(question='What is 2 + 2?', answers=['It is 4.', 'four']),
     dict(question='What is 2 + 2?', answers=dict(text=['It is 4.'], answer_start=[3])),
     dict(question='What is 2 + 2?', answer='It is 4.'),
+    dict(question='What is 2 + 2?', answers=[], answer='It is 4.'),
     dict(text='Question: What is 2 + 2? Answer: It is 4.'),
 ])
 def test_each_form_of_a_row_is_the_same_conversation_and_is_known_by_what_is_said(tmp_path, row):
@@ -67,6 +68,14 @@ def test_each_form_of_a_row_is_the_same_conversation_and_is_known_by_what_is_sai
 def test_lines_of_questions_and_answers_are_a_conversation_each(tmp_path):
     (tmp_path / 'x.txt').write_text('Question: What is 2 + 2? Answer: It is 4.\n\nQuestion: 3? Answer: 3.\n')
     assert [c.messages[1]['content'] for c in read(tmp_path / 'x.txt')] == ['It is 4.', '3.']
+
+
+def test_a_zero_is_an_answer_and_false_is_none_and_empty_passages_are_left_out(tmp_path):
+    row = dict(question='What is 2 - 2?', answer=0, ctxs=[dict(title='a', text=' '), dict(title='b', text='2 - 2 = 0')])
+    found, = read(write(tmp_path / 'x.jsonl', [row]))
+    assert found.messages[1]['content'] == '0' and found.passages == [Passage('b', '2 - 2 = 0')]
+    with pytest.raises(UserError, match='the content of message 2 .assistant. is no text'):
+        read(write(tmp_path / 'x.jsonl', [row | dict(answer=False)]))
 
 
 def test_the_context_of_squad_is_a_passage(tmp_path):
