@@ -250,15 +250,23 @@ def as_turn(turn, number):
 
 
 def find_answer(row):
-    """The first answer to a row's question, as a text, or None."""
-    answers = next((row[name] for name in ('answers', 'answer') if row.get(name)), None)
-    if isinstance(answers, dict):  # SQuAD's
-        answers = answers.get('text')
-    if isinstance(answers, list):
-        answers = answers[0] if answers else None
-        if isinstance(answers, dict):
-            answers = answers.get('text')
-    return str(answers) if isinstance(answers, (int, float)) else answers
+    """The first answer to a row's question, or None."""
+    return next(iter(find_answers(row)), None)
+
+
+def find_answers(row):
+    """The answers to a row's question, a list: of `answers`, `answer` and `target` the first that says something."""
+    found = []
+    for name in ('answers', 'answer', 'target'):
+        given = row.get(name)
+        if isinstance(given, dict):  # SQuAD's
+            given = given.get('text')
+        given = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+        answers = [answer.get('text') if isinstance(answer, dict) else answer for answer in given]
+        found.append([str(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else answer
+                      for answer in answers])
+    return next((answers for answers in found if any(answer not in (None, '') for answer in answers)),
+                next(filter(None, found), []))
 
 
 def parse_text(text):
@@ -275,7 +283,7 @@ def parse_text(text):
 
 
 def find_passages(row):
-    """The Passages of a row's ctxs, or of SQuAD's context."""
+    """The Passages of a row's ctxs, or of SQuAD's context, but for empty ones."""
     contexts = row.get('ctxs')
     if contexts is None and isinstance(row.get('context'), str):
         contexts = [dict(title=row.get('title'), text=row['context'])]
@@ -284,4 +292,5 @@ def find_passages(row):
     for number, passage in enumerate(contexts or [], 1):
         if not isinstance(passage, dict) or not isinstance(passage.get('text'), str):
             raise BadRow(f"passage {number} of 'ctxs' is no object with title and text")
-    return [Passage(str(passage.get('title') or ''), passage['text']) for passage in contexts or []]
+    return [Passage(str(passage.get('title') or ''), passage['text']) for passage in contexts or []
+            if passage['text'].strip()]

@@ -55,6 +55,7 @@ def test_all_formats_of_files_give_the_same_conversations(tmp_path):
     dict(question='What is 2 + 2?', answers=['It is 4.', 'four']),
     dict(question='What is 2 + 2?', answers=dict(text=['It is 4.'], answer_start=[3])),
     dict(question='What is 2 + 2?', answer='It is 4.'),
+    dict(question='What is 2 + 2?', answers=[], answer='It is 4.'),
     dict(text='Question: What is 2 + 2? Answer: It is 4.'),
 ])
 def test_each_form_of_a_row_is_the_same_conversation_and_is_known_by_what_is_said(tmp_path, row):
@@ -75,6 +76,14 @@ def test_halves_of_characters_are_replaced_wherever_they_stand(tmp_path):
     found, = read(write(tmp_path / 'x.jsonl', [row]))
     assert [m['content'] for m in found.messages] == ['a \ufffd', 'b \ufffd']
     assert (found.passages[0].title, found.passages[0].text) == ('\ufffd', 'c \ufffd')
+
+
+def test_a_zero_is_an_answer_and_false_is_none_and_empty_passages_are_left_out(tmp_path):
+    row = dict(question='What is 2 - 2?', answer=0, ctxs=[dict(title='a', text=' '), dict(title='b', text='2 - 2 = 0')])
+    found, = read(write(tmp_path / 'x.jsonl', [row]))
+    assert found.messages[1]['content'] == '0' and found.passages == [Passage('b', '2 - 2 = 0')]
+    with pytest.raises(UserError, match='the content of message 2 .assistant. is no text'):
+        read(write(tmp_path / 'x.jsonl', [row | dict(answer=False)]))
 
 
 def test_the_context_of_squad_is_a_passage(tmp_path):
