@@ -270,7 +270,7 @@ class Encoder(nn.Module):
 
     def forward(self, embeddings, mask, chunks, is_chunk=None):
         """embeddings (N, K, R, D) and mask (N, K, R) of the neighbors, chunks (N, C, D), to (N, M, D)."""
-        x = self.drop(embeddings + self.wpe.weight[:embeddings.shape[2]])
+        x = self.drop(embeddings + self.wpe.weight[:embeddings.shape[2]].float())  # sharded weights may be bfloat16
         mask = mask | ~mask.any(-1, keepdim=True)  # an absent neighbor attends to itself: no softmax over nothing
         for block in self.h:
             x = block(x, mask, chunks, is_chunk)

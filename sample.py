@@ -21,7 +21,7 @@ import sys
 
 from configurator import RANGES, UserError, check_range, user_errors_as_one_line, visible
 from data.conversations import Passage
-from generation.chat import Chat, Prompt
+from generation.chat import Chat, Prompt, TooLong
 from generation.engine import Engine, Request
 from generation.origins import named_runs
 from generation.sampling import Sampling
@@ -164,7 +164,12 @@ def main():
             if not chat:
                 return Prompt(tokenizer.encode_ordinary(question), question, source)
             passages = [Passage('', text) for text in own] or (finder.find([question])[0] if finder else [])
-            return chat.prompt(messages, arguments.max_new_tokens, passages, source)
+            prompt = chat.prompt(messages, arguments.max_new_tokens, passages, source)
+            for count, what in ((prompt.cut, 'passages are cut or left out'),
+                                (prompt.dropped, 'messages, the oldest, are left out')):
+                if count:
+                    print(f'the window has no room for all: {count} {what}', file=sys.stderr)
+            return prompt
         for number, prompt in enumerate(prompts):
             label = f'prompt {number + 1}, ' if len(prompts) > 1 else ''
             write(engine, ask([*system, dict(role='user', content=prompt)]), arguments, prompt, label, chat)
@@ -179,10 +184,12 @@ def main():
             if not line or (arguments.chat and line == '/new'):
                 continue
             messages.append(dict(role='user', content=line))
-            prompt = ask(messages)
-            if prompt.dropped:
-                print(f'the window has no room for all that was said: the oldest {prompt.dropped} messages are left '
-                      f'out', file=sys.stderr)
+            try:
+                prompt = ask(messages)
+            except TooLong as error:
+                print(visible(str(error)), file=sys.stderr)
+                messages.pop()
+                continue
             answer = write(engine, prompt, arguments, line, '', chat)
             messages.append(dict(role='assistant', content=answer))
 

@@ -39,7 +39,7 @@ from data.fingerprint import describe_corpus
 from model import RETRO, RETROConfig, SelfAttention, document_starts, takes_documents
 from training.checkpoint import load_shards, save_shards
 from training.distributed import Ranks
-from training.parallel import clip_gradients, gather_weights, local, own_parameters, parallelize, reduce_gradients
+from training.parallel import clip_gradients, gather_weights, local, own_parameters, parallelize
 from training.sizes import memory
 
 SHAPE = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=12, gradient_accumulation_steps=1,
@@ -216,7 +216,7 @@ def check_sharding(device):
     the whole model; their weights and optimizer are saved, and read again, as they are.
     """
     precision, found = pick_dtype('auto', device), {}
-    (tokens, neighbors, mask, doc_ids), memory = make_batch(device), {}
+    (tokens, neighbors, mask, doc_ids), peaks = make_batch(device), {}
     with one_rank(device), tempfile.TemporaryDirectory() as folder:
         ranks = Ranks(device=device, control=dist.new_group(backend='gloo'))
         for which in ('none', 'full', 'selective'):
@@ -228,7 +228,6 @@ def check_sharding(device):
             if device != 'cpu':
                 torch.cuda.reset_peak_memory_stats()
             for _ in range(4):
-                reduce_gradients(called, is_last=True)
                 with autocast(precision, device):
                     loss = called(tokens, tokens, neighbors, mask, doc_ids, make_pointers(tokens))[1]
                 loss.backward()
@@ -236,7 +235,7 @@ def check_sharding(device):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 found.setdefault(which, []).append(loss.detach())
-            memory[which] = 0 if device == 'cpu' else torch.cuda.max_memory_allocated()
+            peaks[which] = 0 if device == 'cpu' else torch.cuda.max_memory_allocated()
         parameters = own_parameters(model)
         states = {name: optimizer.state[p] for name, p in parameters.items()}
         save_shards(states, folder, ranks)
@@ -246,7 +245,7 @@ def check_sharding(device):
         assert all(torch.equal(weights[name], local(p).cpu()) for name, p in parameters.items())
     for losses in found.values():
         torch.testing.assert_close(torch.stack(losses), torch.stack(found['none']), rtol=0.02, atol=0)
-    return 'the same losses; peaks ' + ', '.join(f'{which} {size / 1e6:.0f} MB' for which, size in memory.items())
+    return 'the same losses; peaks ' + ', '.join(f'{which} {size / 1e6:.0f} MB' for which, size in peaks.items())
 
 
 def run(*command, folder):

@@ -27,7 +27,7 @@ import torch.multiprocessing as multiprocessing
 from configurator import user_errors_as_one_line
 from model import RETRO, RETROConfig
 from training.distributed import Ranks
-from training.parallel import clip_gradients, local, own_parameters, parallelize, reduce_gradients
+from training.parallel import clip_gradients, local, own_parameters, parallelize
 
 ARMS = [('ddp', 'none'), ('fsdp', 'none'), ('ddp', 'selective'), ('ddp', 'full'), ('fsdp', 'full')]
 SHAPE = dict(n_layer=12, n_head=8, n_embd=512, vocab_size=8192, block_size=256)
@@ -71,7 +71,6 @@ def work(rank, ranks, port, shape, arm, size, queue):
     held = dict(parameters=sum(local(p).nbytes for p in own_parameters(model).values()))
     Path('/proc/self/clear_refs').write_text('5')  # start the peak anew
     for step in range(2):
-        reduce_gradients(wrapped, is_last=True)
         _, loss = wrapped(*make_batch(config, size, seed=step * ranks + rank))
         loss.backward()
         clip_gradients(wrapped, 1.0)

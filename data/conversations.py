@@ -12,6 +12,7 @@ import difflib
 import json
 import re
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,7 +22,8 @@ from data.documents import Counts, as_unicode, find_files, read_all_rows, text_h
 from data.formats import LEFT_OUT, MISSING, BadRow, as_id, describe, pick, with_numbers
 from data.tokenizer import tokenize
 
-ROLES = dict(system='system', user='user', human='user', prompter='user', assistant='assistant', gpt='assistant')
+ROLES = dict(system='system', developer='system', user='user', human='user', prompter='user', assistant='assistant',
+             gpt='assistant')
 PLACES = ('system', 'user', 'assistant')
 TEMPLATES = {
     'instructretro': 'System: {system}\n\nUser: {user}\n\nAssistant: {assistant}',
@@ -84,6 +86,9 @@ def find_template(setting):
     if found != list(PLACES):
         raise UserError(f'template {setting!r} has its places in the order {", ".join(found)}: write {{system}}, '
                         f'{{user}} and {{assistant}} once each, in this order')
+    if not parts[2].strip() and not parts[6].strip():
+        raise UserError(f'template {setting!r} has no text before {{user}} and none after {{assistant}}, by which the '
+                        f'model could learn where an answer ends: add a mark, such as Question:')
     if not parts[4].strip():
         raise UserError(f'template {setting!r} has no text between {{user}} and {{assistant}}, by which the model '
                         f'could tell that it is to answer: add a mark, such as Answer:')
@@ -192,7 +197,8 @@ def as_conversation(row, config):
     document_id = None if document_id is MISSING else as_id(document_id)
     document_id = document_id or text_hash(as_unicode(json.dumps(messages)))
     document = as_id(row.get('document')) or document_id
-    return Conversation(document_id, messages, find_passages(row), document_hash(config.source, document))
+    passages = [Passage(as_unicode(p.title), as_unicode(p.text)) for p in find_passages(row)]
+    return Conversation(document_id, messages, passages, document_hash(config.source, document))
 
 
 def find_messages(row, config):
@@ -200,7 +206,7 @@ def find_messages(row, config):
     names = ['messages', 'conversations', 'question', config.text_field]
     if config.text_field != 'text':
         names = [config.text_field]
-    name = next((name for name in names if pick(row, name) is not MISSING), None)
+    name = next((name for name in names if pick(row, name) not in (MISSING, None)), None)
     if name is None:
         raise BadRow(f'no conversation: it has none of {", ".join(names)}; its fields are {", ".join(row) or "none"}: '
                      f'set text_field to the one that holds the messages')
@@ -228,7 +234,7 @@ def find_messages(row, config):
                 name == 'question' and role == 'assistant'))
         if ROLES[role] == 'system' and messages:
             raise BadRow(f'message {number} is of the system, which speaks first or not at all')
-        messages.append(dict(role=ROLES[role], content=content))
+        messages.append(dict(role=ROLES[role], content=as_unicode(content)))
     if not any(message['role'] == 'assistant' for message in messages):
         raise BadRow(f'a conversation without an answer: none of its {len(messages)} messages is of the assistant')
     return messages
@@ -244,15 +250,23 @@ def as_turn(turn, number):
 
 
 def find_answer(row):
-    """The first answer to a row's question, as a text, or None."""
-    answers = next((row[name] for name in ('answers', 'answer') if row.get(name)), None)
-    if isinstance(answers, dict):  # SQuAD's
-        answers = answers.get('text')
-    if isinstance(answers, list):
-        answers = answers[0] if answers else None
-        if isinstance(answers, dict):
-            answers = answers.get('text')
-    return str(answers) if isinstance(answers, (int, float)) else answers
+    """The first answer to a row's question, or None."""
+    return next(iter(find_answers(row)), None)
+
+
+def find_answers(row):
+    """The answers to a row's question, a list: of `answers`, `answer` and `target` the first that says something."""
+    found = []
+    for name in ('answers', 'answer', 'target'):
+        given = row.get(name)
+        if isinstance(given, dict):  # SQuAD's
+            given = given.get('text')
+        given = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+        answers = [answer.get('text') if isinstance(answer, dict) else answer for answer in given]
+        found.append([str(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else answer
+                      for answer in answers])
+    return next((answers for answers in found if any(answer not in (None, '') for answer in answers)),
+                next(filter(None, found), []))
 
 
 def parse_text(text):
@@ -260,12 +274,16 @@ def parse_text(text):
     parts = re.split(r'(?:^|\s)(Question|Answer):', text)
     if len(parts) < 3 or parts[0].strip():
         raise BadRow('a text without Question: at its beginning')
+    marks = parts[1::2]
+    if any(a == b for a, b in pairwise(marks)):
+        raise BadRow('a text in which Question: and Answer: do not alternate: give messages, if one is a part of what '
+                     'is said')
     return [('user' if mark == 'Question' else 'assistant', content.strip())
-            for mark, content in zip(parts[1::2], parts[2::2], strict=True)]
+            for mark, content in zip(marks, parts[2::2], strict=True)]
 
 
 def find_passages(row):
-    """The Passages of a row's ctxs, or of SQuAD's context."""
+    """The Passages of a row's ctxs, or of SQuAD's context, but for empty ones."""
     contexts = row.get('ctxs')
     if contexts is None and isinstance(row.get('context'), str):
         contexts = [dict(title=row.get('title'), text=row['context'])]
@@ -274,4 +292,5 @@ def find_passages(row):
     for number, passage in enumerate(contexts or [], 1):
         if not isinstance(passage, dict) or not isinstance(passage.get('text'), str):
             raise BadRow(f"passage {number} of 'ctxs' is no object with title and text")
-    return [Passage(str(passage.get('title') or ''), passage['text']) for passage in contexts or []]
+    return [Passage(str(passage.get('title') or ''), passage['text']) for passage in contexts or []
+            if passage['text'].strip()]

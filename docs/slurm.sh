@@ -1,7 +1,7 @@
 #!/bin/bash
 # Trains on several nodes of a Slurm cluster, one torchrun a node and one process a GPU, from one Milvus server:
 #
-#     sbatch docs/slurm.sh config/my_run.py --retrieval_milvus_uri=http://milvus:19530 --parallel=fsdp
+#     OUT_DIR=out/my_run sbatch docs/slurm.sh config/my_run.py --retrieval_milvus_uri=http://milvus:19530 --parallel=fsdp
 #
 # Edit the lines of #SBATCH. The repository, out_dir and the config's files are on a file system that all nodes share;
 # retrieval_cache_dir and retrieval_matches_dir are on each node's own disk. Submitted again, it goes on where it was.
@@ -16,7 +16,8 @@
 
 set -euo pipefail
 RUN=("$@")
-OUT_DIR=${OUT_DIR:-out/my_run}
+: "${OUT_DIR:?set it to a folder of this run alone}"
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not take it from sbatch
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # 5 minutes before the time is up each process gets SIGTERM; the run saves a checkpoint, for which torchrun waits, and ends.

@@ -21,6 +21,8 @@ from system import autocast, is_device, pick_dtype
 
 from configurator import UserError, check_range, reason_of, to_json, user_errors_as_one_line, visible, write_atomically
 from data.conversations import find_template, render
+from data.documents import as_unicode
+from data.tokenizer import tokenize
 from evaluation.likelihoods import log_likelihoods
 from evaluation.report import make_folder
 from generation.engine import Engine, Request
@@ -67,6 +69,10 @@ class RETROForLMEval(TemplateLM):
             self.retriever = Retriever(self.settings, self.encoding, self._device)
         self.batch_size = int(batch_size or self.settings.batch_size)
         self.max_length = self.network.config.block_size
+        self.template = find_template(self.settings.template) if self.settings.template else None
+        config = self.network.config
+        self.align = config.retrieval_chunk_size if config.has_neighbors else 0
+        self.prompts = {}  # conversations as texts, to their tokens as in the tuning, but for spaces that end them
         self.label = f'retrieval {"on" if self.retriever else "off"}'
 
     def context(self):
@@ -77,7 +83,19 @@ class RETROForLMEval(TemplateLM):
         return self.encoding.eot_token
 
     def tok_encode(self, string, add_special_tokens=None, **_):
-        return self.encoding.encode_ordinary(string)
+        return self.prompts.get(string) or self.encoding.encode_ordinary(string)
+
+    def _encode_pair(self, context, continuation):
+        if context not in self.prompts:
+            return super()._encode_pair(context, continuation)
+        spaces = context[len(context.rstrip(' ')):] if not continuation[:1].isspace() else ''
+        answer = self.encoding.encode_ordinary(spaces + continuation)
+        return self.fit(self.prompts[context], self.max_length + 1 - len(answer)), answer
+
+    def fit(self, prompt, room):
+        """The end of a conversation's tokens that has room, begun where a chunk does if the model has neighbors."""
+        excess = max(0, len(prompt) - room)
+        return prompt[excess + -excess % (self.align or 1):]
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
         options = []
@@ -119,11 +137,14 @@ class RETROForLMEval(TemplateLM):
             if most >= self.max_length:
                 raise UserError(f'the task asks for {most} new tokens, and the block has {self.max_length}, for its '
                                 f'prompts, too: set max_gen_toks in its generation_kwargs')
-            tokens = (self.tok_encode(prompt) or [self.prefix_token_id])[-(self.max_length - most):]
+            stop, room = [until] if isinstance(until, str) else list(until), self.max_length - most
+            if prompt in self.prompts:
+                tokens, stop = self.fit(self.prompts[prompt], room), [*stop, *self.template.stop]
+            else:
+                tokens = self.tok_encode(prompt)[-room:]
             sampling = Sampling(temperature=given['temperature'], top_k=given.get('top_k', 0),
                                 top_p=given.get('top_p', 1.0))
-            rows.append(engine.add(Request(tokens, most, sampling, stop=tuple([until] if isinstance(until, str)
-                                                                             else until),
+            rows.append(engine.add(Request(tokens or [self.prefix_token_id], most, sampling, stop=tuple(stop),
                                            align='start', source=source)))
             texts[id(rows[-1])] = ''
         with self.context():
@@ -136,19 +157,31 @@ class RETROForLMEval(TemplateLM):
 
     @property
     def tokenizer_name(self):
-        return f'nanoretro-{self.settings.template}'
+        """Another each time, as requests that lm_eval caches under it have texts, and not the tokens of `prompts`."""
+        return f'nanoretro-{os.urandom(8).hex()}'
 
     def chat_template(self, chat_template=False):
         """What the results name."""
         return self.settings.template
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        """The conversation as a text, in the template that the model was tuned with."""
-        if not self.settings.template:
+        """
+        The conversation as a text, in the template that the model was tuned with; `prompts` has its tokens. Without
+        add_generation_prompt its last message is the beginning of the answer.
+        """
+        if not self.template:
             raise UserError('the model was not tuned on conversations, so it has no chat template: leave out '
                             '--apply_chat_template')
-        tokens, _ = render(find_template(self.settings.template), chat_history, self.encoding)
-        return self.encoding.decode([t for t in tokens.tolist() if t != self.encoding.eot_token])
+        messages = list(chat_history)
+        begun = '' if add_generation_prompt else messages.pop()['content'].lstrip()
+        tokens = render(self.template, messages, self.encoding, align=self.align)[0].tolist()
+        answer = self.template.answer
+        text = as_unicode(answer[len(answer.rstrip(' ')):] + begun)
+        stem = text.rstrip(' ')  # spaces that end it go to what follows
+        tokens += tokenize(stem, self.encoding).tolist()
+        text = self.encoding.decode([t for t in tokens if t != self.encoding.eot_token]) + text[len(stem):]
+        self.prompts[text] = tokens
+        return text
 
     def close(self):
         if self.retriever:

@@ -3,7 +3,8 @@ Questions with gold answers, of the files that question answering sets are publi
 
     SQuAD 1.1 and 2.0         data / paragraphs / qas, or the Hub's rows; an empty gold where there is no answer
     Natural Questions, open   question, answer (a list)
-    Natural Questions         with document_text (simplified) or document_tokens; without a short answer: left out
+    Natural Questions         with document_text (simplified) or document_tokens, or the Hub's rows; without a short
+                              answer: left out
     TriviaQA                  Data / Question, Answer with Value and Aliases, or the Hub's rows
     open                      question, answers, ctxs (title, text): what Megatron's evaluation, DPR and FiD read
     conversations             messages: the last answer is gold
@@ -14,9 +15,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from configurator import UserError
+from configurator import UserError, reason_of
 from data.chunking import document_hash
-from data.conversations import find_messages, find_passages
+from data.conversations import find_answers, find_messages, find_passages
 from data.documents import DatasetConfig, as_unicode, find_files, read_all_rows
 from data.formats import BadRow, as_id, describe, with_numbers
 
@@ -56,10 +57,17 @@ def read_questions(path, source=''):
                 questions.append(question)
         except BadRow as error:
             raise UserError(f'{name}, {where}: {error}') from error
+        except (AttributeError, KeyError, TypeError) as error:  # of what stands where a list or an object is to be
+            published = next((PUBLISHED[key] for key in PUBLISHED if key in row), 'any of the sets that can be read')
+            raise UserError(f'{name}, {where}: it is not formed as {published} is published ({reason_of(error)}): '
+                            f'correct it, or write question, answers and ctxs') from error
     if not questions:
         reasons = ', '.join(f'{count:,} {reason}' for reason, count in left_out.items())
         raise UserError(f'{path!r} has no questions{f" ({reasons})" if reasons else ""}: name another file')
     return questions, left_out
+
+
+PUBLISHED = dict(data='SQuAD', Data='TriviaQA', annotations='Natural Questions', search_results='TriviaQA')
 
 
 def questions_of(row, left_out):
@@ -101,21 +109,16 @@ def make_question(row):
                      f'{", ".join(row) or "none"}')
     question = messages[-1]['content'] if messages else row['question']
     messages = messages or [dict(role='user', content=question)]
-    given = next((row[key] for key in ('answers', 'answer', 'target') if row.get(key) is not None), None)
-    if given is None and isinstance(row.get('messages'), list):
-        given = last
+    golds = find_answers(row)
+    if not golds and isinstance(row.get('messages'), list):
+        golds = [last]
+    given = row.get('answers')
     is_squad = isinstance(given, dict) or 'is_impossible' in row
     if isinstance(given, dict):  # the Hub's form
         given = given.get('text')
-    golds = [gold.get('text') if isinstance(gold, dict) else gold for gold in as_list(given)]
-    golds = [str(gold) if isinstance(gold, (int, float)) and not isinstance(gold, bool) else gold for gold in golds]
-    if any(not isinstance(gold, str) for gold in golds):
-        raise BadRow(f'{name_of(identity, question)}a gold answer that is no text, but '
-                     f'{describe(next(gold for gold in golds if not isinstance(gold, str)))}')
     if not golds and is_squad and given is not None and row.get('is_impossible', True):
         golds = ['']
-    passages = find_passages(row)
-    return checked(Question(identity, messages, golds, passages, document))
+    return checked(Question(identity, messages, golds, find_passages(row), document))
 
 
 def make_trivia(row):
@@ -147,15 +150,15 @@ SNAKE = dict(Question='question', QuestionId='question_id', Answer='answer', Val
 
 def make_natural(row):
     """Of the original Natural Questions; None if it has no short answer, as the open set has none of those."""
-    question = row.get('question_text') or row.get('question')
-    if isinstance(question, dict):  # the Hub's
-        question = question.get('text')
+    if isinstance(row['annotations'], dict):
+        row = as_published(row)
+    question = row.get('question_text')
     tokens = row['document_text'].split(' ') if isinstance(row.get('document_text'), str) else None
     if tokens is None and isinstance(row.get('document_tokens'), list):
         tokens = [token['token'] for token in row['document_tokens']]
     if not isinstance(question, str) or tokens is None or not isinstance(row['annotations'], list):
         raise BadRow(f'it has annotations as Natural Questions has, but not question_text and document_text or '
-                     f'document_tokens; its fields are {", ".join(row)}')
+                     f"document_tokens, or the Hub's question and document; its fields are {', '.join(row)}")
 
     def text_of(span):
         words = tokens[span['start_token']:span['end_token']]
@@ -173,8 +176,23 @@ def make_natural(row):
                     find_passages(dict(ctxs=passages)))
 
 
+def as_published(row):
+    """A row of the Hub's Natural Questions, whose annotations and tokens are columns, in the form of the files."""
+    document, notes = row['document'], row['annotations']
+    columns = zip(notes['long_answer'], notes['short_answers'], notes['yes_no_answer'], strict=True)
+    return dict(example_id=row.get('id'), question_text=row['question']['text'], document_title=document.get('title'),
+                document_tokens=[dict(token=token) for token in document['tokens']['token']],
+                annotations=[dict(long_answer=long, yes_no_answer={0: 'NO', 1: 'YES'}.get(yes_no, 'NONE'),
+                                  short_answers=[dict(start_token=start, end_token=end) for start, end in zip(
+                                      short['start_token'], short['end_token'], strict=True)])
+                             for long, short, yes_no in columns])
+
+
 def checked(question):
-    """The Question. BadRow if it has no gold answers."""
+    """The Question. BadRow if it has no gold answers, or one that is no text."""
+    wrong = [gold for gold in question.golds if not isinstance(gold, str)]
+    if wrong:
+        raise BadRow(f'{name_of(question.id, question.text)}a gold answer that is no text, but {describe(wrong[0])}')
     if not question.golds:
         raise BadRow(f'{name_of(question.id, question.text)}gold answers are missing: scores need them, in answers (a '
                      f'list of texts), answer, or, of conversations, the last message')

@@ -28,6 +28,7 @@ class Prompt:
     source: object = None  # of neighbors and pointers (sources.py)
     passages: list = field(default_factory=list)  # of Passage: those that a question was given
     dropped: int = 0  # messages that were left out, the oldest ones, since not all fit
+    cut: int = 0  # passages that lost their end, or were left out, for the same reason
 
 
 class Chat:
@@ -41,7 +42,8 @@ class Chat:
         self.config, self.tokenizer = config, tokenizer
         self.in_prompt = settings.passages == 'prompt'  # passages are text before the question
         self.in_place = settings.passages == 'neighbors'  # they are read in place of the collection
-        self.count = settings.num_passages if settings.passages else 0  # passages to retrieve for a question
+        is_live = config.use_retrieval or settings.passages_from == 'collection'
+        self.count = settings.num_passages if settings.passages and is_live else 0  # to retrieve for a question
         if config.has_neighbors and not self.in_prompt:
             self.count = min(self.count, config.retrieval_k_neighbors)
         self.align = min(config.retrieval_chunk_size, config.block_size) if config.has_neighbors else 0
@@ -49,16 +51,17 @@ class Chat:
     def prompt(self, messages, max_new_tokens, passages=(), source=None):
         """
         The Prompt of messages, [{'role', 'content'}], the last of which is a user's. Passages that are not text before
-        the question are read in place of `source`. What the window has no room for is left out, the oldest turns first,
-        then the end of the passages. TooLong if the last turn alone does not fit, UserError if there are more passages
-        than the model takes.
+        the question are read in place of `source`. What the window has no room for is left out as in tuning, the end of
+        the passages first, then the oldest turns. TooLong if the last turn alone does not fit, UserError if there are
+        more passages than the model takes.
         """
         passages = list(passages)
         room = self.config.block_size - min(max_new_tokens, self.config.block_size // ANSWER_SHARE)
         tokens, shown, dropped = self._fit(messages, passages if self.in_prompt else [], room)
         if passages and not self.in_prompt:
             source = PassageSource(self.config, self.tokenizer, [passage.text for passage in passages])
-        return Prompt(tokens, None, source, shown if self.in_prompt else passages, dropped)
+        cut = sum(passage not in shown for passage in passages) if self.in_prompt else 0
+        return Prompt(tokens, None, source, shown if self.in_prompt else passages, dropped, cut)
 
     def _fit(self, messages, passages, room):
         """The tokens of a prompt of up to `room` tokens, its passages, and the number of messages left out."""
@@ -68,13 +71,15 @@ class Chat:
 
         def write(first, passages):
             return render(self.template, system + turns[first:], self.tokenizer, passages, self.align)[0]
+        while passages and len(tokens := write(0, passages)) > room:
+            last = passages[-1]
+            kept = self.tokenizer.encode_ordinary(last.text)[:room - len(tokens)]
+            text = self.tokenizer.decode(kept).rstrip('\ufffd').rstrip()
+            passages = passages[:-1] + [Passage(last.title, text)] * bool(text)
         number = bisect_left(starts, True, hi=len(starts) - 1, key=lambda i: len(write(i, passages)) <= room)
         dropped = starts[number]
-        while len(tokens := write(dropped, passages)) > room:
-            if not passages:
-                raise TooLong(f'the question has {len(tokens):,} tokens with its system message, and {room:,} of the '
-                              f"model's window of {self.config.block_size:,} are free for it: shorten it")
-            kept = self.tokenizer.encode_ordinary(passages[-1].text)[:room - len(tokens)]
-            text = self.tokenizer.decode(kept).rstrip('\ufffd')
-            passages = passages[:-1] + [Passage(passages[-1].title, text)] * bool(text)
+        tokens = write(dropped, passages)
+        if len(tokens) > room:
+            raise TooLong(f'the question has {len(tokens):,} tokens with its system message, and {room:,} of the '
+                          f"model's window of {self.config.block_size:,} are free for it: shorten it")
         return tokens.tolist(), passages, dropped

@@ -547,6 +547,8 @@ class Answer:
         self.head = dict(id=f'{prefix}-{uuid.uuid4().hex}', object=kind, created=int(time.time()), model=service.name)
         if prompts[0].dropped:
             self.head['dropped_messages'] = prompts[0].dropped
+        if prompts[0].cut:
+            self.head['cut_passages'] = prompts[0].cut
         service.worker.submit(jobs)
         self.watcher = asyncio.create_task(self._watch(request))
         self.timer = asyncio.get_running_loop().call_later(service.timeout, queue.put_nowait, ApiError(

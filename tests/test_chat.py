@@ -58,22 +58,21 @@ def test_a_prompt_is_what_the_template_renders_and_its_chunks_end_where_the_firs
     assert chat.tokenizer.decode(without) == 'Question: one\n\nAnswer:'
 
 
-def test_a_history_longer_than_the_window_loses_its_oldest_turns_then_the_end_of_its_passages(trained):
+def test_what_is_longer_than_the_window_loses_the_end_of_its_passages_and_then_its_oldest_turns(trained):
     chat = make_chat(trained, passages='prompt', retrieval_k_neighbors=0)
-    system = dict(role='system', content='be brief')
-    history = said(*(f'message {i}' for i in range(41)))
-    asked = chat.prompt([system, *history], 64, [Passage('title', 'alpha beta')])
-    text = chat.tokenizer.decode(asked.tokens)
-    assert len(asked.tokens) <= 128 - 32 and text.endswith('Question: message 40\n\nAnswer:') and asked.dropped % 2 == 0
-    assert text.startswith('be brief\n\ntitle: title, source: alpha beta') and 'message 2\n' not in text
-    assert text.count('Question: ') == (41 - asked.dropped + 1) // 2 > 1
-    more = chat.prompt([system, *history[asked.dropped - 2:]], 64, [Passage('title', 'alpha beta')])
-    assert more.dropped == 2  # no more than needed
-    long = Passage('long', 'word ' * 500)
-    asked = chat.prompt([system, *history], 64, [Passage('first', 'alpha beta'), long])
-    assert asked.dropped == 40 and len(asked.tokens) <= 96
+    system, short, long = dict(role='system', content='be brief'), Passage('first', 'alpha beta'), Passage(
+        'long', 'word ' * 500)
+    asked = chat.prompt([system, *said('one', 'two', 'three')], 64, [short, long])
     first, second = asked.passages
     assert first.text == 'alpha beta' and long.text.startswith(second.text) and len(second.text) > 20
+    assert (asked.dropped, asked.cut) == (0, 1) and 96 - 8 <= len(asked.tokens) <= 96
+    history = said(*(f'message {i}' for i in range(41)))
+    asked = chat.prompt([system, *history], 64, [short])
+    text = chat.tokenizer.decode(asked.tokens)
+    assert len(asked.tokens) <= 96 and text.endswith('Question: message 40\n\nAnswer:') and asked.dropped % 2 == 0
+    assert text.startswith('be brief\n\nQuestion: ') and 'message 2\n' not in text and asked.cut == 1
+    assert text.count('Question: ') == (41 - asked.dropped + 1) // 2 > 1
+    assert chat.prompt([system, *history[asked.dropped - 2:]], 64, []).dropped == 2  # no more than needed
     with pytest.raises(TooLong, match="the question has .* of the model's window of 128 are free for it: shorten it"):
         chat.prompt(said('word ' * 500), 64, [long])
 
@@ -112,14 +111,14 @@ def test_sample_prints_the_answer_to_a_question_with_what_was_retrieved_for_it(t
 
 def test_a_chat_goes_on_from_what_was_said_until_it_begins_anew(trained):
     arguments = [TEMPLATE, '--chat', '--retrieval=off', '--max_new_tokens=6', '--temperature=0', '--stop=\n', '--json']
-    lines = [QUESTION, '', '/new', QUESTION, 'And then?', 'word ' * 40]
+    lines = [QUESTION, '', '/new', QUESTION, 'And then?', 'word ' * 400, 'word ' * 40]
     answer = subprocess.run([sys.executable, ROOT / 'sample.py', '--out_dir=out', *arguments], cwd=trained, text=True,
                             input='\n'.join(lines), capture_output=True, timeout=120)
     assert answer.returncode == 0, answer.stderr
     lines = [json.loads(line) for line in answer.stdout.splitlines()]
     assert [line['prompt'].strip() for line in lines[:3]] == [QUESTION, QUESTION, 'And then?'] and len(lines) == 4
     assert lines[0]['text'] == lines[1]['text']
-    assert 'the oldest' in answer.stderr and 'messages are left out' in answer.stderr
+    assert 'messages, the oldest, are left out' in answer.stderr and 'are free for it: shorten it' in answer.stderr
 
 
 @pytest.mark.parametrize('arguments, said', [

@@ -49,11 +49,13 @@ def test_all_formats_of_files_give_the_same_conversations(tmp_path):
 @pytest.mark.parametrize('row', [
     dict(messages=ASKED),
     dict(messages=[dict(role='user', content=[dict(type='text', text=ASKED[0]['content'])]), ASKED[1]]),
+    dict(messages=None, question=ASKED[0]['content'], answer='It is 4.'),
     dict(conversations=[{'from': 'human', 'value': ASKED[0]['content']}, {'from': 'gpt', 'value': 'It is 4.'}]),
     dict(chat=ASKED),
     dict(question='What is 2 + 2?', answers=['It is 4.', 'four']),
     dict(question='What is 2 + 2?', answers=dict(text=['It is 4.'], answer_start=[3])),
     dict(question='What is 2 + 2?', answer='It is 4.'),
+    dict(question='What is 2 + 2?', answers=[], answer='It is 4.'),
     dict(text='Question: What is 2 + 2? Answer: It is 4.'),
 ])
 def test_each_form_of_a_row_is_the_same_conversation_and_is_known_by_what_is_said(tmp_path, row):
@@ -67,6 +69,21 @@ def test_each_form_of_a_row_is_the_same_conversation_and_is_known_by_what_is_sai
 def test_lines_of_questions_and_answers_are_a_conversation_each(tmp_path):
     (tmp_path / 'x.txt').write_text('Question: What is 2 + 2? Answer: It is 4.\n\nQuestion: 3? Answer: 3.\n')
     assert [c.messages[1]['content'] for c in read(tmp_path / 'x.txt')] == ['It is 4.', '3.']
+
+
+def test_halves_of_characters_are_replaced_wherever_they_stand(tmp_path):
+    row = dict(question='a \ud83d', answers=['b \ud83d'], ctxs=[dict(title='\ud83d', text='c \ud83d')])
+    found, = read(write(tmp_path / 'x.jsonl', [row]))
+    assert [m['content'] for m in found.messages] == ['a \ufffd', 'b \ufffd']
+    assert (found.passages[0].title, found.passages[0].text) == ('\ufffd', 'c \ufffd')
+
+
+def test_a_zero_is_an_answer_and_false_is_none_and_empty_passages_are_left_out(tmp_path):
+    row = dict(question='What is 2 - 2?', answer=0, ctxs=[dict(title='a', text=' '), dict(title='b', text='2 - 2 = 0')])
+    found, = read(write(tmp_path / 'x.jsonl', [row]))
+    assert found.messages[1]['content'] == '0' and found.passages == [Passage('b', '2 - 2 = 0')]
+    with pytest.raises(UserError, match='the content of message 2 .assistant. is no text'):
+        read(write(tmp_path / 'x.jsonl', [row | dict(answer=False)]))
 
 
 def test_the_context_of_squad_is_a_passage(tmp_path):
@@ -86,6 +103,7 @@ def test_the_context_of_squad_is_a_passage(tmp_path):
     (dict(messages=[*ASKED, TURNS[0]]), 'message 3 is of the system'),
     (dict(messages=['hello']), 'message 1 is no object with role and content'),
     (dict(messages='hello'), 'a text without Question:'),
+    (dict(text='Question: Name it. Answer: The label Answer: is B'), 'do not alternate'),
     (dict(text='Answer: 4'), None),
     (dict(question='What?', answers=['x'], ctxs=[dict(title='x')]), "passage 1 of 'ctxs'"),
     (dict(prompt='x'), 'none of messages, conversations, question, text; its fields are prompt'),
@@ -179,6 +197,7 @@ def test_text_that_looks_like_the_end_of_text_is_text(tokenizer):
     ('{user} A: {assistant} {system}', 'order user, assistant, system'),
     ('{system}{user} A: {assistant}{user}', 'once each'),
     ('{system} Q: {user} {assistant}', 'no text between {user} and {assistant}'),
+    ('{system}{user} A: {assistant}', 'no text before {user} and none after {assistant}'),
 ])
 def test_a_template_that_cannot_be_used_says_what_it_lacks(setting, said):
     with pytest.raises(UserError, match=said):

@@ -2,10 +2,13 @@
 import json
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from configurator import UserError
+from data.conversations import find_template, render
 from data.python_source.prepare import __doc__ as SOME_TEXT
 from evaluation import qa
 from evaluation.report import read_answers
@@ -135,4 +138,33 @@ def test_lm_evals_own_command_line_knows_the_model(adapter, prepared, scratch):
                  '--tasks', 'choice.yaml', '--limit', '4', folder=scratch)
     assert 'choice' in answer.stdout and 'acc_norm' in answer.stdout
     model = adapter.RETROForLMEval('gpt')
-    assert model.apply_chat_template([dict(role='user', content='Why?')]) == 'Question: Why?\n\nAnswer:'
+    assert model.apply_chat_template([dict(role='user', content='Why?')]) == 'Question: Why?\n\nAnswer: '
+
+
+def test_a_tuned_model_is_asked_with_the_tokens_of_its_tuning_and_stops_where_its_template_says(adapter, prepared,
+                                                                                                scratch):
+    save_run(scratch, prepared, 'retro', template='instructretro', block_size=6 * CHUNK)
+    model = adapter.RETROForLMEval('retro', 'off')
+    asked, encode = [dict(role='user', content='Why?')], model.encoding.encode_ordinary
+    prompt = render(find_template('instructretro'), asked, model.encoding, align=CHUNK)[0].tolist()
+    text = model.apply_chat_template(asked)
+    assert model.align == CHUNK and model.tok_encode(text) == prompt and text.endswith('Why?\n\nAssistant: ')
+    short = render(find_template('instructretro'), [dict(role='system', content='Be brief.'), *asked], model.encoding,
+                   align=CHUNK)[0].tolist()
+    brief = model.apply_chat_template([dict(role='system', content='Be brief.'), *asked])
+    assert model._encode_pair(brief, 'So.') == (short, encode(' So.')) and short != encode(brief.rstrip())
+    begun = model.apply_chat_template([*asked, dict(role='assistant', content='It is ')], add_generation_prompt=False)
+    assert begun == f'{text}It is ' and model.tok_encode(begun) == prompt + encode(' It is')
+    assert model._encode_pair(begun, 'so')[1] == encode(' so')
+
+    long = model.apply_chat_template([dict(role='user', content='word ' * 200)])
+    context, _ = model._encode_pair(long, 'So.')
+    assert len(context) % CHUNK == 0 and context == model.prompts[long][-len(context):] and len(context) >= 4 * CHUNK
+
+    def answer():
+        return model.generate_until([SimpleNamespace(args=(brief, dict(until=[], max_gen_toks=12, do_sample=False)))],
+                                    True)[0]
+    whole = answer()
+    mark = whole.strip()[-3:]
+    model.template = replace(model.template, tail=mark)
+    assert answer() == whole[:whole.index(mark)]

@@ -35,7 +35,8 @@ def tuned(settings, workspace):
     """The settings of a workspace with questions.jsonl, a RETRO in `retro` and a GPT in `gpt`, of random weights."""
     lines = [dict(id=str(i), document=document, question=question,
                   answers=dict(text=[gold], answer_start=[0]) if not gold else [gold, f'{gold}, or so'],
-                  ctxs=[dict(title=document, text=f'{question} {gold} ' * 3), dict(title='other', text='x = 1\n' * 9)])
+                  ctxs=[dict(title=document, text=f'{question} {gold} ' * 3), dict(title='other', text='x = 1\n' * 9),
+                        dict(title='empty', text='')])
              for i, (document, question, gold) in enumerate(ASKED)]
     (workspace / 'questions.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     given = {key: getattr(settings, key) for key in (

@@ -63,6 +63,14 @@ FORMATS = {
     'nq-open.parquet': ([dict(question='when', answer=['2017'])], 'when', ['2017'], None),
     'nq.jsonl': ([NATURAL], 'when was it', ['May 1990', 'yes'], ('It', 'It was in May 1990')),
     'nq-dev.jsonl': ([as_tokens(NATURAL)], 'when was it', ['May 1990', 'yes'], ('It', 'It was in May 1990')),
+    'nq-hub.parquet': ([dict(
+        id='-12', question=dict(text='when was it', tokens=['when', 'was', 'it']),
+        document=dict(title='It', tokens=dict(token=NATURAL['document_text'].split(' '), is_html=[False] * 9)),
+        annotations=dict(id=['1', '2'], yes_no_answer=[-1, 1],
+                         long_answer=[note['long_answer'] for note in NATURAL['annotations']],
+                         short_answers=[dict(start_token=[5], end_token=[7], text=['May 1990']),
+                                        dict(start_token=[], end_token=[], text=[])]))],
+                       'when was it', ['May 1990', 'yes'], ('It', 'It was in May 1990')),
     'trivia.json': (TRIVIA, 'Who was the Man Booker winner of 1990?',
                     ['A.S. Byatt', 'Possession', 'A. S. Byatt', 'Byatt'], ('Prize', 'Byatt won.')),
     'trivia.parquet': ([dict(question='Who?', question_id='tc_1', answer=dict(
@@ -74,6 +82,8 @@ FORMATS = {
                   'who is he', ['me'], ('A', 'B')),
     'target.jsonl': ([dict(question='how many', answers=None, target='me'), dict(question='2', answer=7)],
                      'how many', ['me'], None),
+    'columns.jsonl': ([dict(question='how many', answers=[], answer='me')], 'how many', ['me'], None),
+    'zero.jsonl': ([dict(question='how many', answer=0)], 'how many', ['0'], None),
     'chat.jsonl': ([dict(messages=[dict(role='system', content='Be brief.'), dict(role='user', content='Why?'),
                                    dict(role='assistant', content='So.')])], 'Why?', ['So.'], None),
 }
@@ -114,6 +124,14 @@ def test_a_question_knows_the_document_that_it_is_about(tmp_path):
     ('none.jsonl', [dict(text='a document')], 'no question: it has neither a text in question nor messages; its '
                                               'fields are text'),
     ('squad.json', {'data': [{'title': 't'}]}, 'no paragraphs in it'),
+    ('bool.jsonl', [dict(question='q', answer=False)], 'a gold answer that is no text, but '),
+    ('data.json', {'Data': [1]}, 'data.json, .* 1: it is not formed as TriviaQA is published .AttributeError'),
+    ('results.json', {'Data': [TRIVIA['Data'][0] | dict(SearchResults=['u'])]}, 'not formed as TriviaQA'),
+    ('alias.json', {'Data': [TRIVIA['Data'][0] | dict(Answer=dict(Aliases=[5]))]}, 'is no text, but the number 5'),
+    ('qas.json', {'data': [{'title': 't', 'paragraphs': [{'qas': ['x']}]}]}, 'not formed as SQuAD is published'),
+    ('notes.jsonl', [NATURAL | dict(annotations=['x'])], 'not formed as Natural Questions is published'),
+    ('short.jsonl', [NATURAL | dict(annotations=[dict(short_answers=[{}])])], 'not formed as Natural Questions'),
+    ('hub.jsonl', [dict(annotations={}, id='1')], 'not formed as Natural Questions is published .KeyError'),
     ('natural.jsonl', [dict(annotations=[], question_text='q')], 'not question_text and document_text'),
     ('ctxs.jsonl', [dict(question='q', answers=['a'], ctxs='text')], "'ctxs' is no list of passages"),
 ])

@@ -47,7 +47,7 @@ from model import RETRO, RETROConfig, gpt2_fields
 from retrieval.embedding import quiet
 from retrieval.local_server import is_local
 from training.checks import NotFinite
-from training.distributed import Ranks
+from training.distributed import Ranks, has_lost_a_peer
 from training.parallel import gather_weights, is_sharded, local, own_parameters
 
 VERSION = 1  # of the layout
@@ -189,7 +189,7 @@ def save_checkpoint(settings, ranks, tokenizer, tokenizer_text, model, optimizer
             os.replace(f'{folder}.tmp', folder)
             write_atomically(f'step-{state.step}\n', os.path.join(parent, LATEST))  # syncs the folder, too
     except (OSError, RuntimeError, SafetensorError) as error:  # torch has its own for a full disk
-        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or has_lost_a_peer(error):
             raise
         if not ranks.is_master:  # which has the same error, and says so
             sys.exit(UserError.exit_code)
@@ -407,6 +407,10 @@ def gpt2_errors(name):
     except Exception as error:  # of many unrelated classes
         reason = ' '.join(str(error).split())[:500]
         if isinstance(error, OSError) and not os.path.isdir(name):
+            if os.environ.get('HF_HUB_OFFLINE') == '1':
+                raise UserError(f'init_from {name!r} could not be downloaded: neither a dry run nor HF_HUB_OFFLINE=1 '
+                                f"lets anything be; put config.json and model.safetensors of the hub's "
+                                f'openai-community/{name} into a folder, and set init_from to it') from error
             raise UserError(f'init_from {name!r} could not be downloaded ({type(error).__name__}: {reason[:100]}...): '
                             f"connect once, or put config.json and model.safetensors of the hub's "
                             f'openai-community/{name} into a folder, and set init_from to it') from error
@@ -426,7 +430,7 @@ def gpt2_settings(name):
 def find_source(settings):
     """The Checkpoint that a run starts from or resumes; None if it is a GPT-2. UserError if there is no such model."""
     source = settings.init_from
-    if source in ('scratch', 'resume'):
+    if source in ('scratch', 'resume') or settings.eval_only:
         return load_checkpoint(settings.out_dir, for_resume=not settings.eval_only)
     if is_gpt2(source):
         return None
@@ -443,7 +447,7 @@ def source_settings(settings):
     source, checkpoint = settings.init_from, find_source(settings)
     if checkpoint is None:
         return gpt2_settings(source)
-    if source in ('scratch', 'resume'):
+    if source in ('scratch', 'resume') or settings.eval_only:
         tokenizer = checkpoint.settings['tokenizer']
         is_there = tokenizer == 'gpt2' or os.path.isfile(tokenizer)  # it may be of a run that has gone on or is gone
         return checkpoint.model | dict(tokenizer=tokenizer if is_there else checkpoint.tokenizer_path)

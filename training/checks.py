@@ -66,6 +66,14 @@ def check_settings(settings):
     if settings.retrieval_offline and settings.multiple_choice_benchmarks:
         raise UserError('retrieval_offline reads what was precomputed alone, and multiple_choice_benchmarks ask the '
                         'database: leave one of them out')
+    for key, known in (('parallel', ('ddp', 'fsdp')), ('activation_checkpointing', ('none', 'full', 'selective'))):
+        if getattr(settings, key) not in known:
+            raise UserError(f'{key} {getattr(settings, key)!r} is none of {str(known)[1:-1]}')
+    if settings.activation_checkpointing != 'none' and settings.retrofit and not settings.retrieval_k_neighbors:
+        raise UserError(f'retrofit of pointers alone keeps no activations, and activation_checkpointing is '
+                        f"{settings.activation_checkpointing!r}, which would do nothing: leave it at 'none'")
+    if settings.dry_run and settings.eval_only:
+        raise UserError('a dry run sizes a training, and eval_only trains nothing: leave out one of the two')
     check_tuning(settings)
     for key, value in settings.without_secrets().items():  # checkpoints hold them
         try:

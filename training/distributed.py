@@ -112,6 +112,11 @@ def join_ranks(ranks, settings, cleanup):
     ranks.control = dist.new_group(backend='gloo', timeout=timedelta(days=7))
 
 
+def has_lost_a_peer(error):
+    """Whether an exception is what a collective raises if another process has ended."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and '/gloo/' in str(error))
+
+
 class PeerLost(UserError):
     """Another process of the run has ended without a word to this one."""
     exit_code = 1
@@ -120,7 +125,7 @@ class PeerLost(UserError):
 def leave_ranks(ranks, _, error, __):
     """End the process group. What a collective raises if another process has ended becomes a PeerLost."""
     dist.destroy_process_group()
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and '/gloo/' in str(error)):
+    if has_lost_a_peer(error):
         raise PeerLost(f'rank {ranks.rank} has lost another process, which has ended or cannot be reached '
                        f'({" ".join(str(error).split())[:200]}): the output of that process, or its node, says '
                        f'why') from error

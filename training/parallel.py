@@ -13,8 +13,6 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from configurator import UserError
 from model import RETRO
 
-PARALLEL = ('ddp', 'fsdp')
-CHECKPOINTING = ('none', 'full', 'selective')
 COMPILED = 32  # variants of a block: with pointers, retrieval or an encoder; training, and evaluating on and off
 SAVED = ('aten.mm', 'aten.addmm', 'aten._scaled_dot_product_flash_attention',  # by 'selective'; all else is recomputed
          'aten._scaled_dot_product_flash_attention_for_cpu', 'aten._scaled_dot_product_efficient_attention',
@@ -22,19 +20,13 @@ SAVED = ('aten.mm', 'aten.addmm', 'aten._scaled_dot_product_flash_attention',  #
 
 
 def check_parallel(settings, ranks, precision):
-    """UserError if the settings `parallel` and `activation_checkpointing` are unknown, or fit no run of these Ranks."""
-    for key, known in (('parallel', PARALLEL), ('activation_checkpointing', CHECKPOINTING)):
-        if getattr(settings, key) not in known:
-            raise UserError(f'{key} {getattr(settings, key)!r} is none of {str(known)[1:-1]}')
+    """UserError if the setting `parallel` does not fit a run of these Ranks."""
     if settings.parallel == 'fsdp' and ranks.world_size == 1:
         raise UserError("parallel 'fsdp' shards the model over processes, and this is one process: start several with "
                         "torchrun, or leave parallel at 'ddp'")
     if settings.parallel == 'fsdp' and precision == 'float16':
         raise UserError("parallel 'fsdp' trains in 'bfloat16' or 'float32', and dtype is 'float16' (which 'auto' is on "
                         "a GPU without bfloat16): set dtype, or parallel to 'ddp'")
-    if settings.activation_checkpointing != 'none' and settings.retrofit and not settings.retrieval_k_neighbors:
-        raise UserError(f'retrofit of pointers alone keeps no activations, and activation_checkpointing is '
-                        f"{settings.activation_checkpointing!r}, which would do nothing: leave it at 'none'")
 
 
 def parallelize(model, settings, ranks, precision, is_compiled):
@@ -94,8 +86,8 @@ def is_sharded(model):
 
 def reduce_gradients(model, is_last):
     """
-    Say, before a micro-step, whether its backward pass is the step's last one, in which alone copies sum their
-    gradients. Shards sum theirs in each, as they have no room for whole ones.
+    Say, before a micro-step, whether its backward pass is the step's last one: DDP reduces gradients in that one only,
+    FSDP in every one, as a rank has no room for whole gradients.
     """
     if isinstance(model, DDP):
         model.require_backward_grad_sync = is_last
@@ -127,9 +119,9 @@ def gather_weights(model, ranks):
     """
     weights = {}
     for name, parameter in own_parameters(model).items():
-        whole = parameter.full_tensor().cpu() if is_sharded(model) else parameter.detach()
+        whole = parameter.full_tensor() if is_sharded(model) else parameter.detach()
         if ranks.is_master:
-            weights[name] = whole
+            weights[name] = whole.cpu() if is_sharded(model) else whole
     return weights
 
 

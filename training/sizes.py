@@ -9,7 +9,7 @@ import os
 import re
 from contextlib import suppress
 
-from system import PEAK_FLOPS, is_device, peak_flops, pick_dtype, say
+from system import PEAK_FLOPS, is_device, peak_flops, pick_device, pick_dtype, say
 
 import torch
 
@@ -134,7 +134,7 @@ def memory(settings, model, world_size, parallel, precision, on_gpu=True, compil
     fixed = tokens * rest + (4 * V * D if c.copy_own_context else 0)
     gathered = 0
     if parallel == 'fsdp':  # a block and the next in the precision, its gradient in it and in float32; all else whole
-        gathered = max(layers) * (3 * a + 4) + root * 12
+        gathered = max(layers) * (3 * a + 4) + root * (12 + 2 * (a == 2))
     elif a == 2:  # weights as autocast has cast them
         fixed += 2 * (root + (max(layers) if is_again else sum(layers)))
     gradients = trained // shards
@@ -205,7 +205,7 @@ def print_sizes(settings):
         f'{settings.keep_checkpoints} are kept, beside the one that is written' if settings.keep_checkpoints else
         'all are kept'))
     say(f"to start: each process makes all {4 * total / 1e9:,.2f} GB of weights in its machine's memory first")
-    if settings.use_retrieval:
+    if settings.use_retrieval and not settings.template:  # tuning fills no database
         chunks = a_step * settings.max_iters // settings.retrieval_chunk_size
         say('\n  '.join(['database, if it holds as many tokens as the run reads (python -m retrieval.populate '
                          '--dry_run=True counts yours):',
@@ -218,7 +218,8 @@ def find_target(settings):
     `device` says so, else the GPU that is here, else GPUs of the sizes that there are.
     """
     device = 'cuda' if settings.device == 'auto' else settings.device
-    if device == 'cpu':
+    if not device.startswith('cuda'):
+        device = pick_device(device)  # validates it
         precision = pick_dtype(settings.dtype, device)
         return precision, {'this machine': machine_memory()}, 'this CPU', peak_flops(device, precision)
     if is_device(device):
@@ -245,6 +246,11 @@ def check_memory(settings, ranks):
         raise UserError(f'a model of {count(total)} parameters cannot fit: its {what} alone take {least / 1e9:,.1f} GB '
                         f'on {"this GPU" if on_gpu else "this machine"}, which has {room / 1e9:,.1f} GB; use a smaller '
                         f"one, or more GPUs and parallel='fsdp' (--dry_run=True says how many)")
+    made = 4 * total * ranks.local_world_size  # each process makes the whole model in this memory first
+    if on_gpu and made > machine_memory():
+        raise UserError(f'a model of {count(total)} parameters is made in main memory first, by each of '
+                        f'{ranks.local_world_size} processes: {made / 1e9:,.1f} GB, and this machine has '
+                        f'{machine_memory() / 1e9:,.1f} GB; use fewer processes on each of more machines')
     precision = pick_dtype(settings.dtype, ranks.device)
     parts = memory(settings, model, ranks.world_size, settings.parallel, precision, on_gpu, settings.compile)
     if trained and ranks.is_master and parts and sum(parts.values()) * sharing > room:

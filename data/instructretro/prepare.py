@@ -85,7 +85,7 @@ def flan_cot(rows):
 
 def dolly(rows):
     for row in rows:
-        yield 'dolly', turns(f'{row["instruction"]}\n\n{row["context"]}', row['response'])
+        yield 'dolly', turns(f'{row["instruction"]}\n\n{row["context"] or ""}', row['response'])
 
 
 def oasst(rows):
@@ -102,7 +102,7 @@ def oasst(rows):
         texts = [message['text'] for message in path]
         name = 'oasst_code' if any('```' in text for text in texts) else 'oasst'
         yield name, turns(*texts, id=key, document=row['message_tree_id'], lang=row['lang']) \
-            if path[0]['role'] == 'prompter' else None
+            if path[0]['role'] == 'prompter' and path[0]['parent_id'] is None else None
 
 
 SETS = {  # name: what it is on the Hub, what reads its rows, and what files it gives
@@ -158,7 +158,7 @@ def convert(name, folder, most):
             count += 1
             if len(kept[file]) > 2 * most:
                 kept[file] = dict(sorted(kept[file].items())[:most])
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f'{config.path!r} has other columns than {name} on the Hub ({type(error).__name__}: {error}): '
                         f'give a copy with those, or leave {name} out of --sets') from error
     for file, conversations in kept.items():
