@@ -239,7 +239,7 @@ def test_the_page_asks_a_tuned_model_shows_its_passages_and_goes_on_from_its_ans
         page.on('request', lambda request: bodies.append(request.post_data_json) if request.method == 'POST' else None)
         page.goto(served.url)
         page.get_by_label('Message', exact=True).fill(QUESTION + '<b id="injected">')
-        page.get_by_label('Tokens').first.fill('8')
+        page.get_by_label('Longest answer').fill('8')
         for number in (1, 2):
             page.get_by_label('Message', exact=True).press('Control+Enter')
             page.locator('#chat_status', has_text='Done: ').wait_for(timeout=30_000)
