@@ -389,3 +389,5 @@ def test_a_run_that_retrieves_by_words_fills_trains_resumes_samples_and_evaluate
 def test_a_retrieval_mode_that_nothing_is_found_by_is_refused():
     with pytest.raises(UserError, match="retrieval_mode 'bm25' says how neighbors are found, and retrieval_k_neigh"):
         check_settings(load_settings(['--retrieval_mode=bm25', '--retrieval_k_neighbors=0']))
+    check_settings(load_settings(['--retrieval_mode=bm25', '--retrieval_k_neighbors=0', '--template=plain',
+                                  '--passages=prompt', '--passages_from=collection']))  # passages are found by it
