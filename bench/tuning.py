@@ -3,7 +3,7 @@ Does tuning make a model answer, and do passages help it? Tunes a model on quest
 and asks the held-out questions (evaluation.qa): before and after, without passages, with those that are retrieved live
 for each question, and with the gold passage of the file. What is retrieved is never of the question's own document.
 
-    python bench/tuning.py config/sft_quickstart.py [--key=value ...] [--seeds=3] [--arms='tuned']
+    python bench/tuning.py config/sft_quickstart.py [--key=value ...] [--seeds=3] [--arms='pretrained|tuned']
         [--retrieval=on] [--quick]
 
 Prints a JSON line an arm and a table, and writes tuning.json into out_dir. What is in out_dir already is neither tuned
