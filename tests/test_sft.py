@@ -206,7 +206,7 @@ def test_a_tuned_model_is_tuned_further_with_its_template(pretrained, tuned, mon
 
 
 def test_a_tuned_run_is_evaluated_by_its_own_checkpoint_whatever_it_started_from(pretrained, tuned):
-    assert 'val bpb' in tune(pretrained, '--eval_only=True', '--init_from=resume').stdout
+    assert 'val_bpb_on' in tune(pretrained, '--eval_only=True', '--init_from=resume').stdout
     for flags, said in ((['--init_from=gpt'], "in out_dir 'tuned', and init_from names 'gpt': leave one of them out"),
                         (['--out_dir=pretrained'], "the checkpoint in out_dir 'pretrained' was not tuned")):
         answer = tune(pretrained, '--eval_only=True', *flags, check=False)
