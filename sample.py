@@ -138,12 +138,9 @@ def main():
     if chat and arguments.align:
         raise UserError('--align is given, and a tuned model is asked as it was tuned: leave it out, or give '
                         '--template= to let it continue the text')
-    if not prompts and not reads_lines:
-        if chat:
-            raise UserError('nothing is asked: give --start, --prompts, --interactive or --chat, or --template= to let '
-                            'the model continue a text')
-        print('no --start is given: starting from a line end', file=sys.stderr)
-        prompts = ['\n']
+    if chat and not prompts and not reads_lines:
+        raise UserError('nothing is asked: give --start, --prompts, --interactive or --chat, or --template= to let the '
+                        'model continue a text')
     with contextlib.ExitStack() as cleanup:
         is_on, finder, source = arguments.retrieval == 'on', None, None
         is_read = own and not (chat and chat.in_prompt)  # in place of the collection
@@ -157,6 +154,9 @@ def main():
         if chat and chat.count and is_on and not own:
             finder = cleanup.enter_context(contextlib.closing(PassageFinder(
                 settings.replace(num_passages=chat.count), tokenizer)))
+        if not prompts and not reads_lines:
+            print('no --start is given: starting from a line end', file=sys.stderr)
+            prompts = ['\n']
         engine = Engine(model, tokenizer, slots=min(BATCH, arguments.num_samples))
 
         def ask(messages):

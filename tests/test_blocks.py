@@ -340,6 +340,7 @@ def test_a_stream_of_the_hub_goes_on_where_the_network_broke_and_gives_up_in_one
     assert answer.returncode == 2 and 'the hub did not provide it' in answer.stderr
 
 
+@pytest.mark.slow
 def test_a_run_on_a_streamed_mixture_says_the_shares_and_ends_with_a_checkpoint_when_it_is_used_up(workspace):
     """One command: two readers, a filter of the config file, a share held out for val."""
     (workspace / 'stream.py').write_text(STREAM)

@@ -319,6 +319,7 @@ def test_a_folder_that_a_strangers_checkpoint_names_is_left_as_it_is(copy):
     assert [path.name for path in (copy / 'precious.db').iterdir()] == ['file']
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_gpu_is_used_where_there_is_none(copy):
     meta_path = copy / 'out/checkpoints/step-12/meta.json'
     meta = json.loads(meta_path.read_text())

@@ -361,7 +361,7 @@ def test_data_has_the_columns_and_the_source_of_the_train_set_that_it_is_like():
     from evaluation.__main__ import configs_of_data
 
     def sources(data, like=None, train=None):
-        settings = SimpleNamespace(val_datasets=['v.jsonl'], train_datasets=train or [
+        settings = SimpleNamespace(template='', val_datasets=['v.jsonl'], train_datasets=train or [
             dict(path='wiki', name='en', source='english'), dict(path='wiki', name='de', source='german'),
             dict(path='docs', text_field='body')])
         return [(config.path, config.source, config.text_field) for config in

@@ -188,6 +188,7 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint_and_leaves_no_process(workspace):
     assert losses(workspace, 'stopped') == losses(workspace, 'whole')
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_process(workspace):
     killed = Run(*LONG, '--retrieval_workers=2', folder=workspace)
     killed.until('step 10:')
@@ -196,6 +197,7 @@ def test_a_killed_run_leaves_no_process(workspace):
     wait_until(lambda: not has_server(workspace / 'milvus.db'))
 
 
+@pytest.mark.slow
 def test_a_filling_that_is_killed_leaves_no_process(prepared, tmp_path):
     folder = tmp_path / 'run'
     shutil.copytree(prepared, folder)

@@ -32,6 +32,7 @@ def test_a_missing_file_has_no_lines(tmp_path):
 
 
 @pytest.mark.parametrize('damage', ['missing', 'empty', 'cut', 'binary', 'not finite'])
+@pytest.mark.slow
 def test_a_run_resumes_whatever_became_of_its_metrics(workspace, damage):
     common = ['config.py', '--use_retrieval=False']
     run(ROOT / 'train.py', *common, '--max_iters=4', folder=workspace)

@@ -20,6 +20,7 @@ from configurator import UserError, load_settings
 from tests.conftest import ROOT, run, run_ranks, spawn, wait_until
 from tests.test_train import losses, metrics
 from training.checkpoint import list_steps, load_checkpoint, load_run
+from training.checks import check_settings
 from training.distributed import Ranks
 from training.parallel import check_parallel, checkpoint_blocks
 
@@ -66,6 +67,7 @@ def test_sharded_training_has_the_losses_and_weights_of_one_process_over_20_step
     assert len(sizes) == 2 and max(sizes) < 1.2 * min(sizes)
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_resumes_on_one_process_and_that_of_one_process_in_shards(whole):
     said = resume(whole, 1, 'sharded', 'to_one')
     assert 'step-10/optimizer is read through pickle, which can run code: resume only from folders that you' in said
@@ -152,15 +154,15 @@ def test_checkpointed_blocks_keep_less_and_have_the_losses_and_gradients_of_othe
 
 def test_settings_that_fit_no_run_are_refused_by_name():
     def check(*arguments, world_size=2, precision='bfloat16'):
-        check_parallel(load_settings(list(arguments)), Ranks(world_size=world_size), precision)
+        check_parallel(check_settings(load_settings(list(arguments))), Ranks(world_size=world_size), precision)
     check(SHARDED, '--activation_checkpointing=selective')
     for said, arguments, options in (
             ("parallel 'fsdp' shards the model over processes, and this is one", [SHARDED], dict(world_size=1)),
             ("and dtype is 'float16'", [SHARDED], dict(precision='float16')),
             ("parallel 'zero' is none of 'ddp', 'fsdp'", ['--parallel=zero'], {}),
             ("activation_checkpointing 'all' is none of", ['--activation_checkpointing=all'], {}),
-            ('retrofit of pointers alone keeps no activations', ['--retrofit=True', '--retrieval_k_neighbors=0',
-                                                                 '--activation_checkpointing=full'], {})):
+            ('retrofit of pointers alone keeps no activations', [
+                '--retrofit=True', '--init_from=gpt', '--retrieval_k_neighbors=0', '--activation_checkpointing=full'], {})):
         with pytest.raises(UserError, match=said):
             check(*arguments, **options)
 

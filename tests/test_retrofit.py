@@ -203,6 +203,7 @@ def test_a_retrofit_resumes_to_the_losses_and_weights_of_one_that_never_stopped(
 
 
 @pytest.mark.parametrize('is_frozen', [True, pytest.param(False, marks=pytest.mark.slow)], ids=['frozen', 'all'])
+@pytest.mark.slow
 def test_two_ranks_retrofit_to_the_losses_of_one(trained, is_frozen):
     common = [*FROM_GPT, f'--retrofit={is_frozen}', '--max_iters=4', '--grad_clip=0.5']
     run(ROOT / 'train.py', *common, '--out_dir=one', folder=trained)
@@ -365,6 +366,7 @@ def test_a_folder_of_transformers_brings_its_own_tokenizer(trained, monkeypatch)
     assert load_pretrained('tiny')[1].n_vocab == 1024
 
 
+@pytest.mark.slow
 def test_the_config_retrofits_a_gpt2_with_documents_of_the_users(trained, gpt2):
     """GPT-2's tokenizer in a collection of its own; all that the config says but for the size of a step."""
     (trained / 'mine.py').write_text("""

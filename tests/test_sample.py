@@ -99,7 +99,7 @@ def test_prompts_are_read_from_the_terminal_until_its_end(trained):
 @pytest.mark.parametrize('arguments, said', [
     (['--prompts=empty.txt'], "--prompts: 'empty.txt' is empty"),
     (['--prompts=out/checkpoints/latest'], "--prompts: 'out/checkpoints/latest' cannot be read"),
-    (['--prompts=x.jsonl', '--interactive'], '--start, --prompts and --interactive exclude each other'),
+    (['--prompts=x.jsonl', '--interactive'], '--start, --prompts, --interactive and --chat exclude each other'),
     (['--top_p=0'], '--top_p is 0.0: give a probability above 0, up to 1'),
     (['--min_p=2'], '--min_p is 2.0: give a share from 0 to 1'),
     (['--repetition_penalty=0'], '--repetition_penalty is 0.0: give a number above 0'),

@@ -537,7 +537,7 @@ def test_the_page_writes_with_and_without_retrieval_and_shows_what_was_read(serv
         page.goto(served.url)
         page.locator('#model', has_text='out').wait_for()
         page.get_by_role('textbox', name='Prompt').fill(START + '<b id="injected">&amp;</b>')
-        page.get_by_label('Tokens').fill('40')
+        page.locator('#max_tokens').fill('40')
         page.keyboard.press('Tab')
         page.get_by_role('textbox', name='Prompt').press('Control+Enter')
         page.locator('#status', has_text='Done: 80 tokens').wait_for(timeout=30_000)

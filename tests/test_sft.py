@@ -181,6 +181,7 @@ def test_the_gate_is_exact_after_tuning_the_decoder_alone(pretrained, frozen):
     assert not any('val_bpb_on' in line for line in metrics(pretrained, 'frozen'))
 
 
+@pytest.mark.slow
 def test_two_ranks_tune_to_the_losses_of_one(pretrained, frozen):
     run_ranks(2, ROOT / 'sft.py', 'tune.py', *FROZEN, '--out_dir=ranks', folder=pretrained)
     one, two = losses(pretrained, 'frozen'), losses(pretrained, 'ranks')

@@ -41,6 +41,7 @@ def test_commands_refuse_it_in_one_line(workspace, command, arguments, said):
     assert answer.returncode == 2 and said in answer.stderr and answer.stderr.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_without_a_compiler_a_run_says_so_and_goes_on(workspace, monkeypatch):
     monkeypatch.setenv('CXX', 'no-such-compiler')
     code = 'from system import why_not_compile; print(why_not_compile("cpu"))'
