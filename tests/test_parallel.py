@@ -162,7 +162,8 @@ def test_settings_that_fit_no_run_are_refused_by_name():
             ("parallel 'zero' is none of 'ddp', 'fsdp'", ['--parallel=zero'], {}),
             ("activation_checkpointing 'all' is none of", ['--activation_checkpointing=all'], {}),
             ('retrofit of pointers alone keeps no activations', [
-                '--retrofit=True', '--init_from=gpt', '--retrieval_k_neighbors=0', '--activation_checkpointing=full'], {})):
+                '--retrofit=True', '--init_from=gpt', '--retrieval_k_neighbors=0',
+                '--activation_checkpointing=full'], {})):
         with pytest.raises(UserError, match=said):
             check(*arguments, **options)
 
