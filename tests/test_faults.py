@@ -412,6 +412,7 @@ def test_a_server_imports_the_rows_that_a_local_file_holds_and_is_not_asked_for_
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_collection_that_is_dropped_while_it_is_filled_is_one_clear_line(server, prepared, tmp_path):
     folder = tmp_path / 'run'
     shutil.copytree(prepared, folder)

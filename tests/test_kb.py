@@ -199,6 +199,7 @@ def test_drop_asks_and_takes_what_is_derived_with_it(settings, workspace, kb):
     assert "no collection 'chunks'" in kb('info', code=2)
 
 
+@pytest.mark.slow
 def test_commands_that_change_a_collection_wait_for_no_other_but_say_so(settings, workspace, kb):
     with writing(settings):
         assert 'another process is changing collection' in kb('drop', '--yes', code=2)

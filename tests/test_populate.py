@@ -183,6 +183,7 @@ def test_the_collection_follows_documents_that_change_become_empty_or_are_gone(w
     assert ', 0 of them written now, 0 changed' in fill(workspace, [('e', 'new'), ('a', LONG[:50])], '--sync=True')
 
 
+@pytest.mark.slow
 def test_without_ids_a_changed_text_is_another_document(workspace, settings):
     fill(workspace, [(None, 'the first text'), (None, 'the second text')])
     fill(workspace, [(None, 'the first text'), (None, 'the second text, changed')])

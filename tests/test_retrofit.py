@@ -190,6 +190,7 @@ def test_a_frozen_retrofit_of_a_run_keeps_its_gpt_to_the_bit_and_reads_with_it(t
 
 
 @pytest.mark.parametrize('is_frozen', [True, False], ids=['frozen', 'all'])
+@pytest.mark.slow
 def test_a_retrofit_resumes_to_the_losses_and_weights_of_one_that_never_stopped(trained, is_frozen):
     common = [f'--retrofit={is_frozen}', '--retrieval_encoder_layers=1', '--retrieval_layers=[2]', '--dropout=0.1']
     out_dirs = [f'whole-{is_frozen}', f'parts-{is_frozen}']

@@ -291,6 +291,7 @@ def test_another_run_over_the_same_data_neither_embeds_nor_searches(workspace):
     assert sum(line[key] for line in lines for key in searched) == 0
 
 
+@pytest.mark.slow
 def test_own_documents_train_with_the_gpt2_tokenizer_and_a_real_sentence_transformer(tmp_path):
     """A user's own corpus: some PEPs, OpenAI's tokenizer, all-MiniLM-L6-v2."""
     from importlib.util import find_spec
