@@ -35,7 +35,7 @@ from data.chunk_store import open_datasets
 from data.documents import as_dataset_configs
 from data.fingerprint import describe_corpus
 from data.stream import SequenceStream
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, tokenizer_json
 from retrieval.embedding import Embedder
 from retrieval.loader import Loader
 from retrieval.local_server import is_local, join_server
@@ -129,7 +129,8 @@ def widen(settings, vectors, dimension, folder):
         raise UserError(f'--dimensions: the static embedding has {vectors.shape[1]}, and {dimension} is less')
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(dimension, vectors.shape[1])))[0].T
     path = f'{folder}/embedding-{dimension}'
-    save((vectors @ turn).astype(np.float32), settings.tokenizer, path)
+    save((vectors @ turn).astype(np.float32), tokenizer_json(settings.tokenizer, load_tokenizer(settings.tokenizer)),
+         path)
     return settings.replace(retrieval_embedding_model=path, retrieval_collection=f'chunks_{dimension}')
 
 
