@@ -19,7 +19,7 @@ import numpy as np
 
 from configurator import UserError
 from data.chunking import chunk_hashes, hash64
-from data.conversations import Passage, find_template, read_conversations, render
+from data.conversations import cut_passages, find_template, read_conversations, render
 from data.documents import Counts
 from data.stream import Batch, shuffle
 from data.tokenizer import tokenize
@@ -119,10 +119,7 @@ class Writer:
         """(messages, passages) with less of a kind, about `excess` tokens where it can be cut anywhere; or None."""
         first = next((i for i, m in enumerate(messages) if m['role'] == 'assistant'), None)
         if kind == 'passages' and passages:
-            last = passages[-1]
-            tokens = tokenize(last.text, self.tokenizer)[:-excess]
-            text = self.tokenizer.decode(tokens.tolist()).rstrip('\ufffd').rstrip()
-            return messages, passages[:-1] + [Passage(last.title, text)] * bool(text)
+            return messages, cut_passages(passages, excess, self.tokenizer)
         if kind == 'turns' and any(m['role'] == 'assistant' for m in messages[first + 1:]):
             return [m for m in messages[:first + 1] if m['role'] == 'system'] + messages[first + 1:], passages
         if kind == 'system' and messages[0]['role'] == 'system':

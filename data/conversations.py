@@ -140,6 +140,13 @@ def render(template, messages, tokenizer, passages=(), align=0):
     return tokens, is_answer
 
 
+def cut_passages(passages, excess, tokenizer):
+    """The Passages, of which the last has `excess` tokens less at its end, or is left out if it has no more."""
+    *others, last = passages
+    text = tokenizer.decode(tokenize(last.text, tokenizer)[:-excess].tolist()).rstrip('\ufffd').rstrip()
+    return [*others, Passage(last.title, text)] if text else others
+
+
 def check_documents(settings):
     """UserError if the datasets of a run are conversations, where documents are read."""
     if settings.template:

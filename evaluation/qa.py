@@ -32,7 +32,7 @@ from configurator import (
     visible,
     write_atomically,
 )
-from data.conversations import Passage, find_template, render
+from data.conversations import cut_passages, find_template, render
 from data.tokenizer import token_byte_counts
 from evaluation.figures import ARMS, figure, interval
 from evaluation.losses import bits_per_byte, bootstrap
@@ -45,8 +45,6 @@ from generation.sources import CollectionSource, PassageSource
 from retrieval.passages import PassageFinder
 from retrieval.retriever import Retriever
 from training.checkpoint import load_checkpoint, load_run
-
-LEAST = 8  # tokens of a passage that is cut to fit
 
 
 def parse_arguments():
@@ -212,18 +210,14 @@ def ask(question, passages, template, tokenizer, config, max_new_tokens, counts)
     """
     align = config.retrieval_chunk_size if config.has_neighbors else 0
     room = config.block_size - max_new_tokens
-    passages, whole = list(passages), len(passages)
+    whole = passages
     while True:
         prompt, _ = render(template, question.messages, tokenizer, passages, align)
         excess = len(prompt) - room
         if excess <= 0 or not passages:
             break
-        counts['cut passages'] += len(passages) == whole
-        whole = -1
-        last = passages.pop()
-        kept = tokenizer.encode_ordinary(last.text)[:-excess]
-        if len(kept) >= LEAST:
-            passages.append(Passage(last.title, tokenizer.decode(kept).rstrip('\ufffd')))
+        passages = cut_passages(passages, excess, tokenizer)
+    counts['cut passages'] += passages is not whole
     if excess > 0:
         counts['cut questions'] += 1
         excess += -excess % (align or 1)
@@ -271,7 +265,7 @@ def answer(model, tokenizer, slots, asked, sources, arguments, stop, label):
     written, scored = {}, {}  # rows, to the numbers of their questions
     bar = tqdm(total=len(asked), unit='question', desc=label, dynamic_ncols=True, disable=None)
     while following < len(asked) or engine.rows or engine.waiting:
-        while following < len(asked) and len(engine.waiting) < slots:  # what is told of all of them would fill memory
+        while following < len(asked) and len(engine.waiting) < slots:  # sources and scores take memory
             prompt, gold = asked[following]
             given = dict(align='start', source=sources[following])
             written[engine.add(Request(prompt, arguments.max_new_tokens, sampling, stop=stop, **given))] = following

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from configurator import UserError
 from data.conversation_stream import ANSWER_SHARE
-from data.conversations import Passage, find_template, render
+from data.conversations import cut_passages, find_template, render
 from generation.sources import PassageSource
 
 
@@ -72,10 +72,7 @@ class Chat:
         def write(first, passages):
             return render(self.template, system + turns[first:], self.tokenizer, passages, self.align)[0]
         while passages and len(tokens := write(0, passages)) > room:
-            last = passages[-1]
-            kept = self.tokenizer.encode_ordinary(last.text)[:room - len(tokens)]
-            text = self.tokenizer.decode(kept).rstrip('\ufffd').rstrip()
-            passages = passages[:-1] + [Passage(last.title, text)] * bool(text)
+            passages = cut_passages(passages, len(tokens) - room, self.tokenizer)
         number = bisect_left(starts, True, hi=len(starts) - 1, key=lambda i: len(write(i, passages)) <= room)
         dropped = starts[number]
         tokens = write(dropped, passages)

@@ -102,6 +102,8 @@ def test_what_training_keeps_takes_16_bytes_a_weight_and_is_sharded_by_fsdp_alon
     model.freeze_decoder()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert memory(settings, model, 8, 'ddp', 'bfloat16')['optimizer'] == 8 * trained < 8 * weights
+    part = shape_of(load_settings(['--freeze_retrieval=True', '--template=plain'], can_dry_run=True))
+    assert 0 < sum(p.numel() for p in part.parameters() if p.requires_grad) < sum(p.numel() for p in part.parameters())
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem)

@@ -45,6 +45,8 @@ def shape_of(settings):
         raise UserError(f'{error}: correct the config') from error
     if settings.retrofit:
         model.freeze_decoder()
+    if settings.freeze_retrieval:
+        model.freeze_retrieval()
     return model
 
 
