@@ -20,6 +20,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import chain
 
 import numpy as np
 
@@ -32,7 +33,8 @@ DOCUMENT = np.dtype([('doc_id', np.int64), ('text_hash', np.int64),
                      ('count', np.int64),  # chunks; 0 if its text is empty
                      ('length', np.int64),  # tokens, the end-of-text included
                      ('name', np.int64)])  # place in names.jsonl
-BATCH_BYTES = 1 << 22  # of text that is tokenized together
+BATCH_BYTES = 1 << 22  # of text that is read before it is tokenized
+SLICE_BYTES = 1 << 16  # of text that one thread tokenizes at a time
 SORTED_TOGETHER = 1 << 20  # documents that are sorted in memory
 
 
@@ -62,23 +64,24 @@ def build(folder, documents, counts, tokenizer, chunk_size, say, path, is_block=
 
 def read_into(folder, documents, tokenizer, chunk_size, token_type, say, path):
     """Write tokens, chunk ids, names, and DOCUMENTs in the order in which they are read."""
-    placed, said = 0, time.monotonic()
+    placed, named, said = 0, 0, time.monotonic()
     with (open(f'{folder}/tokens.bin', 'wb') as tokens_file, open(f'{folder}/chunk_ids.bin', 'wb') as ids_file,
           open(f'{folder}/read.bin', 'wb') as read_file, open(f'{folder}/names.jsonl', 'wb') as names_file):
-        for batch in in_batches(documents):
+        for batch in in_batches(documents, BATCH_BYTES):
             records = np.zeros(len(batch), DOCUMENT)
-            encoded = threads().map(lambda document: tokenize(document.text, tokenizer), batch)
-            for record, document, tokens in zip(records, batch, encoded, strict=True):
+            encoded = threads().map(lambda some: [tokenize(document.text, tokenizer) for document in some],
+                                    in_batches(batch, SLICE_BYTES))
+            for record, document, tokens in zip(records, batch, chain.from_iterable(encoded), strict=True):
                 chunks, lengths = chunk_document(tokens, chunk_size, tokenizer.eot_token)
                 count = len(chunks) if len(tokens) else 0
                 ids = chunk_hashes(document.source, document.id, 0, count)
                 record['doc_id'] = document_hash(document.source, document.id)
                 record['text_hash'] = hash64(document.text)
                 record['first'], record['count'], record['length'] = placed, count, lengths.sum()
-                record['name'] = names_file.tell()
+                record['name'] = named
                 tokens_file.write(chunks[:count].astype(token_type).tobytes())
                 ids_file.write(ids.tobytes())
-                names_file.write(json.dumps([document.id, document.name, document.where]).encode() + b'\n')
+                named += names_file.write(json.dumps([document.id, document.name, document.where]).encode() + b'\n')
                 placed += count
             records.tofile(read_file)
             if time.monotonic() - said > 10:
@@ -92,13 +95,13 @@ def threads():
     return ThreadPoolExecutor(os.cpu_count())
 
 
-def in_batches(documents):
-    """Yields lists of Documents with about BATCH_BYTES of text."""
+def in_batches(documents, most):
+    """Yields lists of Documents with about `most` bytes of text."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
         size += len(document.text) + 100
-        if size > BATCH_BYTES:
+        if size > most:
             yield batch
             batch, size = [], 0
     if batch:
