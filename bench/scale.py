@@ -55,7 +55,7 @@ OTHERS = 0.1  # share of a copy's tokens that are replaced by other tokens of th
 STEP = 0x1E3779B97F4A7C15  # between the ids of a chunk's copies, which lie as evenly as hashes do
 BACKENDS = {'lite': 'Milvus Lite', 'server': 'Milvus server', 'matches': 'exact-match index'}
 UNITS = {'rows_per_s': 'rows/s', 'index_s': 'index, s', 'search_ms': 'search, ms', 'recall': 'recall@2',
-         'memory_mb': 'memory, MB', 'disk_mb': 'disk, MB'}
+         'memory_mb': 'memory, MB', 'disk_mb': 'disk, MB', 'segments': 'segments'}
 FITTED = ('index_s', 'search_ms', 'memory_mb', 'disk_mb')
 
 
@@ -122,7 +122,7 @@ def measure_milvus(settings, tokenizer, chunks, count, batches, folder, server):
                                      expected=count)) as knowledge_base:
         if knowledge_base.count() != count:
             found |= fill(knowledge_base, blocks(real, vectors, count, end), count, folder)
-        wait_for_index(knowledge_base, count, folder)
+        found['segments'] = wait_for_index(knowledge_base, count, folder)
         search(numbers[-1], 0)
         times = []
         for batch in numbers:
@@ -158,11 +158,14 @@ def fill(knowledge_base, parts, count, folder):
 
 
 def wait_for_index(knowledge_base, count, folder):
-    """Wait until all rows are indexed, and the index is what answers. RuntimeError after 40 minutes."""
+    """
+    Wait until all rows are indexed, and the index is what answers: how many segments there are, each with an index of
+    its own. RuntimeError after 40 minutes.
+    """
     for _ in range(4800):
         if is_local(knowledge_base.uri):
-            is_complete = len(glob(f'{folder}/**/*.idx', recursive=True)) == len(
-                glob(f'{folder}/**/data/*.parquet', recursive=True)) > 0
+            loaded = glob(f'{folder}/**/data/*.parquet', recursive=True)
+            is_complete = len(glob(f'{folder}/**/*.idx', recursive=True)) == len(loaded) > 0
         else:
             state = knowledge_base.client.describe_index(knowledge_base.collection, 'embedding')
             loaded = knowledge_base.client.list_loaded_segments(knowledge_base.collection)
@@ -170,7 +173,7 @@ def wait_for_index(knowledge_base, count, folder):
             is_complete = (state['indexed_rows'] >= count and all(segment.index_name for segment in loaded)
                            and sum(segment.num_rows for segment in loaded) == count)
         if is_complete:
-            return
+            return len(loaded)
         time.sleep(0.5)
     raise RuntimeError('the index is not complete after 40 minutes')
 
@@ -259,8 +262,8 @@ def describe(lines):
     for backend, name in BACKENDS.items():
         of_backend = [line for line in lines if line['backend'] == backend]
         for line in of_backend:
-            cells = (f'{line[key]:,.3f}' if key == 'recall' else f'{line[key]:,.1f}' if line[key] < 100 else
-                     f'{line[key]:,.0f}' for key in UNITS if key in line)
+            cells = (f'{line[key]:,.3f}' if key == 'recall' else f'{line[key]:,.1f}' if line[key] < 100 and
+                     key != 'segments' else f'{line[key]:,.0f}' for key in UNITS if key in line)
             shown = dict(zip((key for key in UNITS if key in line), cells, strict=True))
             text += f'{name:<20}{line["rows"]:>12,}' + ''.join(f'{shown.get(key, ""):>12}' for key in UNITS) + '\n'
         grown = {key: exponent(of_backend, key) for key in FITTED}
@@ -292,7 +295,8 @@ def plot(lines, path):
             axis.set_major_formatter('{x:,.9g}')
             axis.set_minor_formatter('')
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
+        if ax.lines:
+            ax.legend(fontsize=7)
     fig.savefig(path, dpi=90)
     plt.close(fig)
 
