@@ -12,9 +12,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from importlib.util import find_spec
 
 PORT = 19530  # inside the namespace
+QUIET = 90  # seconds without a change after which a server is done: it looks for segments to merge once a minute
 UNSHARE = ['unshare', '--user', '--map-root-user', '--net', '--pid', '--mount-proc', '--fork', '--kill-child']
 
 
@@ -70,6 +72,25 @@ class MilvusServer:
     def __exit__(self, *_):
         if self.process:
             self.kill()
+
+
+def wait_until_indexed(client, collection, count, quiet=QUIET):
+    """
+    Wait until all rows are indexed, the index is what answers, and that has been so for `quiet` seconds: the number of
+    segments, each with an index of its own. RuntimeError after an hour.
+    """
+    complete_since, end = None, time.monotonic() + 3600
+    while time.monotonic() < end:
+        loaded = client.list_loaded_segments(collection)
+        # rows are pending, too, while segments that were merged get a new index, which takes the processor
+        is_complete = (client.describe_index(collection, 'embedding')['pending_index_rows'] == 0
+                       and all(segment.index_name for segment in loaded)
+                       and sum(segment.num_rows for segment in loaded) == count)
+        complete_since = (complete_since or time.monotonic()) if is_complete else None
+        if is_complete and time.monotonic() - complete_since >= quiet:
+            return len(loaded)
+        time.sleep(0.5)
+    raise RuntimeError(f'the index of {collection} is not complete after an hour')
 
 
 def main():

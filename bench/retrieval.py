@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from system import pick_device
 
 import numpy as np
+from pymilvus import MilvusClient
 
-from bench.milvus_server import MilvusServer, why_not
+from bench.milvus_server import MilvusServer, wait_until_indexed, why_not
 from configurator import UserError, load_settings, user_errors_as_one_line
 from data.chunk_store import open_datasets
 from data.documents import as_dataset_configs
@@ -181,8 +182,7 @@ def compare_workers(settings, workers, dimensions, folder, is_quick):
                 if dimension == vectors.shape[1] and name == 'Milvus Lite':
                     kinds = {'pointers': dict(retrieval_k_neighbors=0), **kinds,
                              'both': dict(kinds['neighbors'], retrieval_pointers=settings.retrieval_pointers)}
-                fill = kinds.get('both', kinds['neighbors'])
-                populate(database.replace(**fill), show_progress=sys.stderr.isatty())
+                fill(database.replace(**kinds.get('both', kinds['neighbors'])), is_quick)
                 with ExitStack() as arms:
                     if name == 'Milvus Lite':
                         lease = arms.enter_context(closing(join_server(database.retrieval_milvus_uri)))
@@ -198,6 +198,16 @@ def compare_workers(settings, workers, dimensions, folder, is_quick):
                                   f'{found["ms"]:>8.1f}{found["workers_cpu_ms"]:>17.1f}'
                                   f'{found["database_cpu_ms"]:>10.1f}', flush=True)
     print(f'\n{json.dumps(report)}')
+
+
+def fill(settings, is_quick):
+    """Fill a database. A server indexes and merges afterwards, which takes the processor: wait until it has done so."""
+    populate(settings, show_progress=sys.stderr.isatty())
+    if not is_local(settings.retrieval_milvus_uri) and not is_quick:
+        with closing(MilvusClient(settings.retrieval_milvus_uri)) as client:
+            name = settings.retrieval_collection
+            count = client.query(name, filter='', output_fields=['count(*)'], consistency_level='Strong')
+            wait_until_indexed(client, name, count[0]['count(*)'])
 
 
 def numbers(text):
@@ -242,7 +252,7 @@ def main():
             server = cleanup.enter_context(MilvusServer(f'{folder}/server'))
             databases['Milvus server'] = settings.replace(retrieval_milvus_uri=server.uri, retrieval_milvus_token='')
         for database in databases.values():
-            populate(database, show_progress=sys.stderr.isatty())
+            fill(database, is_quick)
         for name, database in databases.items():
             for is_remembered, arm in ((False, 'first time'), (True, 'remembered')):
                 database = database.replace(retrieval_cache_dir=f'{folder}/{name} {arm}')

@@ -33,7 +33,7 @@ from system import pick_device
 
 import numpy as np
 
-from bench.milvus_server import MilvusServer, why_not
+from bench.milvus_server import QUIET, MilvusServer, wait_until_indexed, why_not
 from configurator import UserError, load_settings, user_errors_as_one_line
 from data.chunk_store import open_datasets
 from data.documents import as_dataset_configs
@@ -122,7 +122,7 @@ def measure_milvus(settings, tokenizer, chunks, count, batches, folder, server):
                                      expected=count)) as knowledge_base:
         if knowledge_base.count() != count:
             found |= fill(knowledge_base, blocks(real, vectors, count, end), count, folder)
-        found['segments'] = wait_for_index(knowledge_base, count, folder)
+        found['segments'] = wait_for_index(knowledge_base, count, folder, QUIET if server and count > 20_000 else 0)
         search(numbers[-1], 0)
         times = []
         for batch in numbers:
@@ -157,23 +157,14 @@ def fill(knowledge_base, parts, count, folder):
     return dict(rows_per_s=count / seconds, index_s=time.perf_counter() - start)
 
 
-def wait_for_index(knowledge_base, count, folder):
-    """
-    Wait until all rows are indexed, and the index is what answers: how many segments there are, each with an index of
-    its own. RuntimeError after 40 minutes.
-    """
+def wait_for_index(knowledge_base, count, folder, quiet=0):
+    """Wait until all rows are indexed, and the index is what answers: how many segments there are. RuntimeError."""
+    if not is_local(knowledge_base.uri):
+        return wait_until_indexed(knowledge_base.client, knowledge_base.collection, count, quiet)
     for _ in range(4800):
-        if is_local(knowledge_base.uri):
-            loaded = glob(f'{folder}/**/data/*.parquet', recursive=True)
-            is_complete = len(glob(f'{folder}/**/*.idx', recursive=True)) == len(loaded) > 0
-        else:
-            state = knowledge_base.client.describe_index(knowledge_base.collection, 'embedding')
-            loaded = knowledge_base.client.list_loaded_segments(knowledge_base.collection)
-            # pending_index_rows of 2.3.5 counts segments, too, that have been merged into others
-            is_complete = (state['indexed_rows'] >= count and all(segment.index_name for segment in loaded)
-                           and sum(segment.num_rows for segment in loaded) == count)
-        if is_complete:
-            return len(loaded)
+        parts = glob(f'{folder}/**/data/*.parquet', recursive=True)
+        if len(glob(f'{folder}/**/*.idx', recursive=True)) == len(parts) > 0:
+            return len(parts)
         time.sleep(0.5)
     raise RuntimeError('the index is not complete after 40 minutes')
 
