@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from system import pick_device
 
 import numpy as np
-from pymilvus import MilvusClient
 
 from bench.milvus_server import MilvusServer, wait_until_indexed, why_not
 from configurator import UserError, load_settings, user_errors_as_one_line
@@ -202,6 +201,7 @@ def compare_workers(settings, workers, dimensions, folder, is_quick):
 
 def fill(settings, is_quick):
     """Fill a database. A server indexes and merges afterwards, which takes the processor: wait until it has done so."""
+    from pymilvus import MilvusClient
     populate(settings, show_progress=sys.stderr.isatty())
     if not is_local(settings.retrieval_milvus_uri) and not is_quick:
         with closing(MilvusClient(settings.retrieval_milvus_uri)) as client:
