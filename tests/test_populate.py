@@ -27,6 +27,9 @@ def backend(request):
     return request.param
 
 
+ON_LITE = pytest.mark.parametrize('backend', ['lite'], indirect=True)  # test_faults asks the same of a server
+
+
 def rows_of(settings, tokenizer):
     """{id: row} of the whole collection, read by search."""
     embedder = Embedder(settings.retrieval_embedding_model)
@@ -320,6 +323,7 @@ def test_a_dry_run_tells_what_a_collection_takes_and_makes_none(prepared, tmp_pa
     assert not (folder / 'milvus.db').exists()
 
 
+@ON_LITE
 @pytest.mark.parametrize('options, said', [
     (['--bulk=True'], '--bulk=True is of no use to Milvus Lite'),
     (['--bulk=yes'], "'--bulk=yes' is none of --bulk=True and --bulk=False"),
@@ -336,6 +340,7 @@ def test_what_this_database_lacks_is_refused_by_name(workspace, options, said):
     assert answer.returncode == 2 and said in answer.stderr and answer.stderr.count('\n') == 1
 
 
+@ON_LITE
 def test_the_index_follows_the_size_and_the_parameters_that_are_set(workspace, settings):
     vocabulary, embedder = vocabulary_hash(load_tokenizer('tokenizer.json')), Embedder('embedding')
 
