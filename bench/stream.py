@@ -79,7 +79,7 @@ def stream_all(path, settings, tokenizer):
 
 def measure(kind, amount):
     """In a process of its own, so that no measurement finds the memory of another."""
-    with tempfile.TemporaryDirectory() as folder:
+    with user_errors_as_one_line(), tempfile.TemporaryDirectory() as folder:
         settings = load_settings([]).replace(data_cache_dir=f'{folder}/cache')
         tokenizer = load_tokenizer(settings.tokenizer)
         path = f'{folder}/documents.parquet'
@@ -103,6 +103,8 @@ def main():
         process = multiprocessing.get_context('spawn').Process(target=measure, args=run)
         process.start()
         process.join()
+        if process.exitcode:
+            sys.exit(process.exitcode)
 
 
 if __name__ == '__main__':
