@@ -27,7 +27,7 @@ def backend(request):
     return request.param
 
 
-ON_LITE = pytest.mark.parametrize('backend', ['lite'], indirect=True)  # test_faults asks the same of a server
+ON_LITE = pytest.mark.parametrize('backend', ['lite'], indirect=True)  # what a server lacks is asked in test_faults
 
 
 def rows_of(settings, tokenizer):
