@@ -122,7 +122,8 @@ def measure_milvus(settings, tokenizer, chunks, count, batches, folder, server):
                                      expected=count)) as knowledge_base:
         if knowledge_base.count() != count:
             found |= fill(knowledge_base, blocks(real, vectors, count, end), count, folder)
-        found['segments'] = wait_for_index(knowledge_base, count, folder, QUIET if server and count > 20_000 else 0)
+        quiet = QUIET if count > 20_000 else 0  # few rows are one segment, and nothing is merged
+        found['segments'] = wait_for_index(knowledge_base, count, folder, quiet)
         search(numbers[-1], 0)
         times = []
         for batch in numbers:
